@@ -1,0 +1,91 @@
+"""A static-shape key/value cache as a pure value."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from jaxattn.errors import ConfigError
+from jaxattn.masks import PADDING, Visibility
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees."""
+
+    keys: Float[Array, "B S K D"]
+    values: Float[Array, "B S K V"]
+    positions: Int[Array, "B S"]
+    segments: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+
+def empty_cache(
+    *, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike
+) -> KVCache:
+    """Room for `capacity` tokens a row."""
+    return KVCache(
+        keys=jnp.zeros((batch, capacity, kv_heads, key_dim), dtype),
+        values=jnp.zeros((batch, capacity, kv_heads, value_dim), dtype),
+        positions=jnp.zeros((batch, capacity), jnp.int32),
+        segments=jnp.full((batch, capacity), PADDING, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def append(
+    cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
+) -> KVCache:
+    """Write T tokens behind those already there.
+
+    A write past the capacity is refused where the length is known (outside jit); inside jit the caller
+    reads `overflow` and poisons its output, because a silent clamp would overwrite the newest tokens.
+
+    Raises:
+      ConfigError: the tokens do not fit.
+    """
+    count = k.shape[1]
+    if count > cache.capacity:
+        raise ConfigError(f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity.")
+    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + count > cache.capacity:
+        raise ConfigError(
+            f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
+            "raise the capacity."
+        )
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+    return KVCache(
+        keys=put(cache.keys, k),
+        values=put(cache.values, v),
+        positions=put(cache.positions, positions),
+        segments=put(cache.segments, segment_ids),
+        length=cache.length + count,
+    )
+
+
+def overflow(cache: KVCache) -> Array:
+    """Whether more tokens were appended than fit."""
+    return cache.length > cache.capacity
+
+
+def cache_visibility(
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+) -> Visibility:
+    """Causal rules of new queries against everything in the cache."""
+    return Visibility(
+        q_positions=positions,
+        k_positions=cache.positions,
+        q_segments=segment_ids,
+        k_segments=cache.segments,
+        causal=True,
+        window=window,
+    )

@@ -1,0 +1,60 @@
+"""Errors a person can act on.
+
+Every command line of the project turns a `UserError` into one sentence on stderr and exit code 2.
+The sentence names the field, the value that was found and the remedy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Bad input or a bad environment; the text is one sentence a user can act on."""
+
+
+class ConfigError(UserError):
+    """A configuration field has an impossible value."""
+
+
+class DataError(UserError):
+    """A data source is missing, empty, undecodable or corrupt."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used; the text names the file, what was expected, and what to try."""
+
+
+class Incomplete(CheckpointError):
+    """A file of the checkpoint is missing or was never finished."""
+
+
+class Corrupt(CheckpointError):
+    """The bytes of the checkpoint are not the bytes that were saved."""
+
+
+class Mismatch(CheckpointError):
+    """The checkpoint belongs to another configuration, shape or dtype."""
+
+
+class Unsupported(CheckpointError):
+    """The checkpoint is of a kind this version cannot read."""
+
+
+def suggest(kind: str, given: str, known: list[str]) -> str:
+    """One sentence for an unknown name: nearest names first, then all of them."""
+    near = get_close_matches(given, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return f"{kind} {given!r} is not known: {hint}choose one of {', '.join(known)}."
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit: 0 or its return value, 2 with one sentence on a `UserError`."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

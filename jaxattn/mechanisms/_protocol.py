@@ -1,0 +1,127 @@
+"""What every attention mechanism offers: one frozen record of pure functions.
+
+    reference(q, k, v, vis, *, spec, params, scale, bias)            -> o      the equation, f32, slow
+    forward  (q, k, v, vis, *, spec, params, scale, bias, backend)   -> o      the same, efficient
+    weights  (q, k, vis, *, spec, params, scale, bias)               -> A      dense rows, for analysis
+    init_params(key, spec, *, heads, kv_heads, key_dim, value_dim)   -> dict   {} without parameters
+    init_state (spec, *, batch, capacity, kv_heads, key_dim, value_dim, dtype) -> state
+    step     (state, q, k, v, positions, segment_ids, *, spec, params, scale, bias, window, backend)
+                                                                     -> (o, state)
+    flops    (spec, *, batch, queries, keys, heads, key_dim, value_dim) -> float, forward, no mask discount
+
+q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]; `scale` None means 1/sqrt(D). `step` with T > 1
+is prefill, with T = 1 decode; the same parameters serve all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from jaxattn.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What a mechanism can do; what is off must raise `NotImplementedError` with the exact reason.
+
+    state: "kv" (cache of keys and values), "recurrent" (fixed size) or "none".
+    """
+
+    causal_self: bool = True
+    noncausal_self: bool = True
+    causal_cross: bool = True
+    noncausal_cross: bool = True
+    gqa: bool = True
+    value_dim: bool = True
+    segments: bool = True
+    window: bool = True
+    prefix: bool = True
+    position_bias: bool = True
+    state: str = "kv"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowWeights:
+    """Dense attention rows for analysis.
+
+    values: [B, H, T, P + S], what multiplies the values; rows need not sum to one nor be positive.
+    scores: [B, H, T, P + S], the scaled scores before masking and activation.
+    slots: P, constant keys (K/V bias) in front of the S real ones.
+    """
+
+    values: Float[Array, "B H T PS"]
+    scores: Float[Array, "B H T PS"]
+    slots: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One paper's attention. `variants` are the settings the conformance suite runs besides the default."""
+
+    name: str
+    title: str
+    arxiv: str
+    equation: str
+    spec: type
+    reference: Callable[..., Any]
+    forward: Callable[..., Any]
+    weights: Callable[..., RowWeights]
+    init_params: Callable[..., dict[str, Any]]
+    init_state: Callable[..., Any]
+    step: Callable[..., Any]
+    flops: Callable[..., float]
+    capabilities: Capabilities = Capabilities()
+    variants: tuple[Any, ...] = ()
+    prefix_tokens: Callable[[Any], int] = lambda spec: 0
+
+    def make_spec(self, **fields: Any) -> Any:
+        """The mechanism's `Spec` with some fields set.
+
+        Raises:
+          ConfigError: a field the mechanism does not have, or of another type.
+        """
+        known = {f.name: f for f in dataclasses.fields(self.spec)}
+        for field, value in fields.items():
+            if field not in known:
+                have = ", ".join(known) or "none"
+                raise ConfigError(f"{self.name} has no option {field!r}; its options are: {have}.")
+            default = known[field].default
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{self.name}.{field} is {value!r} but must be True or False.")
+            if type(default) is str and not isinstance(value, str):
+                raise ConfigError(f"{self.name}.{field} is {value!r} but must be text.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if type(default) in (int, float) and not number:
+                raise ConfigError(f"{self.name}.{field} is {value!r} but must be a number.")
+        return self.spec(**fields)
+
+
+def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool) -> None:
+    """Refuse impossible shapes and switched-off capabilities.
+
+    Args:
+      used: capability name -> whether this call needs it.
+
+    Raises:
+      ConfigError: shapes that do not fit together, naming the axis and both sizes.
+      NotImplementedError: a capability that is off.
+    """
+    for label, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ConfigError(f"{label} has shape {x.shape} but must be [batch, length, heads, dim].")
+    if q.shape[-1] != k.shape[-1]:
+        raise ConfigError(f"the key dim of q is {q.shape[-1]} but that of k is {k.shape[-1]}; they must agree.")
+    if k.shape[:3] != v.shape[:3]:
+        raise ConfigError(f"k is {k.shape[:3]} and v is {v.shape[:3]} in [batch, length, heads]; make them equal.")
+    if q.shape[0] != k.shape[0]:
+        raise ConfigError(f"q has batch {q.shape[0]} but k has {k.shape[0]}; make them equal.")
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(f"num_heads {q.shape[2]} is not a multiple of num_kv_heads {k.shape[2]}.")
+    used = {**used, "gqa": q.shape[2] != k.shape[2], "value_dim": v.shape[-1] != k.shape[-1]}
+    for capability, needed in used.items():
+        if needed and not getattr(mechanism.capabilities, capability):
+            raise NotImplementedError(f"{mechanism.name} does not support {capability}.")

@@ -1,0 +1,152 @@
+"""`ModelConfig`: every architectural choice of the decoder, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxattn.errors import ConfigError
+from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
+
+Norm = Literal["rmsnorm", "layernorm"]
+NormPosition = Literal["pre", "post", "hybrid"]
+Position = Literal["rope", "nope", "alibi", "learned", "sinusoid", "relative", "raw_relative"]
+Mlp = Literal["swiglu", "geglu", "gelu", "relu", "linear", "none"]
+Init = Literal["fan_in", "sink", "normal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder language model. Heads and widths are per layer; patterns repeat over depth."""
+
+    vocab_size: int = 0
+    """Size of the vocabulary; 0 takes it from the data."""
+    num_layers: int = 3
+    """Number of blocks L."""
+    d_model: int = 64
+    """Residual width E."""
+    num_heads: int = 1
+    """Query heads H."""
+    num_kv_heads: int = 0
+    """Key/value heads K; 0 means H (multi-head attention)."""
+    key_dim: int = 0
+    """Width D of a query/key head; 0 means E / H."""
+    value_dim: int = 0
+    """Width V of a value head; 0 means D."""
+    mixers: tuple[str, ...] = ("softmax",)
+    """Attention per layer, repeated over depth: NAME, NAME(option=value, window=64) or none."""
+    mlps: tuple[Mlp, ...] = ("swiglu",)
+    """Feed-forward per layer, repeated over depth."""
+    d_ff: int = 0
+    """Feed-forward width F; 0 means 4E, or 8E/3 rounded up to 64 for gated kinds."""
+    norm: Norm = "rmsnorm"
+    """Normalisation layer."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    norm_position: NormPosition = "pre"
+    """pre: x + f(norm(x)); post: norm(x + f(x)), no final norm; hybrid: x + norm(f(norm(x)))."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head before the rotation."""
+    position: Position = "rope"
+    """Position encoding; raw_relative adds the bucket index itself, as the sink study's code did."""
+    rope_base: float = 10_000.0
+    """Theta of the rotary angles."""
+    rope_fraction: float = 1.0
+    """Share of the head dim that is rotated."""
+    max_positions: int = 0
+    """Rows of a learned position table; 0 takes the data's context."""
+    use_bias: bool = False
+    """Bias vectors in every linear map."""
+    tie_embeddings: bool = False
+    """One matrix for embedding and logits."""
+    init: Init = "fan_in"
+    """fan_in: N(0, 1/d_in); sink: N(0, 2/(5 d_in)) and MLP output std 1/(sqrt(d_in) L); normal: N(0, 0.02²)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, norms, logits and loss stay in float32."""
+    scan_layers: bool = False
+    """One compiled block scanned over depth (compile time independent of L)."""
+    remat: bool = False
+    """Recompute each block in the backward pass."""
+    backend: Literal["auto", "xla", "reference"] = "auto"
+    """Attention backend; a named one never falls back."""
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "d_model", "num_heads"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"model.{field} is {getattr(self, field)} but must be at least 1.")
+        for field in ("vocab_size", "num_kv_heads", "key_dim", "value_dim", "d_ff", "max_positions"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"model.{field} is {getattr(self, field)} but must be 0 (automatic) or positive.")
+        if self.num_heads % self.kv_heads:
+            divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+            raise ConfigError(
+                f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}; "
+                f"use one of {', '.join(map(str, divisors))}."
+            )
+        if not self.key_dim and self.d_model % self.num_heads:
+            raise ConfigError(
+                f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}; "
+                "change one of them or set model.key_dim."
+            )
+        if not 0 < self.rope_fraction <= 1:
+            raise ConfigError(f"model.rope_fraction is {self.rope_fraction} but must be in (0, 1].")
+        if not self.mixers or not self.mlps:
+            raise ConfigError("model.mixers and model.mlps need at least one entry each.")
+        if self.scan_layers and self.num_layers % self.period:
+            raise ConfigError(
+                f"model.num_layers {self.num_layers} is not a multiple of the layer pattern's length "
+                f"{self.period}; change it or set model.scan_layers=False."
+            )
+        for text in self.mixers:
+            choice = resolve_mixer(text)
+            if choice.mechanism and self.has_bias and not choice.mechanism.capabilities.position_bias:
+                raise ConfigError(f"{text} takes no position bias: model.position {self.position!r} cannot be used.")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.key_dim or self.d_model // self.num_heads
+
+    @property
+    def v_dim(self) -> int:
+        return self.value_dim or self.head_dim
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the position encoding is a bias on the scores."""
+        return self.position in ("alibi", "relative", "raw_relative")
+
+    @property
+    def period(self) -> int:
+        """Length of the repeating (mixer, mlp) pattern."""
+        return math.lcm(len(self.mixers), len(self.mlps))
+
+    def mixer_text(self, layer: int) -> str:
+        return self.mixers[layer % len(self.mixers)]
+
+    def mixer(self, layer: int) -> MixerChoice:
+        """Mechanism, options and window of a layer."""
+        return resolve_mixer(self.mixer_text(layer))
+
+    def mlp(self, layer: int) -> str:
+        return self.mlps[layer % len(self.mlps)]
+
+    def ff_width(self, kind: str) -> int:
+        """F of a feed-forward kind."""
+        if self.d_ff:
+            return self.d_ff
+        return -(-8 * self.d_model // 3 // 64) * 64 if kind in ("swiglu", "geglu") else 4 * self.d_model
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Learned embeddings in front of the stream that some layer's mechanism asks for."""
+        choices = [resolve_mixer(text) for text in self.mixers]
+        return max((c.mechanism.prefix_tokens(c.spec) for c in choices if c.mechanism), default=0)
+
+    def with_attention(self, attn: str) -> ModelConfig:
+        """The same model with the pattern written as ``"softmax(window=64), sigmoid"``."""
+        return dataclasses.replace(self, mixers=parse_mixers(attn))

@@ -1,0 +1,71 @@
+"""Parameter holders shared by the blocks: linear maps, norms, feed-forward."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxattn.models.config import ModelConfig
+from jaxattn.norms import layer_norm, rms_norm
+
+
+def kernel_init(cfg: ModelConfig, d_in: int, *, last_of_mlp: bool = False):
+    """Normal initialiser of a linear map with fan-in `d_in` (see `ModelConfig.init`)."""
+    std = {"fan_in": d_in**-0.5, "sink": math.sqrt(2 / (5 * d_in)), "normal": 0.02}[cfg.init]
+    if cfg.init == "sink" and last_of_mlp:
+        std = 1 / (math.sqrt(d_in) * cfg.num_layers)
+    return nn.initializers.normal(std)
+
+
+def linear(cfg: ModelConfig, d_in: int, d_out: int, name: str, *, last_of_mlp: bool = False) -> nn.Dense:
+    """A Dense layer with the model's dtypes and initialiser."""
+    return nn.Dense(
+        d_out,
+        use_bias=cfg.use_bias,
+        dtype=cfg.dtype,
+        param_dtype=jnp.float32,
+        kernel_init=kernel_init(cfg, d_in, last_of_mlp=last_of_mlp),
+        name=name,
+    )
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, as the config says."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b E"]) -> Float[Array, "*b E"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        if self.cfg.norm == "rmsnorm":
+            return rms_norm(x, scale, self.cfg.norm_eps)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return layer_norm(x, scale, bias, self.cfg.norm_eps)
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)) for gated kinds, down(act(up(x))) otherwise."""
+
+    cfg: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        cfg, width = self.cfg, self.cfg.ff_width(self.kind)
+        act = {
+            "swiglu": jax.nn.silu,
+            "geglu": jax.nn.gelu,
+            "gelu": jax.nn.gelu,
+            "relu": jax.nn.relu,
+            "linear": lambda y: y,
+        }[self.kind]
+        h = linear(cfg, cfg.d_model, width, "up")(x)
+        if self.kind in ("swiglu", "geglu"):
+            h = act(linear(cfg, cfg.d_model, width, "gate")(x)) * h
+        else:
+            h = act(h)
+        return linear(cfg, width, cfg.d_model, "down", last_of_mlp=True)(h)

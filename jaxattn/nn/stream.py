@@ -1,0 +1,47 @@
+"""What travels beside the residual stream: positions, segments, prefix, and edits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flax import struct
+from jaxtyping import Array, Int
+
+from jaxattn.errors import ConfigError
+
+
+@struct.dataclass
+class Stream:
+    """Explicit per-token facts every layer may need; positions do not decrease inside a segment."""
+
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    prefix_len: Int[Array, "B"] | None = None
+
+
+Component = Literal["attn", "mlp", "block", "head"]
+
+
+@struct.dataclass
+class Edit:
+    """Zero or replace one component's output at one layer.
+
+    component: "attn" (after W_O), "mlp", "block" (the whole update of the residual stream) or "head"
+      (one head's output before W_O; needs `head`).
+    value: None zeroes; an array replaces: [B,T,E] for attn and mlp (their output), [B,T,E] for block (the
+      residual stream after it), [B,T,V] for head.
+    """
+
+    layer: int = struct.field(pytree_node=False)
+    component: Component = struct.field(pytree_node=False)
+    head: int | None = struct.field(pytree_node=False, default=None)
+    value: Array | None = None
+
+    def __post_init__(self) -> None:
+        if (self.component == "head") != (self.head is not None):
+            raise ConfigError(f"edit of component {self.component!r} with head {self.head}: set head for 'head' only.")
+
+
+def edits_of(edits: tuple[Edit, ...], layer: int, component: str) -> list[Edit]:
+    """The edits that apply at one place."""
+    return [e for e in edits if e.layer == layer and e.component == component]

@@ -1,0 +1,223 @@
+"""The decoder language model: embed -> blocks -> norm -> logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxattn.errors import ConfigError
+from jaxattn.masks import GLOBAL, default_positions
+from jaxattn.models.config import ModelConfig
+from jaxattn.nn.block import Block
+from jaxattn.nn.layers import Norm, kernel_init
+from jaxattn.nn.stream import Edit, Stream
+from jaxattn.rope import sinusoid
+
+
+class _Period(nn.Module):
+    """The layers of one repetition of the pattern; what `nn.scan` repeats."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array, states: tuple, stream: Stream) -> tuple[Array, tuple]:
+        out = []
+        for i in range(self.cfg.period):
+            x, state = _block_class(self.cfg)(self.cfg, i, name=f"layer_{i}")(x, stream, states[i])
+            out.append(state)
+        return x, tuple(out)
+
+
+def _block_class(cfg: ModelConfig) -> type[nn.Module]:
+    return nn.remat(Block, prevent_cse=not cfg.scan_layers) if cfg.remat else Block
+
+
+class Decoder(nn.Module):
+    """A causal language model whose mixers are any registered mechanisms.
+
+    Parameters are a plain nested dict: ``embed`` [N,E], ``layer_i``/..., ``final_norm``, ``unembed`` [E,N]
+    (untied), and under `scan_layers` ``layers``/``layer_i`` with a leading axis L / period.
+    """
+
+    cfg: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        if cfg.vocab_size < 1:
+            raise ConfigError(f"model.vocab_size is {cfg.vocab_size} but must be at least 1.")
+        embed_std = kernel_init(cfg, cfg.d_model)
+        self.embed = self.param("embed", embed_std, (cfg.vocab_size, cfg.d_model), jnp.float32)
+        if cfg.prefix_tokens:
+            self.sink_tokens = self.param("sink_tokens", embed_std, (cfg.prefix_tokens, cfg.d_model), jnp.float32)
+        if cfg.position == "learned":
+            if cfg.max_positions < 1:
+                raise ConfigError("model.max_positions is 0 but learned positions need the longest context.")
+            rows = cfg.max_positions + cfg.prefix_tokens
+            self.position_table = self.param("positions", embed_std, (rows, cfg.d_model), jnp.float32)
+        if cfg.scan_layers:
+            self.layers = nn.scan(
+                _Period,
+                variable_axes={"params": 0, "capture": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=cfg.num_layers // cfg.period,
+            )(cfg)
+        else:
+            self.blocks = [_block_class(cfg)(cfg, i, name=f"layer_{i}") for i in range(cfg.num_layers)]
+        if cfg.norm_position != "post":
+            self.final_norm = Norm(cfg)
+        if not cfg.tie_embeddings:
+            self.unembed_kernel = self.param(
+                "unembed", embed_std, (cfg.d_model, cfg.vocab_size), jnp.float32
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        prefix_len: Int[Array, "B"] | None = None,
+        *,
+        edits: tuple[Edit, ...] = (),
+    ) -> Float[Array, "B T N"]:
+        """Next-token logits in f32. Segment 0 is padding; `prefix_len` columns are visible to all."""
+        hidden = self.hidden(tokens, positions, segment_ids, prefix_len, edits=edits)
+        return self.logits(hidden)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        prefix_len: Int[Array, "B"] | None = None,
+        *,
+        edits: tuple[Edit, ...] = (),
+    ) -> Float[Array, "B T E"]:
+        """The residual stream after the final norm; `unembedding` turns it into logits."""
+        batch, length = tokens.shape
+        stream = self._stream(batch, length, positions, segment_ids, prefix_len)
+        x = self._embed(tokens, stream)
+        front = self.cfg.prefix_tokens
+        if front:
+            sink_stream = self._sink_stream(batch)
+            x = jnp.concatenate([self._embed(None, sink_stream), x], axis=1)
+            join = lambda a, b: jnp.concatenate([a, b], axis=1)
+            stream = stream.replace(
+                positions=join(sink_stream.positions, stream.positions),
+                segments=join(sink_stream.segments, stream.segments),
+            )
+        x, _ = self._blocks(x, stream, None, edits)
+        return self._finish(x[:, front:])
+
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T N"]:
+        """hidden @ unembedding, accumulated in f32."""
+        return jnp.einsum(
+            "bte,en->btn", hidden, self.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+    def unembedding(self) -> Float[Array, "E N"]:
+        """The matrix of the logits: its own, or the embedding transposed when tied."""
+        return self.embed.T if self.cfg.tie_embeddings else self.unembed_kernel
+
+    def start(self, batch: int, capacity: int) -> Any:
+        """Decode states with room for `capacity` tokens; sink tokens, where the model has them, are in."""
+        cfg, front = self.cfg, self.cfg.prefix_tokens
+        states = []
+        for i in range(cfg.num_layers):
+            choice = cfg.mixer(i)
+            states.append(
+                None
+                if choice.mechanism is None
+                else choice.mechanism.init_state(
+                    choice.spec,
+                    batch=batch,
+                    capacity=capacity + front,
+                    kv_heads=cfg.kv_heads,
+                    key_dim=cfg.head_dim,
+                    value_dim=cfg.v_dim,
+                    dtype=jnp.dtype(cfg.dtype),
+                )
+            )
+        if cfg.scan_layers:
+            stack = lambda *leaves: jnp.stack(leaves)
+            per_slot = [states[i :: cfg.period] for i in range(cfg.period)]
+            states = [jax.tree.map(stack, *group) for group in per_slot]
+        states = tuple(states)
+        if front:
+            stream = self._sink_stream(batch)
+            _, states = self._blocks(self._embed(None, stream), stream, states, ())
+        return states
+
+    def step(
+        self,
+        states: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T N"], Any]:
+        """Logits of T new tokens given everything before them, and the states that include them."""
+        stream = self._stream(*tokens.shape, positions, segment_ids, None)
+        x, states = self._blocks(self._embed(tokens, stream), stream, states, ())
+        return self.logits(self._finish(x)), states
+
+    def _stream(self, batch, length, positions, segment_ids, prefix_len) -> Stream:
+        front = self.cfg.prefix_tokens
+        pos = default_positions(batch, length) if positions is None else jnp.asarray(positions, jnp.int32)
+        seg = jnp.ones_like(pos) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        return Stream(pos + front, seg, None if prefix_len is None else prefix_len + front)
+
+    def _sink_stream(self, batch: int) -> Stream:
+        pos = default_positions(batch, self.cfg.prefix_tokens)
+        return Stream(pos, jnp.full_like(pos, GLOBAL))
+
+    def _embed(self, tokens: Array | None, stream: Stream) -> Array:
+        cfg = self.cfg
+        if tokens is None:
+            x = jnp.broadcast_to(self.sink_tokens, (stream.positions.shape[0], *self.sink_tokens.shape))
+        else:
+            x = jnp.take(self.embed, tokens, axis=0)
+        if cfg.position == "learned":
+            x = x + jnp.take(self.position_table, stream.positions, axis=0)
+        elif cfg.position == "sinusoid":
+            x = x + sinusoid(stream.positions, cfg.d_model)
+        return x.astype(cfg.dtype)
+
+    def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
+        cfg = self.cfg
+        if cfg.scan_layers:
+            if edits:
+                raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")
+            return self.layers(x, states or (None,) * cfg.period, stream)
+        out = []
+        for i, block in enumerate(self.blocks):
+            x, state = block(x, stream, states[i] if states else None, edits)
+            out.append(state)
+        return x, tuple(out)
+
+    def _finish(self, x: Array) -> Array:
+        return x if self.cfg.norm_position == "post" else self.final_norm(x)
+
+
+def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Parameters of a `scan_layers` model for the same model unrolled."""
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    for layer in range(cfg.num_layers):
+        group = params["layers"][f"layer_{layer % cfg.period}"]
+        rest[f"layer_{layer}"] = jax.tree.map(lambda x, i=layer // cfg.period: x[i], group)
+    return rest
+
+
+def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """The inverse of `unstack_layers`."""
+    rest = {k: v for k, v in params.items() if not k.startswith("layer_")}
+    rest["layers"] = {
+        f"layer_{i}": jax.tree.map(
+            lambda *x: jnp.stack(x), *[params[f"layer_{j}"] for j in range(i, cfg.num_layers, cfg.period)]
+        )
+        for i in range(cfg.period)
+    }
+    return rest

@@ -1,0 +1,25 @@
+"""Normalisation as plain functions; statistics in f32, result in the input dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "*b E"], scale: Float[Array, "E"], eps: float) -> Float[Array, "*b E"]:
+    """x / sqrt(mean(x²) + eps) · scale (arXiv 1910.07467, Eq. 4)."""
+    xf = x.astype(jnp.float32)
+    inv = jax.lax.rsqrt(jnp.mean(xf * xf, axis=-1, keepdims=True) + eps)
+    return (xf * inv * scale).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*b E"], scale: Float[Array, "E"], bias: Float[Array, "E"] | None, eps: float
+) -> Float[Array, "*b E"]:
+    """(x - mean) / sqrt(var + eps) · scale (+ bias) (arXiv 1607.06450)."""
+    xf = x.astype(jnp.float32)
+    centred = xf - jnp.mean(xf, axis=-1, keepdims=True)
+    inv = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    y = centred * inv * scale
+    return (y if bias is None else y + bias).astype(x.dtype)

@@ -1,0 +1,99 @@
+"""Position encodings as plain functions: rotary, sinusoid, ALiBi and relative biases.
+
+Biases are small callables ``bias(q_positions [B,T], k_positions [B,S]) -> [B or 1, H or 1, T, S]`` in
+f32, evaluated block by block, so no T×T array exists outside a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+PositionBias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "b h T S"]]
+
+
+def rotate(
+    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], base: float, fraction: float = 1.0
+) -> Float[Array, "B T H D"]:
+    """Rotary embedding, half-split pairing (arXiv 2104.09864, Eq. 34); angles in f32.
+
+    Args:
+      base: theta; pair m of R rotated dims turns by position · base^(-2m/R).
+      fraction: share of D that is rotated (the first dims), rounded down to an even count.
+    """
+    dims = int(x.shape[-1] * fraction) // 2 * 2
+    if dims == 0:
+        return x
+    half = dims // 2
+    freq = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * freq
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:dims].astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned if dims == x.shape[-1] else jnp.concatenate([turned, x[..., dims:]], axis=-1)
+
+
+def sinusoid(positions: Int[Array, "B T"], dim: int, base: float = 10_000.0) -> Float[Array, "B T E"]:
+    """Fixed encoding with halves [sin | cos] (arXiv 1706.03762 §3.5, in the sink study's layout)."""
+    half = dim // 2
+    freq = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * freq
+    table = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return jnp.pad(table, ((0, 0), (0, 0), (0, dim - 2 * half)))
+
+
+def alibi_slopes(num_heads: int) -> Float[Array, "H"]:
+    """Geometric slopes 2^(-8h/n) (arXiv 2108.12409); other counts interleave the next power of two."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    extra = [2.0 ** (-4.0 * (2 * h + 1) / power) for h in range(num_heads - power)]
+    return jnp.asarray(slopes + extra, jnp.float32)
+
+
+@struct.dataclass
+class Alibi:
+    """-slope_h · |i - j|, the full distance: elementwise scores are not shift invariant."""
+
+    slopes: Float[Array, "H"]
+
+    def __call__(self, q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"]) -> Float[Array, "b h T S"]:
+        distance = jnp.abs(q_pos[:, None, :, None] - k_pos[:, None, None, :]).astype(jnp.float32)
+        return -self.slopes[None, :, None, None] * distance
+
+
+def relative_bucket(distance: Int[Array, "*s"], buckets: int = 32, max_distance: int = 128) -> Int[Array, "*s"]:
+    """T5's causal bucket of a distance i - j >= 0: half exact, half logarithmic (arXiv 1910.10683)."""
+    distance = jnp.maximum(distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+@struct.dataclass
+class RelativeBias:
+    """A learned per-head value for each distance bucket, table [buckets, H]."""
+
+    table: Float[Array, "n H"]
+
+    def __call__(self, q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"]) -> Float[Array, "b h T S"]:
+        bucket = relative_bucket(q_pos[:, :, None] - k_pos[:, None, :], self.table.shape[0])
+        return jnp.moveaxis(self.table.astype(jnp.float32)[bucket], -1, 1)
+
+
+@struct.dataclass
+class RawRelativeBias:
+    """The bucket INDEX itself added to the score, unlearned: what the sink study's code ran.
+
+    Far keys gain up to buckets - 1, which rewards distance; kept to reproduce that table's row.
+    """
+
+    buckets: int = struct.field(pytree_node=False, default=32)
+
+    def __call__(self, q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"]) -> Float[Array, "b h T S"]:
+        distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
+        return relative_bucket(distance, self.buckets).astype(jnp.float32)

@@ -1,0 +1,47 @@
+"""`flash`: the score family of attention with O(T) memory.
+
+    s_ij = scale · q_i·k_j + bias_ij + logit_bias,  w_ij = g(s_ij) · visible_ij,  o_i = Σ_j w_ij v_j / Z_i
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from jaxattn.masks import Visibility
+from jaxattn.rope import PositionBias
+from pallas_kernels._dispatch import resolve
+from pallas_kernels.flash.reference import flash_reference
+from pallas_kernels.flash.score import Score
+from pallas_kernels.flash.xla import flash_xla
+
+__all__ = ["Score", "flash"]
+
+IMPLEMENTATIONS = {"reference": flash_reference, "xla": flash_xla}
+
+
+def flash(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"],
+    vis: Visibility,
+    score: Score,
+    *,
+    scale: float,
+    bias: PositionBias | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T H V"]:
+    """Attention of one score family member; rows that see nothing give zeros. Differentiable.
+
+    Args:
+      q, k, v: query head h reads key head h // (H // K).
+      vis: who sees whom.
+      score: activation and normaliser.
+      scale: multiplies q·k.
+      bias: added to the scaled scores, zero on `GLOBAL` keys.
+      backend: "auto", "xla", "reference"; a named backend never falls back.
+
+    Raises:
+      NotImplementedError: a backend this op does not have.
+    """
+    run = resolve("flash", backend, IMPLEMENTATIONS, default="xla")
+    return run(q, k, v, vis, score, scale=scale, bias=bias)
