@@ -1,10 +1,27 @@
 """jaxattn: attention research in JAX.
 
 `attend(name, q, k, v, ...)` runs any parameter-free mechanism; `mechanisms` lists and documents them.
+Both load on first use, so that tools which only read files need not start JAX.
 """
 
-from jaxattn import mechanisms
-from jaxattn.attend import attend
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxattn import mechanisms
+    from jaxattn._attend import attend
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "attend", "mechanisms"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attend":
+        from jaxattn._attend import attend
+
+        return attend
+    if name == "mechanisms":
+        return importlib.import_module("jaxattn.mechanisms")
+    raise AttributeError(f"module 'jaxattn' has no attribute {name!r}")

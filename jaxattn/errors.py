@@ -14,6 +14,8 @@ from difflib import get_close_matches
 class UserError(Exception):
     """Bad input or a bad environment; the text is one sentence a user can act on."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A configuration field has an impossible value."""
@@ -21,6 +23,12 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data source is missing, empty, undecodable or corrupt."""
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on (non-finite loss, too many skipped steps); everything before it is saved."""
+
+    exit_code = 1
 
 
 class CheckpointError(UserError):
@@ -51,10 +59,10 @@ def suggest(kind: str, given: str, known: list[str]) -> str:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: 0 or its return value, 2 with one sentence on a `UserError`."""
+    """Run `main` and exit: 0 or its return value, or the error's exit code (2) with one sentence on a `UserError`."""
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     sys.exit(code or 0)

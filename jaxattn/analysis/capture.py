@@ -58,7 +58,7 @@ class ForwardView:
 
     logits: Float[Array, "B T N"]
     attention: tuple[AttentionView, ...]
-    residuals: Float[Array, "L B T E"]
+    residuals: Float[Array, "L B Tf E"]
     components: tuple[dict[str, Array], ...]
     front: int
 

@@ -13,7 +13,7 @@ Norm = Literal["rmsnorm", "layernorm"]
 NormPosition = Literal["pre", "post", "hybrid"]
 Position = Literal["rope", "nope", "alibi", "learned", "sinusoid", "relative", "raw_relative"]
 Mlp = Literal["swiglu", "geglu", "gelu", "relu", "linear", "none"]
-Init = Literal["fan_in", "sink", "normal"]
+Init = Literal["fan_in", "sink", "normal", "torch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """One matrix for embedding and logits."""
     init: Init = "fan_in"
-    """fan_in: N(0, 1/d_in); sink: N(0, 2/(5 d_in)) and MLP output std 1/(sqrt(d_in) L); normal: N(0, 0.02²)."""
+    """fan_in: N(0, 1/d_in); sink: N(0, 2/(5 d_in)) and MLP output std 1/(sqrt(d_in) L); normal: N(0, 0.02²); torch: U(±1/sqrt(d_in)) and N(0, 1) embeddings, PyTorch's defaults."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, logits and loss stay in float32."""
     scan_layers: bool = False

@@ -14,11 +14,18 @@ from jaxattn.norms import layer_norm, rms_norm
 
 
 def kernel_init(cfg: ModelConfig, d_in: int, *, last_of_mlp: bool = False):
-    """Normal initialiser of a linear map with fan-in `d_in` (see `ModelConfig.init`)."""
+    """Initialiser of a linear map with fan-in `d_in` (see `ModelConfig.init`)."""
+    if cfg.init == "torch":
+        return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     std = {"fan_in": d_in**-0.5, "sink": math.sqrt(2 / (5 * d_in)), "normal": 0.02}[cfg.init]
     if cfg.init == "sink" and last_of_mlp:
         std = 1 / (math.sqrt(d_in) * cfg.num_layers)
     return nn.initializers.normal(std)
+
+
+def embedding_init(cfg: ModelConfig):
+    """Initialiser of token, position and sink-token tables: that of a linear map from E, N(0, 1) for torch."""
+    return nn.initializers.normal(1.0) if cfg.init == "torch" else kernel_init(cfg, cfg.d_model)
 
 
 def linear(cfg: ModelConfig, d_in: int, d_out: int, name: str, *, last_of_mlp: bool = False) -> nn.Dense:

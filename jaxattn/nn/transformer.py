@@ -13,7 +13,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, default_positions
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.block import Block
-from jaxattn.nn.layers import Norm, kernel_init
+from jaxattn.nn.layers import Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
 from jaxattn.rope import sinusoid
 
@@ -49,15 +49,15 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if cfg.vocab_size < 1:
             raise ConfigError(f"model.vocab_size is {cfg.vocab_size} but must be at least 1.")
-        embed_std = kernel_init(cfg, cfg.d_model)
-        self.embed = self.param("embed", embed_std, (cfg.vocab_size, cfg.d_model), jnp.float32)
+        table = embedding_init(cfg)
+        self.embed = self.param("embed", table, (cfg.vocab_size, cfg.d_model), jnp.float32)
         if cfg.prefix_tokens:
-            self.sink_tokens = self.param("sink_tokens", embed_std, (cfg.prefix_tokens, cfg.d_model), jnp.float32)
+            self.sink_tokens = self.param("sink_tokens", table, (cfg.prefix_tokens, cfg.d_model), jnp.float32)
         if cfg.position == "learned":
             if cfg.max_positions < 1:
                 raise ConfigError("model.max_positions is 0 but learned positions need the longest context.")
             rows = cfg.max_positions + cfg.prefix_tokens
-            self.position_table = self.param("positions", embed_std, (rows, cfg.d_model), jnp.float32)
+            self.position_table = self.param("positions", table, (rows, cfg.d_model), jnp.float32)
         if cfg.scan_layers:
             self.layers = nn.scan(
                 _Period,
@@ -71,9 +71,8 @@ class Decoder(nn.Module):
         if cfg.norm_position != "post":
             self.final_norm = Norm(cfg)
         if not cfg.tie_embeddings:
-            self.unembed_kernel = self.param(
-                "unembed", embed_std, (cfg.d_model, cfg.vocab_size), jnp.float32
-            )
+            shape, init = (cfg.d_model, cfg.vocab_size), kernel_init(cfg, cfg.d_model)
+            self.unembed_kernel = self.param("unembed", init, shape, jnp.float32)
 
     def __call__(
         self,

@@ -1,0 +1,177 @@
+"""`python -m evals.sinks RUN_DIR [--text FILE] [--json OUT]`: the sink study of one trained run.
+
+Reads the newest valid checkpoint, measures sinks and extreme tokens on held-out sequences (or on a text
+file), writes `sinks.json` and `maps.npz` into the run directory and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.measure import BigramTask, attention_maps, make_measure, summarise
+from jaxattn.errors import ConfigError, UserError, run_cli
+from train.config import RunConfig
+from train.data import Source
+from train.rundir import write_json_atomic
+
+MAP_TOKENS = 64
+MAP_SEQUENCES = 2
+
+DEFINITIONS = {
+    "sink_rate": "Sink_1^eps in percent: mean over sequences, layers, heads of 1[alpha_1 > eps]",
+    "first_token_weight": "alpha_1 [layer][head], mean over sequences; proxy |A| rows where rows are not distributions",
+    "first_token_weight_nontrigger": "mean A[i,0] over non-trigger queries i >= 1, the operation's own weights",
+    "first_token_weight_trigger": "the same over trigger queries",
+    "sink_logit": "mean over (non-trigger) queries of s[i,0] - mean_{1<=j<i} s[i,j]",
+    "value_drain": "||W_O v_0|| / mean_{j>0} ||W_O v_j|| [layer][head]",
+    "residual_peak": "residual norm of token 0 minus the mean of the others, after each block",
+    "risk_backcopy": "cross-entropy (nats) on trigger queries",
+    "risk_bigram_excess": "cross-entropy on the other queries minus the bigram table's own",
+}
+
+
+def bigram_task(source: Source) -> BigramTask | None:
+    """The probes' view of a Bigram-Backcopy source, None for text."""
+    if not source.trigger_ids:
+        return None
+    from train.data.bb_source import BigramBackcopySource
+
+    assert isinstance(source, BigramBackcopySource)
+    log_p = np.full((source.vocab_size, source.vocab_size), -np.inf)
+    characters = source.table.weights.shape[0]
+    with np.errstate(divide="ignore"):
+        log_p[:characters, :characters] = np.log(source.table.probabilities)
+    return BigramTask(source.trigger_ids, log_p)
+
+
+def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndarray:
+    """The sequences [n, T] the metric is read on; on Bigram-Backcopy T is the training context."""
+    length = cfg.data.context if source.trigger_ids else cfg.eval.length
+    if text is not None:
+        return source.encode_text(text, cfg.eval.sequences, length)
+    return source.held_out(cfg.eval.sequences, length)
+
+
+def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None) -> dict[str, Any]:
+    """The contents of sinks.json."""
+    tokens = held_out(cfg, source, text)
+    raw = make_measure(cfg.model, task=bigram_task(source))(params, tokens)
+    layers = [i for i in range(cfg.model.num_layers) if cfg.model.mixer(i).mechanism is not None]
+    return {
+        "step": step,
+        "attn": cfg.attn,
+        "source": source.name,
+        "text": text,
+        "epsilon": cfg.eval.epsilon,
+        "length": int(tokens.shape[1]),
+        "sequences": int(tokens.shape[0]),
+        "attention_layers": layers,
+        "proxy": not raw_rows_are_distributions(cfg, params, tokens),
+        **summarise(raw, epsilon=cfg.eval.epsilon),
+        "definitions": DEFINITIONS,
+    }
+
+
+def raw_rows_are_distributions(cfg: RunConfig, params: Any, tokens: np.ndarray) -> bool:
+    """Whether every layer's rows are non-negative and sum to one on the data."""
+    from jaxattn.analysis import look
+    from jaxattn.analysis.sinks import rows_sum_to_one
+
+    return all(rows_sum_to_one(layer) for layer in look(cfg.model, params, tokens[:2]).attention)
+
+
+def write_maps(path: Path, cfg: RunConfig, source: Source, params: Any, text: str | None = None) -> None:
+    """maps.npz: example attention matrices with their token labels."""
+    tokens = held_out(cfg, source, text)[:MAP_SEQUENCES, :MAP_TOKENS]
+    maps, slots = attention_maps(cfg.model, params, tokens)
+    labels = np.array([[token_label(source, int(t)) for t in row] for row in tokens])
+    np.savez_compressed(path, weights=maps, tokens=tokens, labels=labels, slots=slots)
+
+
+def token_label(source: Source, token: int) -> str:
+    """What a person reads for one token."""
+    if source.tokenizer is not None:
+        return source.tokenizer.decode([token])
+    from train.data.bb_table import CHARS, START
+
+    return "<s>" if token == START else CHARS[token] if token < len(CHARS) else "<d>"
+
+
+def finish_run(folder: Path, cfg: RunConfig, source: Source, params: Any, step: int) -> dict[str, Any]:
+    """Write sinks.json and maps.npz of a run that has just ended."""
+    result = evaluate(cfg, source, params, step)
+    write_json_atomic(folder / "sinks.json", result)
+    write_maps(folder / "maps.npz", cfg, source, params)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """A short text table of one evaluation."""
+    star = "*" if result["proxy"] else ""
+    lines = [
+        f"{result['attn']} at step {result['step']} on {result['sequences']} x {result['length']} tokens "
+        f"({result['source']})",
+        f"  Sink_1 ({result['epsilon']}): {result['sink_rate']:.2f} %{star}",
+    ]
+    if result.get("sink_rate_slot") is not None:
+        lines.append(f"  Sink on the slot: {result['sink_rate_slot']:.2f} %")
+    if "risk_backcopy" in result:
+        lines.append(
+            f"  backcopy risk {result['risk_backcopy']:.4f}, bigram excess {result['risk_bigram_excess']:.4f} nats"
+        )
+    names = ["first_token_weight", "first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain"]
+    for name in names:
+        if name in result:
+            for layer, heads in zip(result["attention_layers"], result[name], strict=True):
+                lines.append(f"  {name} layer {layer}: " + " ".join(f"{x:.3f}" for x in heads))
+    if star:
+        lines.append("  * rows are not distributions: |A| with rows scaled to one")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.sinks", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="directory of a training run")
+    parser.add_argument("--text", help="measure on this UTF-8 text file instead of held-out data")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
+    parser.add_argument("--epsilon", type=float, help="threshold of the sink indicator")
+    parser.add_argument("--sequences", type=int, help="how many sequences")
+    parser.add_argument("--length", type=int, help="their length T (text runs)")
+    args = parser.parse_args()
+
+    import dataclasses
+
+    from train.load import load_params, open_source, read_config
+
+    cfg = read_config(args.run_dir)
+    changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **changes))
+    if cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
+        raise ConfigError(
+            f"--length is {cfg.eval.length} but the model has {cfg.model.max_positions} learned positions; lower it."
+        )
+    source, model = open_source(cfg)
+    cfg = dataclasses.replace(cfg, model=model)
+    params, step = load_params(args.run_dir, cfg, args.step)
+    result = evaluate(cfg, source, params, step, args.text)
+    targets = [args.json] if args.json else []
+    if args.text is None and args.step is None and not changes:
+        targets.append(args.run_dir / "sinks.json")
+        write_maps(args.run_dir / "maps.npz", cfg, source, params)
+    for path in targets:
+        try:
+            write_json_atomic(path, result)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json.") from error
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,77 @@
+"""The matrix: every registered mechanism x its default and variant settings, and how to call it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.masks import Visibility, self_visibility
+from jaxattn.mechanisms import Mechanism, get, names
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    mechanism: Mechanism
+    spec: Any
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self.spec, f.name)}"
+            for f in dataclasses.fields(self.spec)
+            if getattr(self.spec, f.name) != f.default
+        ]
+        return "-".join([self.mechanism.name, *changed])
+
+    def params(self, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
+        params = self.mechanism.init_params(
+            jax.random.key(7), self.spec, heads=heads, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
+        )
+        # Away from the small initial values, so that a forgotten parameter shows.
+        return jax.tree.map(lambda x: 10 * x if x.ndim == 2 and min(x.shape) < 8 else x, params)
+
+    def forward(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
+        vis = self_visibility(*q.shape[:2]) if vis is None else vis
+        params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        return self.mechanism.forward(q, k, v, vis, spec=self.spec, params=params, **options)
+
+    def reference(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
+        vis = self_visibility(*q.shape[:2]) if vis is None else vis
+        params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        return self.mechanism.reference(q, k, v, vis, spec=self.spec, params=params, **options)
+
+
+CASES = [Case(get(n), spec) for n in names() for spec in (get(n).spec(), *get(n).variants)]
+DEFAULTS = [Case(get(n), get(n).spec()) for n in names()]
+
+
+def inputs(
+    length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0
+):
+    """q, k, v with unit-variance entries."""
+    ks = jax.random.split(jax.random.key(seed), 3)
+    keys = length if keys is None else keys
+    q = jax.random.normal(ks[0], (batch, length, heads, dim), dtype)
+    k = jax.random.normal(ks[1], (batch, keys, kv_heads, dim), dtype)
+    v = jax.random.normal(ks[2], (batch, keys, kv_heads, value_dim), dtype)
+    return q, k, v
+
+
+def close(actual, expected, *, rtol: float = 2e-5) -> None:
+    """Equal up to `rtol` of the largest expected magnitude."""
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(actual, expected, atol=rtol * max(1.0, float(np.abs(expected).max())), rtol=rtol)
+
+
+def packed(lengths: list[int], total: int, batch: int = 2):
+    """positions and segment ids [batch, total] of documents laid end to end; the rest is padding."""
+    positions, segments = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    at = 0
+    for i, n in enumerate(lengths):
+        positions[at : at + n], segments[at : at + n] = np.arange(n), i + 1
+        at += n
+    tile = lambda x: jnp.asarray(np.tile(x, (batch, 1)))
+    return tile(positions), tile(segments)

@@ -1,0 +1,35 @@
+"""Shared settings: CPU, a persistent compilation cache, warnings as errors on the newest JAX."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+CACHE = Path(os.environ.get("JAXATTN_TEST_CACHE", Path(tempfile.gettempdir()) / f"jaxattn-tests-{os.getuid()}"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+
+import jax
+import pytest
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if jax.__version_info__ >= (0, 11):
+        config.addinivalue_line("filterwarnings", "error")
+        # Third parties warning about each other; nothing of ours may be listed here.
+        for exempt in (
+            "ignore:.*unclosed.*:ResourceWarning",
+            "ignore::pytest.PytestUnraisableExceptionWarning",
+        ):
+            config.addinivalue_line("filterwarnings", exempt)
+
+
+@pytest.fixture(scope="session")
+def cache_root() -> Path:
+    """A folder that outlives one test session, for tokenizers and compiled programs."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE

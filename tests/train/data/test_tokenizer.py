@@ -1,0 +1,125 @@
+"""Tokenizers and the two caches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxattn.errors import DataError
+from train.data.tokenizer import END, byte_tokenizer, load_tokenizer, sample, train_bpe
+
+TEXT = "größe, naïve — 東京\n\ttab  two spaces 🙂 \0 end"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([TEXT, "the cat sat on the mat " * 50], 300)
+
+
+def test_bytes():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.encode(TEXT) == list(TEXT.encode("utf-8"))
+    assert tokenizer.decode(range(256))  # broken UTF-8 decodes to something
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert (tokenizer.vocab_size, tokenizer.eos) == (257, 256)
+    assert tokenizer.encode_batch([TEXT, ""]) == [list(TEXT.encode("utf-8")), []]
+
+
+def test_bpe(bpe):
+    assert bpe.vocab_size <= 300
+    assert bpe.eos == 0
+    for text in (TEXT, "unseen ‡ text", " leading", ""):
+        assert bpe.decode(bpe.encode(text)) == text
+        assert 0 not in bpe.encode(text)
+    assert len(bpe.encode("the cat sat")) < 8
+    assert bpe.decode([0, *bpe.encode("x"), 0]) == "x"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_save_and_load(kind, bpe, tmp_path):
+    tokenizer = byte_tokenizer() if kind == "bytes" else bpe
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        again = load_tokenizer(str(place))
+        assert (again.vocab_size, again.eos) == (tokenizer.vocab_size, tokenizer.eos)
+        assert again.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_a_tokenizer_without_an_end_token_adds_none(tmp_path, source_of):
+    body = json.loads(byte_tokenizer().to_json())
+    body["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    source = source_of(["abc"] * 3, tokenizer=str(tmp_path), val_fraction=0)
+    assert source.tokenizer.eos is None
+    assert source.meta["train_tokens"] == 9
+    batch = next(source.train_iterator())
+    assert sorted(set(batch["tokens"][batch["segment_ids"] > 0])) == list(b"abc")
+
+
+def test_what_is_not_a_tokenizer(tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer='/no/such': .* does not exist"):
+        load_tokenizer("/no/such")
+    for body in ("not json", "{}", '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(body)
+        with pytest.raises(DataError, match=r"is not a tokenizer.json"):
+            load_tokenizer(str(tmp_path))
+
+
+def test_the_sample_is_spread_over_all_documents():
+    parts = list(sample(["a" * 1000, "b" * 3000], corpus_bytes=4000, limit=400))
+    assert [(p[0], len(p)) for p in parts] == [("a", 100), ("b", 300)]
+    assert list(sample(["abc"], corpus_bytes=3, limit=400)) == ["abc"]
+
+
+@pytest.fixture
+def trained(source_of, cache):
+    """A source with a trained BPE, and the files it left in the cache by their kind."""
+    source = source_of(["hello world " * 9] * 20, tokenizer="bpe", vocab_size=270)
+    files = {p.suffix if p.name.startswith("tokens-") else "bpe": p for p in cache.iterdir()}
+    assert set(files) == {"bpe", ".ids", ".offsets", ".json"}
+    return source, files
+
+
+def test_caches_are_used(trained, source_of, monkeypatch):
+    first, files = trained
+    before = {p: p.stat().st_mtime_ns for p in files.values()}
+    monkeypatch.setattr("train.data.tokenizer.train_bpe", None)
+    monkeypatch.setattr("train.data.store._write", None)
+    again = source_of(["hello world " * 9] * 20, tokenizer="bpe", vocab_size=270)
+    assert {p: p.stat().st_mtime_ns for p in files.values()} == before
+    np.testing.assert_array_equal(again.store.ids, first.store.ids)
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    monkeypatch.undo()
+    other = source_of(["hello world " * 9] * 21, tokenizer="bpe", vocab_size=270)
+    assert other.meta["data_hash"] != first.meta["data_hash"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", ".ids", ".offsets", ".json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_corrupt_cache_is_refused_by_name(trained, source_of, kind, damage):
+    path = trained[1][kind]
+    raw = bytearray(path.read_bytes())
+    # The flipped bit lies in the middle; in a .json record it must hit a value that matters.
+    at = raw.index(b"ids_sha256") + 20 if kind == ".json" else len(raw) // 2
+    raw[at] ^= 1
+    path.write_bytes({"flip": raw, "truncate": raw[: len(raw) // 2], "empty": b""}[damage])
+    with pytest.raises(DataError, match=r"the cache file '.*' .*delete it") as caught:
+        source_of(["hello world " * 9] * 20, tokenizer="bpe", vocab_size=270)
+    named = path if kind != ".json" or damage != "flip" else trained[1][".ids"]
+    assert named.name in str(caught.value)
+
+
+def test_a_lost_cache_file_is_named(trained, source_of):
+    trained[1][".ids"].unlink()
+    with pytest.raises(DataError, match=r"has lost its partner 'tokens-.*\.ids': delete it"):
+        source_of(["hello world " * 9] * 20, tokenizer="bpe", vocab_size=270)
+
+
+def test_an_unwritable_cache(source_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data.cache_dir='.*file/x' cannot be created"):
+        source_of(cache_dir=str(tmp_path / "file" / "x"))
+
+
+def test_end_token_name():
+    assert byte_tokenizer().to_json().count(END) == 1

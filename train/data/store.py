@@ -1,0 +1,136 @@
+"""The tokenised corpus: one file of ids, memory-mapped, with the document borders beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from jaxattn.errors import DataError
+from train.data.cache import corrupt, digest, file_digest, write_atomic
+from train.data.corpus import Corpus, Tally
+from train.data.progress import progress
+from train.data.tokenizer import Tokenizer
+
+_VERSION = "1"
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Token ids of a corpus. Pickles as its path, so that worker processes map the file and copy nothing."""
+
+    path: Path
+    dtype: str
+    offsets: np.ndarray = field(repr=False)
+    """[documents + 1] int64: document d is ids[offsets[d]:offsets[d + 1]], its end-of-text token included."""
+    meta: dict = field(repr=False)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """[tokens] all ids, memory-mapped read-only."""
+        if self.offsets[-1] == 0:
+            return np.zeros(0, self.dtype)
+        return np.memmap(self.path, dtype=self.dtype, mode="r")
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "ids"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+
+def build_store(corpus: Corpus, tokenizer: Tokenizer, root: Path, *, max_bad_records: int = 0) -> TokenStore:
+    """Tokenises the corpus once per (corpus, tokenizer); later calls map the cached files.
+
+    Every non-empty document is closed with the end-of-text token. An empty document has no tokens.
+
+    Raises:
+      DataError: no text at all, too many corrupt records, or cache files that are not what was written.
+    """
+    key = digest("tokens", _VERSION, corpus.fingerprint, tokenizer.to_json())
+    record_path = root / f"tokens-{key}.json"
+    if not record_path.exists():
+        _write(corpus, tokenizer, record_path, max_bad_records)
+    store = _open(record_path)
+    bad = store.meta["bad_records"]
+    if len(bad) > max_bad_records:
+        tally = Tally(max_bad_records)
+        for entry in bad:
+            record, _, why = entry.partition(": ")
+            tally.bad(record, why)
+    return store
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while block := list(islice(texts, _BLOCK)):
+        yield block
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_records: int) -> None:
+    tally, lengths = Tally(max_bad_records), []
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    characters = 0
+
+    def encoded() -> Iterator[bytes]:
+        nonlocal characters
+        end = [] if tokenizer.eos is None else [tokenizer.eos]
+        for block in _blocks(progress(corpus.read(tally), f"tokenising {corpus.name}")):
+            characters += sum(map(len, block))
+            for ids in tokenizer.encode_batch(block):
+                ids = ids + end if ids else []
+                lengths.append(len(ids))
+                yield np.asarray(ids, dtype).tobytes()
+
+    ids_path = record_path.with_suffix(".ids")
+    _, ids_sha = write_atomic(ids_path, encoded())
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
+    if offsets[-1] == 0:
+        ids_path.unlink()
+        raise DataError(
+            f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them."
+        )
+    _, offsets_sha = write_atomic(record_path.with_suffix(".offsets"), [offsets.tobytes()])
+    record = {
+        "ids_sha256": ids_sha,
+        "offsets_sha256": offsets_sha,
+        "dtype": dtype.name,
+        "source": corpus.name,
+        "documents": len(lengths),
+        "empty_documents": lengths.count(0),
+        "tokens": int(offsets[-1]),
+        "characters": characters,
+        "bytes": corpus.size,
+        "files": corpus.files,
+        "corpus_hash": corpus.fingerprint,
+        "bad_records": tally.records,
+    }
+    # Written last: a record on disk means that both files before it are whole.
+    write_atomic(record_path, [json.dumps(record).encode("ascii")])
+
+
+def _open(record_path: Path) -> TokenStore:
+    try:
+        meta = json.loads(record_path.read_bytes())
+        expected = {".ids": meta["ids_sha256"], ".offsets": meta["offsets_sha256"]}
+        dtype = meta["dtype"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise corrupt(record_path, "is not a record written by jaxattn") from error
+    for suffix, sha in expected.items():
+        path = record_path.with_suffix(suffix)
+        if not path.exists():
+            raise corrupt(record_path, f"has lost its partner {path.name!r}")
+        if file_digest(path) != sha:
+            raise DataError(
+                f"the cache file {str(path)!r} does not match its checksum: delete it and "
+                f"{str(record_path)!r}, "
+                "then run again to build them anew."
+            )
+    offsets = np.fromfile(record_path.with_suffix(".offsets"), dtype="<i8").astype(np.int64)
+    return TokenStore(record_path.with_suffix(".ids"), dtype, offsets, meta)

@@ -1,0 +1,184 @@
+"""Tokenizers: all four kinds are one `tokenizers.Tokenizer`, so each can be saved as a tokenizer.json.
+
+The end-of-text token closes every document. Nothing is put in front of a document (the sink study needs data
+without a start token).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxattn.errors import DataError
+from train.data.cache import corrupt, digest, write_atomic
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END = "<|endoftext|>"
+_END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+_BPE_VERSION = "1"
+SAMPLE_BYTES = 8_000_000
+"""The BPE is trained on at most this much text: more changes a 2048-entry vocabulary little and costs
+seconds."""
+
+
+class Tokenizer:
+    """Text to token ids and back; `eos` is the end-of-text id, or None if the vocabulary has none."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        self._inner = inner
+        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        ids = (inner.token_to_id(name) for name in _END_NAMES)
+        self.eos: int | None = next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; no start or end token is added."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts, on all cores."""
+        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a HuggingFace tokenizer.json."""
+        write_atomic(Path(path), [self.to_json().encode("utf-8")])
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return self._inner.to_str()
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that byte-level tokenizers use for each byte (the table of GPT-2)."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    shifted = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(shifted)) for b in range(256)]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token b is byte b; 256 is the end of text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    inner = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(_byte_alphabet())}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END])
+    return Tokenizer(inner)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over the texts; the end of text is id 0, the 256 bytes are always there.
+
+    A small corpus may give fewer than `vocab_size` entries: read `Tokenizer.vocab_size`.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=_byte_alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)
+
+
+def sample(texts: Iterable[str], corpus_bytes: int, limit: int = SAMPLE_BYTES) -> Iterator[str]:
+    """About `limit` bytes of text, spread evenly: the same share of every document, from its start."""
+    share = min(1.0, limit / max(1, corpus_bytes))
+    for text in texts:
+        yield text[: max(1, round(len(text) * share))]
+
+
+def cached_bpe(
+    texts: Iterable[str], fingerprint: str, corpus_bytes: int, vocab_size: int, root: Path
+) -> Tokenizer:
+    """The BPE of a corpus, trained once per (corpus, vocabulary size, version); `texts` is read only if
+    needed.
+
+    Raises:
+      DataError: the cached file is not what was written; the remedy is to delete it.
+    """
+    key = digest("bpe", _BPE_VERSION, fingerprint, str(vocab_size), str(SAMPLE_BYTES))
+    path = root / f"bpe-{vocab_size}-{key}.json"
+    if path.exists():
+        return Tokenizer(_from_json(_checked(path)))
+    tokenizer = train_bpe(sample(texts, corpus_bytes), vocab_size)
+    body = tokenizer.to_json()
+    record = {"sha256": hashlib.sha256(body.encode("utf-8")).hexdigest(), "tokenizer": body}
+    write_atomic(path, [json.dumps(record).encode("utf-8")])
+    return tokenizer
+
+
+def _checked(path: Path) -> str:
+    try:
+        record = json.loads(path.read_bytes())
+        body, expected = record["tokenizer"], record["sha256"]
+        actual = hashlib.sha256(body.encode("utf-8")).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise corrupt(path, "is not a tokenizer written by jaxattn") from error
+    if actual != expected:
+        raise corrupt(path, f"does not match its checksum (SHA-256 {actual[:12]}, expected {expected[:12]})")
+    return body
+
+
+def _from_json(body: str) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(body)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer.json, a folder that holds one, or "hf:NAME" from the hub.
+
+    Raises:
+      DataError: it is not there or cannot be read.
+    """
+    path = _from_hub(name) if name.startswith("hf:") else Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(
+            f"data.tokenizer={name!r}: {str(path)!r} does not exist; give 'bpe', 'bytes', the path of a "
+            "tokenizer.json or of a folder that holds one, or 'hf:NAME'."
+        )
+    try:
+        body = path.read_text("utf-8")
+        json.loads(body)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error})."
+        ) from error
+    try:
+        return Tokenizer(_from_json(body))
+    except Exception as error:  # `tokenizers` raises the base class
+        raise DataError(
+            f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error})."
+        ) from error
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name.removeprefix("hf:"), "tokenizer.json"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(
+            f"data.tokenizer={name!r} cannot be fetched ({reason}): check the name and the network, or "
+            "give a local path."
+        ) from error

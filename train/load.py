@@ -1,0 +1,90 @@
+"""Open a run directory: its configuration, its data source and its newest valid parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxattn.errors import Incomplete, UserError
+from jaxattn.models import ModelConfig
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data import Source, make_source
+from train.step import init_state
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The `config.json` of a run.
+
+    Raises:
+      UserError: it is missing, broken, or has fields this version does not know.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run (config.json is missing); check the path.")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
+    return config_from_dict(RunConfig, raw, str(path))
+
+
+def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any:
+    """Rebuild a nested frozen dataclass from its `asdict` form; unknown fields are refused by name.
+
+    Raises:
+      UserError: an unknown field.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(raw, dict) or set(raw) - known:
+        unknown = ", ".join(sorted(prefix + k for k in set(raw) - known)) if isinstance(raw, dict) else prefix
+        raise UserError(f"{origin} has fields this version does not know: {unknown}; use the version that wrote it.")
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = config_from_dict(typing.cast(type, hints[name]), value, origin, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:
+    """The data source, and the model with the vocabulary it needs.
+
+    Raises:
+      UserError: the data cannot be read, or model.vocab_size is smaller than the data's.
+    """
+    source = make_source(
+        cfg.data, seed=cfg.seed, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    size = cfg.model.vocab_size or source.vocab_size
+    if size < source.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {size} but the data has {source.vocab_size} tokens; raise it or set it to 0."
+        )
+    return source, dataclasses.replace(cfg.model, vocab_size=size)
+
+
+def abstract_state(cfg: RunConfig, sharding: Any = None) -> Any:
+    """Shapes and dtypes of the training state."""
+    shapes = jax.eval_shape(lambda: init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed))
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
+def load_params(folder: Path, cfg: RunConfig, step: int | None = None) -> tuple[Any, int]:
+    """Parameters of the newest valid checkpoint (or of `step`), and its step.
+
+    Raises:
+      CheckpointError: there is none, or none verifies.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", config={}, read_only=True)
+    if checkpoints.latest() is None:
+        raise Incomplete(f"{folder} has no checkpoint yet; train longer or lower --checkpoint.every.")
+    restored = checkpoints.restore(abstract_state(cfg), step=step)
+    return restored.state["params"], restored.step

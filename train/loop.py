@@ -1,0 +1,250 @@
+"""The training loop: batches in, checkpoints, metrics and a report out.
+
+One run is a function of its configuration: parameters, data order and evaluation come from one seed,
+and a run that is stopped (or killed) and resumed gives the same numbers to the bit as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from evals.measure import make_measure, summarise
+from evals.sinks import bigram_task, finish_run, held_out, table
+from jaxattn.errors import TrainingStopped
+from train.checkpoint import Checkpoints
+from train.config import RESUMABLE, RunConfig
+from train.data import Source
+from train.load import abstract_state, open_source
+from train.mesh import data_mesh, replicate, shard_batch
+from train.metrics import MetricsWriter, Row
+from train.progress import TrainingProgress, evaluation_line
+from train.rundir import RunDir, environment, open_run, truncate_jsonl_after, write_json_atomic
+from train.signals import StopSignal
+from train.step import batch_loss, init_state, make_train_step
+
+log = logging.getLogger("jaxattn")
+
+LOGGED_TABLES = (
+    "first_token_weight",
+    "first_token_weight_nontrigger",
+    "first_token_weight_trigger",
+    "first_token_weight_nontrigger_proxy",
+    "first_token_weight_trigger_proxy",
+    "value_drain",
+    "residual_peak",
+    "sink_logit",
+)
+LOGGED_SCALARS = ("sink_rate", "sink_rate_slot", "risk_backcopy", "risk_bigram", "risk_bigram_excess")
+
+
+def run(cfg: RunConfig) -> int:
+    """Train as configured; returns the exit code (0, or 130 after Ctrl-C).
+
+    Raises:
+      UserError: anything a user can mend, before the first step where it can be known.
+      TrainingStopped: the loss became non-finite, or too many steps were skipped in a row.
+    """
+    cfg = cfg.resolved()
+    folder = Path(cfg.run_dir or default_run_dir(cfg))
+    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0) as place:
+        source, model = open_source(cfg)
+        cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
+        mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
+        saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
+        with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
+            iterator = source.train_iterator()
+            try:
+                state, start = _first_state(cfg, checkpoints, iterator, mesh)
+                _describe(place, saved, source, start)
+                code, state, step = _train(cfg, place, source, checkpoints, iterator, state, start, mesh)
+            finally:
+                iterator.close()
+        if step >= cfg.steps:
+            result = finish_run(place.path, cfg, source, state["params"], step)
+            print(table(result))
+            if cfg.report:
+                from evals.report import write_report  # matplotlib is not needed before
+
+                print(f"report: {write_report([place.path], place.path / 'report.html')}")
+    return code
+
+
+def default_run_dir(cfg: RunConfig) -> str:
+    """runs/PRESET-ATTN-seedSEED, with characters that file systems dislike replaced."""
+    attn = "".join(c if c.isalnum() or c in "_.=-" else "-" for c in cfg.attn.replace(" ", ""))
+    return f"runs/{cfg.preset}-{attn.strip('-')}-seed{cfg.seed}"
+
+
+def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: Any) -> tuple[Any, int]:
+    """A fresh state at step 0, or the newest valid checkpoint's, with the data iterator moved along."""
+    if not cfg.resume or checkpoints.latest() is None:
+        if cfg.resume:
+            log.warning("the run in %s has no checkpoint yet; it starts at step 0", cfg.run_dir)
+        return replicate(init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed), mesh), 0
+    checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    restored = checkpoints.restore(abstract_state(cfg, sharding), iterator)
+    print(f"resumed {checkpoints.path(restored.step)}", flush=True)
+    return restored.state, restored.step
+
+
+def _describe(place: RunDir, saved: dict[str, Any], source: Source, start: int) -> None:
+    """Write what the run is before its first step; drop metric rows a resumed run will write again."""
+    write_json_atomic(place.config, saved | {"resume": False, "overwrite": False})
+    write_json_atomic(place.environment, environment())
+    facts = {"name": source.name, "vocab_size": source.vocab_size, "meta": source.meta}
+    write_json_atomic(place.path / "data.json", facts | {"entropies": source.entropies()})
+    if place.metrics.exists():
+        truncate_jsonl_after(place.metrics, start)
+
+
+def _train(
+    cfg: RunConfig,
+    place: RunDir,
+    source: Source,
+    checkpoints: Checkpoints,
+    iterator: Any,
+    state: Any,
+    start: int,
+    mesh: Any,
+) -> tuple[int, Any, int]:
+    """The loop proper: returns the exit code, the last state and its step."""
+    train_step = make_train_step(cfg.model, cfg.optim, cfg.steps)
+    evaluate = _make_evaluation(cfg, source)
+    writer = MetricsWriter(place.path, cfg)
+    step, code, skips, clock = start, 0, 0, _Clock()
+
+    def settle(pending: tuple[int, Any, Any] | None) -> Row | None:
+        """Read a step's numbers (one step late, so that the device never waits) and judge them."""
+        nonlocal skips
+        if pending is None:
+            return None
+        at, numbers, batch = pending
+        row = {k: v.item() for k, v in jax.device_get(numbers).items()}
+        skips = 0 if row.pop("applied") else skips + 1
+        if skips:
+            _refuse_or_skip(cfg, place, at, row, skips, batch)
+        speed = clock.rate(row.pop("tokens"))
+        return {"step": at, **row, "tokens_per_s": round(speed, 1), "time_s": round(clock.total, 3)}
+
+    progress = TrainingProgress(cfg.steps, start, cfg.log.print_every)
+    try:
+        with StopSignal() as stop, progress:
+            pending = None
+            while step < cfg.steps and stop.requested is None:
+                batch = next(iterator)
+                state, numbers = train_step(state, shard_batch(batch, mesh))
+                row, pending = settle(pending), (step + 1, numbers, batch)
+                step += 1
+                _log(row, cfg, writer, progress, clock)
+                due = cfg.eval.every and step % cfg.eval.every == 0
+                saving = step % cfg.checkpoint.every == 0
+                last = step == cfg.steps or stop.requested is not None
+                if not (due or saving or last):
+                    continue
+                row, pending = settle(pending), None
+                assert row is not None
+                clock.pause()
+                if due or step == cfg.steps:
+                    row |= evaluate(state["params"])
+                    progress.say(evaluation_line(row))
+                _log(row, cfg, writer, progress, clock, always=True)
+                if saving or last:
+                    checkpoints.save(step, state, iterator)
+                clock.resume()
+            if stop.requested is not None:
+                checkpoints.save(step, state, iterator)
+                checkpoints.wait()
+                progress.say(f"{stop.requested}: saved step {step}; go on with --resume")
+                code = 130 if stop.requested == "SIGINT" else 0
+            else:
+                checkpoints.wait()
+    finally:
+        writer.close()
+    return code, state, step
+
+
+def _log(
+    row: Row | None, cfg: RunConfig, writer: MetricsWriter, progress: TrainingProgress, clock: _Clock, always: bool = False
+) -> None:
+    if row is None:
+        return
+    progress.update(row["step"], row["loss"], row["tokens_per_s"], clock.left(cfg.steps - row["step"]))
+    if always or row["step"] % cfg.log.every == 0:
+        writer.write(row)
+
+
+def _refuse_or_skip(cfg: RunConfig, place: RunDir, at: int, row: Row, skips: int, batch: Any) -> None:
+    """A step was not applied: say so, or stop and leave the batch behind."""
+    loss_bad = not np.isfinite(row["loss"])
+    if loss_bad and cfg.optim.nonfinite == "stop":
+        path = place.path / f"nonfinite_step_{at:08d}.npz"
+        np.savez_compressed(path, **batch)
+        raise TrainingStopped(
+            f"the loss of step {at} is {row['loss']} (gradient norm {row['grad_norm']}); its batch is in {path}, "
+            "the newest checkpoint is from before it: lower optim.lr, or go on with --optim.nonfinite=skip --resume."
+        )
+    if skips >= cfg.optim.max_skips:
+        raise TrainingStopped(
+            f"{skips} steps in a row were skipped up to step {at} (loss {row['loss']}, gradient norm "
+            f"{row['grad_norm']}); lower optim.lr or raise optim.max_skips."
+        )
+    why = "loss" if loss_bad else "gradient" if not np.isfinite(row["grad_norm"]) else "loss spike"
+    log.warning("step %d skipped (%s: loss %s, gradient norm %s)", at, why, row["loss"], row["grad_norm"])
+
+
+def _make_evaluation(cfg: RunConfig, source: Source) -> Callable[[Any], Row]:
+    """params -> val_loss, sink metrics and (on Bigram-Backcopy) risks; data prepared once."""
+    batches = source.val_batches(cfg.eval.batches)
+    tokens = held_out(cfg, source)
+    measure = make_measure(cfg.model, task=bigram_task(source))
+    loss = jax.jit(lambda params, batch: batch_loss(cfg.model, params, batch))
+
+    def evaluate(params: Any) -> Row:
+        parts = [jax.device_get(loss(params, batch)) for batch in batches]
+        total = sum(float(n) for _, n in parts)
+        numbers = summarise(measure(params, tokens), epsilon=cfg.eval.epsilon)
+        row: Row = {"val_loss": sum(float(s) for s, _ in parts) / max(total, 1.0)}
+        row |= {k: numbers[k] for k in LOGGED_SCALARS if numbers.get(k) is not None}
+        return row | {k: numbers[k] for k in LOGGED_TABLES if k in numbers}
+
+    return evaluate
+
+
+class _Clock:
+    """Training seconds without evaluations and saves, and the speed since the last reading."""
+
+    def __init__(self) -> None:
+        self.total, self._mark, self._steps, self._first = 0.0, time.perf_counter(), 0, 0.0
+
+    def _advance(self) -> float:
+        now = time.perf_counter()
+        passed, self._mark = now - self._mark, now
+        self.total += passed
+        return passed
+
+    def rate(self, tokens: float) -> float:
+        """Tokens per second since the last call."""
+        passed = self._advance()
+        self._steps += 1
+        if self._steps == 1:
+            self._first = self.total  # compilation; left out of the forecast
+        return tokens / max(passed, 1e-9)
+
+    def left(self, steps: int) -> float:
+        """Seconds that `steps` more will take at the mean speed so far."""
+        return steps * (self.total - self._first) / max(self._steps - 1, 1)
+
+    def pause(self) -> None:
+        self._advance()
+
+    def resume(self) -> None:
+        self._mark = time.perf_counter()

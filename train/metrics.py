@@ -1,0 +1,74 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard, wandb and trackio if asked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxattn.errors import ConfigError, UserError
+from train.config import LogConfig, RunConfig
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Writes one row to every destination; scalars only beyond the JSONL file.
+
+    Raises:
+      ConfigError: a tracker that is not installed.
+      UserError: metrics.jsonl cannot be written (disk full).
+    """
+
+    def __init__(self, folder: Path, cfg: RunConfig) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
+        self._sinks: list[Callable[[int, Row], None]] = []
+        self._closers: list[Callable[[], None]] = []
+        self._open_trackers(folder, cfg, cfg.log)
+
+    def _open_trackers(self, folder: Path, cfg: RunConfig, log: LogConfig) -> None:
+        if log.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+            self._sinks.append(lambda step, row: [board.add_scalar(k, v, step) for k, v in row.items()])
+            self._closers.append(board.close)
+        for name, project in (("wandb", log.wandb), ("trackio", log.trackio)):
+            if not project:
+                continue
+            try:
+                tracker = importlib.import_module(name)
+            except ImportError as error:
+                raise ConfigError(
+                    f"log.{name} is {project!r} but {name} is not installed; pip install 'jaxattn[track]'."
+                ) from error
+            run = tracker.init(project=project, name=folder.name, config=cfg.to_dict())
+            self._sinks.append(lambda step, row, run=run: run.log(row, step=step))
+            self._closers.append(run.finish)
+
+    def write(self, row: Row) -> None:
+        """Append one row; non-finite numbers become null in the JSON (JSON has no NaN)."""
+        clean = {k: _json_safe(v) for k, v in row.items()}
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}); free space, then go on with --resume."
+            ) from error
+        scalars = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
+        for sink in self._sinks:
+            sink(row["step"], scalars)
+
+    def close(self) -> None:
+        for close in self._closers:
+            close()
+        self._file.close()
+
+
+def _json_safe(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,80 @@
+"""`python -m train.pretrain --attn=sigmoid`: pretrain a decoder and watch attention sinks emerge."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+from jaxattn.errors import run_cli
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse flags over the preset's (or, on --resume, the run's own) defaults, then train."""
+    args = list(sys.argv[1:] if args is None else args)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("jaxattn").setLevel(logging.INFO)
+    if "--list-attn" in args:
+        _list_attention()
+        return 0
+    if "--list-presets" in args:
+        _list_presets()
+        return 0
+    _prepare_jax()
+
+    from train.config import parse_args
+    from train.load import read_config
+    from train.loop import default_run_dir, run
+    from train.presets import get_preset
+
+    preset = _value_of(args, "--preset")
+    cfg = parse_args(args, get_preset(preset or "bb"))
+    folder = Path(cfg.run_dir or default_run_dir(cfg))
+    if cfg.resume and preset is None and (folder / "config.json").is_file():
+        saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
+        cfg = parse_args(args, saved)
+    return run(cfg)
+
+
+def _value_of(args: list[str], flag: str) -> str | None:
+    """The value of a flag before the real parsing, whichever way it is written."""
+    for i, arg in enumerate(args):
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+    return None
+
+
+def _prepare_jax() -> None:
+    """Keep compiled programs between runs (unless the user chose a place already)."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        root = os.environ.get("JAXATTN_CACHE") or str(Path.home() / ".cache" / "jaxattn")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _list_attention() -> None:
+    from jaxattn.mechanisms import get, names
+
+    for name in names():
+        mechanism = get(name)
+        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(mechanism.spec))
+        print(f"{name:20} {mechanism.title} (arXiv {mechanism.arxiv})  {mechanism.equation}")
+        if options:
+            print(f"{'':20} options: {options}")
+
+
+def _list_presets() -> None:
+    from train.presets import PRESETS
+
+    for name, make in PRESETS.items():
+        print(f"{name:12} {(make.__doc__ or '').strip()}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

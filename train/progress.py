@@ -1,0 +1,67 @@
+"""A progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Context manager; `update` once a step, `say` for lines that stay."""
+
+    def __init__(self, total: int, start: int, print_every: int) -> None:
+        self._total, self._every, self._step = total, print_every, start
+        self._terminal = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not self._terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
+        """Show step, loss, tokens/s and the time left."""
+        numbers = f"loss {loss:.4f}  {tokens_per_s:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        if not self._terminal and (step % self._every == 0 or step == self._total):
+            self.say(f"step {step}/{self._total}  {numbers}  {_clock(seconds_left)} left")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._terminal:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
+
+
+def evaluation_line(row: dict[str, Any]) -> str:
+    """One readable line of an evaluation."""
+    parts = [f"step {row['step']}: val_loss {row['val_loss']:.4f}", f"sink_rate {row['sink_rate']:.1f} %"]
+    if "risk_backcopy" in row:
+        most = max(max(heads) for heads in row["first_token_weight_nontrigger"])
+        parts += [
+            f"backcopy {row['risk_backcopy']:.3f}",
+            f"bigram excess {row['risk_bigram_excess']:.3f}",
+            f"<s> weight {most:.3f}",
+        ]
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,120 @@
+"""The training step as one pure function: state, batch -> state, numbers.
+
+A step that would put a non-finite value into the parameters does not happen: the state comes back
+unchanged (only `skipped` counts up), so whatever is saved afterwards is sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from train.config import OptimConfig
+from train.objective import cross_entropy
+from train.optimizer import make_optimizer, make_schedule
+
+State = dict[str, Any]
+Batch = dict[str, Array]
+SPIKE_WARMUP = 20  # steps before the running mean of the loss is trusted
+
+
+def init_state(model: ModelConfig, optim: OptimConfig, steps: int, seed: int) -> State:
+    """params (f32), opt_state, step, skipped, loss_mean and the raw PRNG key, all deterministic in the seed."""
+
+    def create() -> State:
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        params = Decoder(model).init(init_key, tokens)["params"]
+        return {
+            "params": params,
+            "opt_state": make_optimizer(optim, steps).init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "skipped": jnp.zeros((), jnp.int32),
+            "loss_mean": jnp.zeros((), jnp.float32),
+            "rng": jax.random.key_data(run_key),
+        }
+
+    return jax.jit(create)()
+
+
+def batch_loss(model: ModelConfig, params: Any, batch: Batch) -> tuple[Array, Array]:
+    """Summed cross-entropy (nats) over the batch's loss mask, and the number of tokens in it."""
+    hidden, unembedding = Decoder(model).apply(
+        {"params": params},
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        batch.get("prefix_len"),
+        method=_hidden_and_unembedding,
+    )
+    return cross_entropy(hidden, unembedding, batch["targets"], batch["loss_mask"])
+
+
+def _hidden_and_unembedding(decoder: Decoder, *inputs: Array) -> tuple[Array, Array]:
+    return decoder.hidden(*inputs), decoder.unembedding()
+
+
+def make_train_step(
+    model: ModelConfig, optim: OptimConfig, steps: int
+) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
+    """The jitted step; the state is donated. Numbers: loss, grad_norm, lr, tokens, applied, skipped."""
+    optimizer, schedule = make_optimizer(optim, steps), make_schedule(optim, steps)
+
+    def gradients(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
+        """Mean loss, token count and gradient of the mean over the whole batch."""
+        total = jnp.maximum(jnp.sum(batch["loss_mask"]).astype(jnp.float32), 1.0)
+
+        def share(p: Any, part: Batch) -> Array:
+            return batch_loss(model, p, part)[0] / total
+
+        if optim.accumulate == 1:
+            loss, grads = jax.value_and_grad(share)(params, batch)
+            return loss, total, grads
+        parts = jax.tree.map(lambda x: x.reshape(optim.accumulate, -1, *x.shape[1:]), batch)
+
+        def add(carry, part):
+            loss, grads = jax.value_and_grad(share)(params, part)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        (loss, grads), _ = jax.lax.scan(add, zero, parts)
+        return loss, total, grads
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        loss, tokens, grads = gradients(state["params"], batch)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if optim.spike_factor:
+            trusted = state["step"] >= SPIKE_WARMUP
+            good &= ~(trusted & (loss > optim.spike_factor * state["loss_mean"]))
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        first = state["step"] == 0
+        mean = jnp.where(first, loss, 0.95 * state["loss_mean"] + 0.05 * loss)
+        new = {
+            "params": keep(params, state["params"]),
+            "opt_state": keep(opt_state, state["opt_state"]),
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + (~good).astype(jnp.int32),
+            "loss_mean": jnp.where(good, mean, state["loss_mean"]),
+            "rng": state["rng"],
+        }
+        numbers = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": schedule(state["step"]),
+            "tokens": tokens,
+            "applied": good,
+            "skipped": new["skipped"],
+        }
+        return new, numbers
+
+    return jax.jit(step, donate_argnums=0)
