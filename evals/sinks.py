@@ -57,7 +57,9 @@ def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndar
     return source.held_out(cfg.eval.sequences, length)
 
 
-def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None) -> dict[str, Any]:
+def evaluate(
+    cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None
+) -> dict[str, Any]:
     """The contents of sinks.json."""
     tokens = held_out(cfg, source, text)
     raw = make_measure(cfg.model, task=bigram_task(source))(params, tokens)
@@ -124,7 +126,12 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"  backcopy risk {result['risk_backcopy']:.4f}, bigram excess {result['risk_bigram_excess']:.4f} nats"
         )
-    names = ["first_token_weight", "first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain"]
+    names = [
+        "first_token_weight",
+        "first_token_weight_nontrigger",
+        "first_token_weight_trigger",
+        "value_drain",
+    ]
     for name in names:
         if name in result:
             for layer, heads in zip(result["attention_layers"], result[name], strict=True):
@@ -150,7 +157,9 @@ def main() -> int:
     from train.load import load_params, open_source, read_config
 
     cfg = read_config(args.run_dir)
-    changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}
+    changes = {
+        k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None
+    }
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **changes))
     if cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
         raise ConfigError(

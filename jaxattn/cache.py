@@ -5,21 +5,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
+from jaxattn.types import Leaf
 
 
 @struct.dataclass
 class KVCache:
     """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees."""
 
-    keys: Float[Array, "B S K D"]
-    values: Float[Array, "B S K V"]
-    positions: Int[Array, "B S"]
-    segments: Int[Array, "B S"]
-    length: Int[Array, ""]
+    keys: Leaf  # [B, S, K, D]
+    values: Leaf  # [B, S, K, V]
+    positions: Leaf  # [B, S]
+    segments: Leaf  # [B, S]
+    length: Leaf  # [], tokens written so far
 
     @property
     def capacity(self) -> int:
@@ -52,13 +53,17 @@ def append(
     """
     count = k.shape[1]
     if count > cache.capacity:
-        raise ConfigError(f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity.")
+        raise ConfigError(
+            f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity."
+        )
     if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + count > cache.capacity:
         raise ConfigError(
             f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
             "raise the capacity."
         )
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+        old, new.astype(old.dtype), cache.length, axis=1
+    )
     return KVCache(
         keys=put(cache.keys, k),
         values=put(cache.values, v),

@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from jaxattn.errors import ConfigError
+from jaxattn.types import Leaf
 
 PADDING = 0
 GLOBAL = -1
@@ -32,11 +33,11 @@ class Visibility:
     where the caller's own layout guarantees it. None = nothing is known.
     """
 
-    q_positions: Int[Array, "B T"]
-    k_positions: Int[Array, "B S"]
-    q_segments: Int[Array, "B T"]
-    k_segments: Int[Array, "B S"]
-    prefix_len: Int[Array, "B"] | None = None
+    q_positions: Leaf  # [B, T]
+    k_positions: Leaf  # [B, S]
+    q_segments: Leaf  # [B, T]
+    k_segments: Leaf  # [B, S]
+    prefix_len: Leaf = None  # [B] or None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     aligned: int | None = struct.field(pytree_node=False, default=None)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxattn.types import Leaf
+
 PositionBias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "b h T S"]]
 
 
@@ -58,14 +60,16 @@ def alibi_slopes(num_heads: int) -> Float[Array, "H"]:
 class Alibi:
     """-slope_h · |i - j|, the full distance: elementwise scores are not shift invariant."""
 
-    slopes: Float[Array, "H"]
+    slopes: Leaf  # [H]
 
     def __call__(self, q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"]) -> Float[Array, "b h T S"]:
         distance = jnp.abs(q_pos[:, None, :, None] - k_pos[:, None, None, :]).astype(jnp.float32)
         return -self.slopes[None, :, None, None] * distance
 
 
-def relative_bucket(distance: Int[Array, "*s"], buckets: int = 32, max_distance: int = 128) -> Int[Array, "*s"]:
+def relative_bucket(
+    distance: Int[Array, "*s"], buckets: int = 32, max_distance: int = 128
+) -> Int[Array, "*s"]:
     """T5's causal bucket of a distance i - j >= 0: half exact, half logarithmic (arXiv 1910.10683)."""
     distance = jnp.maximum(distance, 0)
     exact = buckets // 2
@@ -78,7 +82,7 @@ def relative_bucket(distance: Int[Array, "*s"], buckets: int = 32, max_distance:
 class RelativeBias:
     """A learned per-head value for each distance bucket, table [buckets, H]."""
 
-    table: Float[Array, "n H"]
+    table: Leaf  # [buckets, H]
 
     def __call__(self, q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S"]) -> Float[Array, "b h T S"]:
         bucket = relative_bucket(q_pos[:, :, None] - k_pos[:, None, :], self.table.shape[0])

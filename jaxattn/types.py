@@ -23,3 +23,7 @@ Scores = Float[Array, "B H T S"]
 Visible = Bool[Array, "B T S"]
 TokenIds = Int[Array, "B T"]
 Params = dict[str, Any]
+
+# A field of a pytree dataclass: usually an array, but JAX also rebuilds trees around placeholders, so a
+# shape annotation there would be checked against things that are no arrays. The comment gives the shape.
+Leaf = Any

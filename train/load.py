@@ -44,7 +44,9 @@ def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any
     known = {f.name for f in dataclasses.fields(kind)}
     if not isinstance(raw, dict) or set(raw) - known:
         unknown = ", ".join(sorted(prefix + k for k in set(raw) - known)) if isinstance(raw, dict) else prefix
-        raise UserError(f"{origin} has fields this version does not know: {unknown}; use the version that wrote it.")
+        raise UserError(
+            f"{origin} has fields this version does not know: {unknown}; use the version that wrote it."
+        )
     values = {}
     for name, value in raw.items():
         if dataclasses.is_dataclass(hints[name]):

@@ -23,7 +23,7 @@ def bb() -> RunConfig:
             position="learned",
             init="torch",
         ),
-        optim=OptimConfig(lr=1e-3, b1=0.9, b2=0.99, eps=1e-5, weight_decay=1e-4),
+        optim=OptimConfig(lr=3e-3, warmup_steps=200, b1=0.9, b2=0.99, eps=1e-5, weight_decay=1e-4),
         eval=EvalConfig(every=50, batches=4, sequences=100, length=48),
         checkpoint=CheckpointConfig(every=250),
     )
@@ -39,7 +39,13 @@ def text_tiny() -> RunConfig:
             num_layers=4, d_model=192, num_heads=4, mlps=("swiglu",), init="sink", scan_layers=False
         ),
         optim=OptimConfig(
-            lr=2e-3, schedule="cosine", min_lr_ratio=0.1, warmup_steps=60, b2=0.95, weight_decay=0.1, clip_norm=1.0
+            lr=2e-3,
+            schedule="cosine",
+            min_lr_ratio=0.1,
+            warmup_steps=60,
+            b2=0.95,
+            weight_decay=0.1,
+            clip_norm=1.0,
         ),
         eval=EvalConfig(every=100, batches=8, sequences=100, length=64),
         checkpoint=CheckpointConfig(every=300),

@@ -36,9 +36,7 @@ def column_means(a: Float[Array, "B H T S"], see: Bool[Array, "B T S"]) -> Float
     return jnp.sum(a, axis=2) / jnp.maximum(count, 1.0)
 
 
-def sink_rate(
-    alpha: Float[Array, "n L H S"], column: int = 0, epsilon: float = EPSILON
-) -> Float[Array, ""]:
+def sink_rate(alpha: Float[Array, "n L H S"], column: int = 0, epsilon: float = EPSILON) -> Float[Array, ""]:
     """Sink_k^eps in percent, with k = column + 1."""
     return 100.0 * jnp.mean((alpha[..., column] > epsilon).astype(jnp.float32))
 
@@ -98,4 +96,6 @@ def rows_sum_to_one(view: AttentionView) -> bool:
     """Whether the rows are already distributions (checked on the data), so that the proxy is A itself."""
     rows = view.weights(0, min(8, view.queries.shape[1])).values
     live = (view.vis.q_segments[:, : rows.shape[2]] != PADDING)[:, None]
-    return bool(jnp.all(jnp.abs(jnp.where(live, jnp.sum(rows, axis=-1) - 1.0, 0.0)) < 1e-3) & jnp.all(rows >= 0))
+    return bool(
+        jnp.all(jnp.abs(jnp.where(live, jnp.sum(rows, axis=-1) - 1.0, 0.0)) < 1e-3) & jnp.all(rows >= 0)
+    )

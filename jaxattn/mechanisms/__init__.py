@@ -1,7 +1,7 @@
 """Attention mechanisms: one paper, one file; see `_protocol` for what each offers.
 
-    names()      every registered name
-    get(name)    the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
+names()      every registered name
+get(name)    the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
 """
 
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights

@@ -37,6 +37,8 @@ class Spec:
 def row_weights(s: Array, see: Array, spec: Spec) -> Array:
     """exp(s) over its p-norm, in the log domain."""
     s = jnp.where(see, s, -jnp.inf)
+    top = jnp.max(s, axis=-1, keepdims=True, initial=-1e30)
+    s = s - jax.lax.stop_gradient(top)  # differences first: exact where exp and log would round
     log_z = jax.nn.logsumexp(spec.p * s, axis=-1, keepdims=True) / spec.p
     return spec.row_sum * jnp.where(see, jnp.exp(s - jnp.where(jnp.isfinite(log_z), log_z, 0.0)), 0.0)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.masks import self_visibility
 from jaxattn.models.config import ModelConfig
-from jaxattn.nn.layers import linear
+from jaxattn.nn.layers import Linear
 from jaxattn.nn.stream import Edit, Stream, edits_of
 from jaxattn.norms import rms_norm
 from jaxattn.rope import Alibi, PositionBias, RawRelativeBias, RelativeBias, alibi_slopes, rotate
@@ -43,9 +43,9 @@ class Attention(nn.Module):
         heads, kv_heads, dim, v_dim = cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.v_dim
 
         split = lambda y, n: y.reshape(*y.shape[:-1], n, -1)
-        q = split(linear(cfg, cfg.d_model, heads * dim, "q")(x), heads)
-        k = split(linear(cfg, cfg.d_model, kv_heads * dim, "k")(x), kv_heads)
-        v = split(linear(cfg, cfg.d_model, kv_heads * v_dim, "v")(x), kv_heads)
+        q = split(Linear(cfg, heads * dim, name="q")(x), heads)
+        k = split(Linear(cfg, kv_heads * dim, name="k")(x), kv_heads)
+        v = split(Linear(cfg, kv_heads * v_dim, name="v")(x), kv_heads)
         if cfg.qk_norm:
             ones = nn.initializers.ones
             q = rms_norm(q, self.param("q_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         for edit in edits_of(edits, self.layer, "head"):
             o = o.at[:, :, edit.head].set(0 if edit.value is None else edit.value)
         self.sow("capture", "head_out", o)
-        y = linear(cfg, heads * v_dim, cfg.d_model, "o")(o.reshape(*o.shape[:2], -1))
+        y = Linear(cfg, cfg.d_model, name="o")(o.reshape(*o.shape[:2], -1))
         return y, state
 
 

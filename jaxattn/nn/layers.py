@@ -28,16 +28,25 @@ def embedding_init(cfg: ModelConfig):
     return nn.initializers.normal(1.0) if cfg.init == "torch" else kernel_init(cfg, cfg.d_model)
 
 
-def linear(cfg: ModelConfig, d_in: int, d_out: int, name: str, *, last_of_mlp: bool = False) -> nn.Dense:
-    """A Dense layer with the model's dtypes and initialiser."""
-    return nn.Dense(
-        d_out,
-        use_bias=cfg.use_bias,
-        dtype=cfg.dtype,
-        param_dtype=jnp.float32,
-        kernel_init=kernel_init(cfg, d_in, last_of_mlp=last_of_mlp),
-        name=name,
-    )
+class Linear(nn.Module):
+    """x @ kernel (+ bias) over the last axis; parameters in f32, product in the model's dtype.
+
+    Tokens are flattened first: a weight gradient that contracts two axes is 1.6 times slower on XLA's CPU.
+    """
+
+    cfg: ModelConfig
+    features: int
+    last_of_mlp: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        cfg, width = self.cfg, x.shape[-1]
+        init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
+        kernel = self.param("kernel", init, (width, self.features), jnp.float32)
+        y = x.reshape(-1, width).astype(cfg.dtype) @ kernel.astype(cfg.dtype)
+        if cfg.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(cfg.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):
@@ -70,9 +79,9 @@ class Mlp(nn.Module):
             "relu": jax.nn.relu,
             "linear": lambda y: y,
         }[self.kind]
-        h = linear(cfg, cfg.d_model, width, "up")(x)
+        h = Linear(cfg, width, name="up")(x)
         if self.kind in ("swiglu", "geglu"):
-            h = act(linear(cfg, cfg.d_model, width, "gate")(x)) * h
+            h = act(Linear(cfg, width, name="gate")(x)) * h
         else:
             h = act(h)
-        return linear(cfg, width, cfg.d_model, "down", last_of_mlp=True)(h)
+        return Linear(cfg, cfg.d_model, last_of_mlp=True, name="down")(h)

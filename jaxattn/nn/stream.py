@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 from flax import struct
-from jaxtyping import Array, Int
 
 from jaxattn.errors import ConfigError
+from jaxattn.types import Leaf
 
 
 @struct.dataclass
 class Stream:
     """Explicit per-token facts every layer may need; positions do not decrease inside a segment."""
 
-    positions: Int[Array, "B T"]
-    segments: Int[Array, "B T"]
-    prefix_len: Int[Array, "B"] | None = None
+    positions: Leaf  # [B, T]
+    segments: Leaf  # [B, T]
+    prefix_len: Leaf = None  # [B] or None
 
 
 Component = Literal["attn", "mlp", "block", "head"]
@@ -35,11 +35,13 @@ class Edit:
     layer: int = struct.field(pytree_node=False)
     component: Component = struct.field(pytree_node=False)
     head: int | None = struct.field(pytree_node=False, default=None)
-    value: Array | None = None
+    value: Leaf = None
 
     def __post_init__(self) -> None:
         if (self.component == "head") != (self.head is not None):
-            raise ConfigError(f"edit of component {self.component!r} with head {self.head}: set head for 'head' only.")
+            raise ConfigError(
+                f"edit of component {self.component!r} with head {self.head}: set head for 'head' only."
+            )
 
 
 def edits_of(edits: tuple[Edit, ...], layer: int, component: str) -> list[Edit]:

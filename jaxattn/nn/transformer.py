@@ -189,7 +189,9 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if cfg.scan_layers:
             if edits:
-                raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")
+                raise ConfigError(
+                    "edits need model.scan_layers=False; `unstack_layers` converts the parameters."
+                )
             return self.layers(x, states or (None,) * cfg.period, stream)
         out = []
         for i, block in enumerate(self.blocks):

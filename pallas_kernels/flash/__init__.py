@@ -1,10 +1,13 @@
 """`flash`: the score family of attention with O(T) memory.
 
-    s_ij = scale · q_i·k_j + bias_ij + logit_bias,  w_ij = g(s_ij) · visible_ij,  o_i = Σ_j w_ij v_j / Z_i
+s_ij = scale · q_i·k_j + bias_ij + logit_bias,  w_ij = g(s_ij) · visible_ij,  o_i = Σ_j w_ij v_j / Z_i
 """
 
 from __future__ import annotations
 
+import inspect
+
+import jax
 from jaxtyping import Array, Float
 
 from jaxattn.masks import Visibility
@@ -43,5 +46,7 @@ def flash(
     Raises:
       NotImplementedError: a backend this op does not have.
     """
+    if inspect.isfunction(bias):
+        bias = jax.tree_util.Partial(bias)  # a pytree without leaves, so that it may cross a custom_vjp
     run = resolve("flash", backend, IMPLEMENTATIONS, default="xla")
     return run(q, k, v, vis, score, scale=scale, bias=bias)

@@ -30,9 +30,7 @@ def dense_scores(
     return s + jnp.where(on, bias(vis.q_positions, vis.k_positions), 0.0)
 
 
-def dense_weights(
-    s: Float[Array, "B H T S"], see: Array, score: Score
-) -> Float[Array, "B H T S"]:
+def dense_weights(s: Float[Array, "B H T S"], see: Array, score: Score) -> Float[Array, "B H T S"]:
     """w_ij / Z_i from scores and the visibility matrix [B, T, S]; zero where nothing is visible."""
     see = see[:, None]
     s = s + score.logit_bias

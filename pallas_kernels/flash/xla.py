@@ -1,9 +1,14 @@
 """Plain XLA with O(T) memory: blocks of queries, each over the keys it can see, in chunks.
 
-Every query block is recomputed in the backward pass (`jax.checkpoint`), so the residuals are q, k and v.
+The backward pass recomputes the weights of a block from one saved number per row, as flash attention
+does (arXiv 2205.14135); what is kept is q, k, v, the output and that number. Inside, heads come before
+tokens, so that every product is a batched matrix product without a transpose.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,99 +37,167 @@ def flash_xla(
     chunk_k: int = CHUNK_K,
 ) -> Float[Array, "B T H V"]:
     """See `pallas_kernels.flash.flash`. The largest temporary is [B, H, block_q, chunk_k]."""
-    length, keys = q.shape[1], k.shape[1]
-
-    def rows(q_block: Array, k_seen: Array, v_seen: Array, vis_block: Visibility) -> Array:
-        return _query_block(q_block, k_seen, v_seen, vis_block, score, scale, bias, chunk_k)
-
-    rows = jax.checkpoint(rows)
-    if length <= block_q:
-        return rows(q, k, v, vis)
+    batch, length, heads, dim = q.shape
+    kv_heads, keys, v_dim = k.shape[2], k.shape[1], v.shape[3]
+    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)  # [B, K, G, T, D]
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, ·]
+    rows = partial(_block, score, scale, chunk_k)
 
     blocks = -(-length // block_q)
-    per_group = -(-blocks // MAX_GROUPS)
-    group = per_group * block_q
+    group = -(-blocks // MAX_GROUPS) * block_q
     outputs = []
     for start in range(0, length, group):
         size = min(group, length - start)
         seen = keys if vis.aligned is None else min(keys, start + size + vis.aligned)
-        q_group, vis_group = q[:, start : start + size], vis.rows(start, size).columns(0, seen)
-        k_seen, v_seen = k[:, :seen], v[:, :seen]
+        q_group, vis_group = q[..., start : start + size, :], vis.rows(start, size).columns(0, seen)
+        k_seen, v_seen = k[:, :, :seen], v[:, :, :seen]
         if size <= block_q:
-            outputs.append(rows(q_group, k_seen, v_seen, vis_group))
+            outputs.append(rows(q_group, k_seen, v_seen, vis_group, bias))
             continue
         pad = -size % block_q
-        q_group, vis_group = jnp.pad(q_group, ((0, 0), (0, pad), (0, 0), (0, 0))), vis_group.pad_rows(pad)
+        q_group, vis_group = _pad(q_group, 3, pad), vis_group.pad_rows(pad)
 
         def block(i: Array, q_group=q_group, vis_group=vis_group, k_seen=k_seen, v_seen=v_seen) -> Array:
-            q_block = jax.lax.dynamic_slice_in_dim(q_group, i * block_q, block_q, axis=1)
-            return rows(q_block, k_seen, v_seen, vis_group.rows(i * block_q, block_q))
+            q_block = jax.lax.dynamic_slice_in_dim(q_group, i * block_q, block_q, axis=3)
+            return rows(q_block, k_seen, v_seen, vis_group.rows(i * block_q, block_q), bias)
 
         out = jax.lax.map(block, jnp.arange((size + pad) // block_q))
-        out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], size + pad, *out.shape[3:])
-        outputs.append(out[:, :size])
-    return jnp.concatenate(outputs, axis=1)
+        out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], size + pad, v_dim)
+        outputs.append(out[..., :size, :])
+    o = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
+    return jnp.moveaxis(o, 3, 1).reshape(batch, length, heads, v_dim)
 
 
-def _query_block(
-    q: Array, k: Array, v: Array, vis: Visibility, score: Score, scale: float, bias: PositionBias | None, chunk: int
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _block(
+    score: Score, scale: float, chunk: int, q: Array, k: Array, v: Array, vis: Visibility, bias: Any
 ) -> Array:
-    """One block of queries over all keys given, chunk by chunk, with the running row statistics."""
-    batch, rows, heads, dim = q.shape
-    kv_heads, keys = k.shape[2], k.shape[1]
-    groups = heads // kv_heads
-    # [B, K, G·t, D] against [B, K, S, D]: one batched product per key head, no transposed scores.
-    q = jnp.moveaxis(q.reshape(batch, rows, kv_heads, groups, dim), 1, 3)
+    """One block of queries [B,K,G,t,D] over all keys given [B,K,S,·]; returns [B,K,G,t,V]."""
+    return _block_forward(score, scale, chunk, q, k, v, vis, bias)[0]
 
-    def update(carry: tuple[Array, Array, Array], k_c: Array, v_c: Array, vis_c: Visibility):
+
+def _block_forward(score, scale, chunk, q, k, v, vis, bias):
+    def add(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Visibility]):
         top, mass, acc = carry
-        s = scale * jnp.einsum("bkgtd,bskd->bkgts", q, k_c, preferred_element_type=jnp.float32)
-        if bias is not None:
-            extra = jnp.where(
-                (vis_c.k_segments != GLOBAL)[:, None, None, :], bias(vis_c.q_positions, vis_c.k_positions), 0.0
-            )
-            per_head = extra.shape[1] == heads
-            s = s + extra.reshape(
-                extra.shape[0], *((kv_heads, groups) if per_head else (1, 1)), *extra.shape[2:]
-            )
-        s = s + score.logit_bias
-        see = visible(vis_c)[:, None, None]
+        k_c, v_c, vis_c = part
+        s, see = _scores(score, scale, q, k_c, vis_c, bias)
         if score.activation == "exp":
-            s = jnp.where(see, s, NEVER)
-            new_top = jax.lax.stop_gradient(jnp.maximum(top, jnp.max(s, axis=-1)))
-            w = jnp.where(see, jnp.exp(s - new_top[..., None]), 0.0)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            w = _exp_weights(s - new_top[..., None], see)
             fade = jnp.exp(top - new_top)
-            power = w if score.p == 1.0 else jnp.where(see, jnp.exp(score.p * (s - new_top[..., None])), 0.0)
-            mass = mass * fade**score.p + jnp.sum(power, axis=-1)
-            acc = acc * fade[..., None]
+            power = w if score.p == 1.0 else _exp_weights(score.p * (s - new_top[..., None]), see)
+            top, mass, acc = new_top, mass * fade**score.p + jnp.sum(power, axis=-1), acc * fade[..., None]
         else:
-            new_top = top
             w = jnp.where(see, ACTIVATIONS[score.activation](s), 0.0)
             mass = mass + _row_mass(w, see, score)
-        acc = acc + jnp.einsum("bkgts,bskv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
-        return new_top, mass, acc
+        acc = acc + jnp.einsum(
+            "bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32
+        )
+        return top, mass, acc
 
-    stats = (batch, kv_heads, groups, rows)
     floor = 0.0 if score.normaliser == "sum_plus_one" else NEVER
-    carry = (
-        jnp.full(stats, floor, jnp.float32),
-        jnp.zeros(stats, jnp.float32),
-        jnp.zeros((*stats, v.shape[-1]), jnp.float32),
-    )
-    if keys <= chunk:
-        carry = update(carry, k, v, vis)
-    else:
-        pad = -keys % chunk
-        wide = lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-        k, v, vis = wide(k), wide(v), vis.pad_columns(pad)
+    zero = jnp.zeros(q.shape[:-1], jnp.float32)
+    start = (zero + floor, zero, jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32))
+    top, mass, acc = _over_chunks(add, start, k, v, vis, chunk)
+    z = _normaliser(mass, top, score)
+    o = (acc / jnp.where(z == 0, 1.0, z)[..., None]).astype(v.dtype)
+    # exp: log Z over the true scale, so that weights are exp(s - stat); others: the running statistic.
+    stat = top + jnp.log(jnp.where(z == 0, 1.0, z)) if score.activation == "exp" else mass
+    return o, (q, k, v, vis, bias, o, stat)
 
-        def step(carry, i):
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1)
-            return update(carry, cut(k), cut(v), vis.columns(i * chunk, chunk)), None
 
-        carry, _ = jax.lax.scan(step, carry, jnp.arange((keys + pad) // chunk))
-    out = _normalise(carry, score)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
+def _block_backward(score, scale, chunk, saved, do):
+    q, k, v, vis, bias, o, stat = saved
+    do = do.astype(jnp.float32)
+    delta = jnp.sum(do * o.astype(jnp.float32), axis=-1)  # do · o, the part that flows through Z
+    z = _normaliser(stat, stat, score) if score.activation != "exp" else None
+
+    def add(carry, part):
+        dq, d_bias = carry
+        k_c, v_c, vis_c = part
+        (s, see), bias_vjp = _scores_and_vjp(score, scale, q, k_c, vis_c, bias)
+        dp = jnp.einsum("bkgtv,bksv->bkgts", do.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
+        if score.activation == "exp":
+            p = _exp_weights(s - stat[..., None], see)
+            through_z = _exp_share(p, s, stat, see, score)
+            ds = p * dp - delta[..., None] * through_z
+        else:
+            w, slope = jax.vjp(ACTIVATIONS[score.activation], s)
+            w = jnp.where(see, w, 0.0)
+            safe = jnp.where(z == 0, 1.0, z)[..., None]
+            p = w / safe
+            dw = dp / safe - (delta[..., None] / safe) * _mass_slope(w, see, stat, safe, score)
+            ds = slope(jnp.where(see, dw, 0.0))[0]
+        d_bias = jax.tree.map(jnp.add, d_bias, bias_vjp(ds))
+        ds, p = ds.astype(q.dtype), p.astype(v.dtype)
+        dq = dq + scale * jnp.einsum("bkgts,bksd->bkgtd", ds, k_c, preferred_element_type=jnp.float32)
+        fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # groups share their key head
+        dk = scale * jnp.einsum("bkns,bknd->bksd", fold(ds), fold(q), preferred_element_type=jnp.float32)
+        dv = jnp.einsum(
+            "bkns,bknv->bksv", fold(p), fold(do.astype(v.dtype)), preferred_element_type=jnp.float32
+        )
+        return (dq, d_bias), (dk.astype(k.dtype), dv.astype(v.dtype))
+
+    start = (jnp.zeros(q.shape, jnp.float32), jax.tree.map(jnp.zeros_like, bias))
+    (dq, d_bias), dk, dv = _map_chunks(add, start, k, v, vis, chunk)
+    return dq.astype(q.dtype), dk, dv, None, d_bias
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def _scores(
+    score: Score, scale: float, q: Array, k: Array, vis: Visibility, bias: Any
+) -> tuple[Array, Array]:
+    """Scaled, biased scores [B,K,G,t,S] (masked to NEVER for exp) and who sees whom."""
+    return _scores_and_vjp(score, scale, q, k, vis, bias)[0]
+
+
+def _scores_and_vjp(score, scale, q, k, vis, bias):
+    """As `_scores`, with the function that turns ds into the gradient of the bias's parameters."""
+    see = visible(vis)[:, None, None]
+    s = scale * jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+    vjp = lambda ds: bias
+    if bias is not None:
+
+        def extra(bias: PositionBias) -> Array:
+            on = (vis.k_segments != GLOBAL)[:, None, None, :]
+            added = jnp.where(on, bias(vis.q_positions, vis.k_positions), 0.0)
+            heads = q.shape[1:3] if added.shape[1] > 1 else (1, 1)
+            return jnp.broadcast_to(added.reshape(added.shape[0], *heads, *added.shape[2:]), s.shape)
+
+        added, pull = jax.vjp(extra, bias)
+        s, vjp = s + added, lambda ds: pull(ds)[0]
+    if score.logit_bias:
+        s = s + score.logit_bias
+    return (jnp.where(see, s, NEVER) if score.activation == "exp" else s, see), vjp
+
+
+def _exp_weights(exponent: Array, see: Array) -> Array:
+    return jnp.where(see, jnp.exp(exponent), 0.0)
+
+
+def _exp_share(p: Array, s: Array, stat: Array, see: Array, score: Score) -> Array:
+    """d log Z / ds: p over its row sum, or p^p for the p-norm."""
+    if score.p != 1.0:
+        return _exp_weights(score.p * (s - stat[..., None]), see)
+    return p / score.row_sum
+
+
+def _mass_slope(w: Array, see: Array, mass: Array, z: Array, score: Score) -> Array:
+    """dZ / dw for the normalisers of elementwise activations."""
+    match score.normaliser:
+        case "sum":
+            return jnp.full_like(w, 1.0 / score.row_sum)
+        case "sum_plus_one":
+            return jnp.ones_like(w)
+        case "clipped_sum":
+            return jnp.broadcast_to((jnp.sign(mass) * (jnp.abs(mass) > 1.0))[..., None], w.shape)
+        case "p_norm":
+            size = jnp.where(see & (w != 0), jnp.abs(w), 1.0)
+            return jnp.where(see & (w != 0), (z / size) ** (1.0 - score.p) * jnp.sign(w), 0.0)
+        case _:
+            return jnp.zeros_like(w)
 
 
 def _row_mass(w: Array, see: Array, score: Score) -> Array:
@@ -136,20 +209,50 @@ def _row_mass(w: Array, see: Array, score: Score) -> Array:
     return jnp.sum(w, axis=-1)
 
 
-def _normalise(carry: tuple[Array, Array, Array], score: Score) -> Array:
-    """Σ w v / Z from the running maximum, statistic and sum; rows without mass give zeros."""
-    top, mass, acc = carry
+def _normaliser(mass: Array, top: Array, score: Score) -> Array:
+    """Z from the running statistic; for exp relative to the running maximum. Rows without mass give 0."""
     match score.normaliser:
         case "none":
-            return acc
+            return jnp.ones_like(mass)
         case "sum":
-            z = mass / score.row_sum + (0.0 if score.activation == "exp" else score.eps)
+            return mass / score.row_sum + (0.0 if score.activation == "exp" else score.eps)
         case "sum_plus_one":
-            z = mass + jnp.exp(-top) if score.activation == "exp" else mass + 1.0
+            return mass + (jnp.exp(-top) if score.activation == "exp" else 1.0)
         case "clipped_sum":
-            z = jnp.maximum(jnp.abs(mass), 1.0)
+            return jnp.maximum(jnp.abs(mass), 1.0)
         case "p_norm":
-            z = jnp.where(mass > 0, mass, 1.0) ** (1.0 / score.p)
+            return jnp.where(mass > 0, jnp.where(mass > 0, mass, 1.0) ** (1.0 / score.p), 0.0)
         case _:
-            z = mass
-    return acc / jnp.where(z == 0, 1.0, z)[..., None]
+            return mass
+
+
+def _over_chunks(add, carry, k: Array, v: Array, vis: Visibility, chunk: int):
+    """Fold `add` over key chunks; one call when they fit."""
+    if k.shape[2] <= chunk:
+        return add(carry, (k, v, vis))
+    cut = _chunks(k, v, vis, chunk)
+    return jax.lax.scan(lambda c, i: (add(c, cut(i)), None), carry, jnp.arange(-(-k.shape[2] // chunk)))[0]
+
+
+def _map_chunks(add, carry, k: Array, v: Array, vis: Visibility, chunk: int):
+    """As `_over_chunks` for a function that also returns dk and dv of its chunk."""
+    keys = k.shape[2]
+    if keys <= chunk:
+        carry, (dk, dv) = add(carry, (k, v, vis))
+        return carry, dk, dv
+    cut = _chunks(k, v, vis, chunk)
+    carry, parts = jax.lax.scan(lambda c, i: add(c, cut(i)), carry, jnp.arange(-(-keys // chunk)))
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])[:, :, :keys]
+    return carry, join(parts[0]), join(parts[1])
+
+
+def _chunks(k: Array, v: Array, vis: Visibility, chunk: int):
+    """index -> (k, v, vis) of that chunk of keys, padded at the end."""
+    pad = -k.shape[2] % chunk
+    k, v, vis = _pad(k, 2, pad), _pad(v, 2, pad), vis.pad_columns(pad)
+    cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=2)
+    return lambda i: (cut(k, i), cut(v, i), vis.columns(i * chunk, chunk))
+
+
+def _pad(x: Array, axis: int, count: int) -> Array:
+    return jnp.pad(x, [(0, count if a == axis else 0) for a in range(x.ndim)])

@@ -58,7 +58,11 @@ def test_indicator_is_taken_before_the_mean():
 
 def test_last_column_divides_by_one_query():
     a = np.eye(64)
-    np.testing.assert_allclose(column_means(jnp.asarray(a[None, None], jnp.float32), CAUSAL)[0, 0], 1 / (64 - np.arange(64)), rtol=1e-6)
+    np.testing.assert_allclose(
+        column_means(jnp.asarray(a[None, None], jnp.float32), CAUSAL)[0, 0],
+        1 / (64 - np.arange(64)),
+        rtol=1e-6,
+    )
 
 
 def test_proxy_rows_are_absolute_shares():

@@ -63,7 +63,9 @@ def inputs(
 def close(actual, expected, *, rtol: float = 2e-5) -> None:
     """Equal up to `rtol` of the largest expected magnitude."""
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
-    np.testing.assert_allclose(actual, expected, atol=rtol * max(1.0, float(np.abs(expected).max())), rtol=rtol)
+    np.testing.assert_allclose(
+        actual, expected, atol=rtol * max(1.0, float(np.abs(expected).max())), rtol=rtol
+    )
 
 
 def packed(lengths: list[int], total: int, batch: int = 2):

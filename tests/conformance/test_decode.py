@@ -48,7 +48,9 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
 
 
 @every
-@pytest.mark.parametrize("pieces", [[1] * 20, [20], [13, 7], [9, 1, 1, 9]], ids=["steps", "one", "two", "mixed"])
+@pytest.mark.parametrize(
+    "pieces", [[1] * 20, [20], [13, 7], [9, 1, 1, 9]], ids=["steps", "one", "two", "mixed"]
+)
 def test_steps_equal_forward(case, pieces):
     q, k, v = inputs(20, value_dim=8)
     close(decode(case, q, k, v, pieces, capacity=29), case.forward(q, k, v))
@@ -91,7 +93,12 @@ def test_a_full_cache_is_refused_outside_jit_and_poisoned_inside(case):
     ones, positions = jnp.ones((2, 6), jnp.int32), default_positions(2, 6)
     with pytest.raises(ConfigError, match="capacity 5"):
         case.mechanism.step(state, q, k, v, positions, ones, **call)
-    step = jax.jit(lambda s, a, b: case.mechanism.step(s, *(x[:, a:b] for x in (q, k, v)), positions[:, a:b], ones[:, a:b], **call), static_argnums=(1, 2))
+    step = jax.jit(
+        lambda s, a, b: case.mechanism.step(
+            s, *(x[:, a:b] for x in (q, k, v)), positions[:, a:b], ones[:, a:b], **call
+        ),
+        static_argnums=(1, 2),
+    )
     o, state = step(state, 0, 3)
     assert np.all(np.isfinite(o))
     o, state = step(state, 3, 6)

@@ -64,9 +64,7 @@ def test_masks_and_biases_equal_reference(case, causal, window, bias):
     q, k, v = inputs(150)
     bias = {"none": None, "alibi": Alibi(alibi_slopes(4)), "raw_relative": RawRelativeBias()}[bias]
     positions, segments = packed([40, 1, 80], 150)
-    vis = self_visibility(
-        2, 150, causal=causal, window=window, positions=positions, segment_ids=segments
-    )
+    vis = self_visibility(2, 150, causal=causal, window=window, positions=positions, segment_ids=segments)
     close(case.forward(q, k, v, vis, bias=bias), case.reference(q, k, v, vis, bias=bias))
 
 

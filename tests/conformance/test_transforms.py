@@ -145,6 +145,12 @@ def test_mixer_texts_are_parsed_and_never_executed():
     assert resolve_mixer("none").mechanism is None
     choice = resolve_mixer("sigmoid(train_len=256, window=8)")
     assert (choice.spec.train_len, choice.window) == (256, 8)
-    for bad in ("softmax(__import__('os'))", "softmax(window=print(1))", "soft max", "softmax()()", "softmax(2)"):
+    for bad in (
+        "softmax(__import__('os'))",
+        "softmax(window=print(1))",
+        "soft max",
+        "softmax()()",
+        "softmax(2)",
+    ):
         with pytest.raises(ConfigError):
             resolve_mixer(bad)

@@ -53,7 +53,13 @@ def test_temporary_memory_is_linear_in_length(backend):
         loss = lambda q, k, v: jnp.sum(
             flash(q, k, v, self_visibility(1, length), Score(), scale=1.0, backend=backend)
         )
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+            .lower(q, k, v)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     small, large = bytes_at(2048), bytes_at(16384)
     assert large < 16 * small, (small, large)

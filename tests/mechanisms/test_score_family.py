@@ -50,7 +50,9 @@ HAND_WORKED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spec", "expected"), HAND_WORKED, ids=lambda x: str(x) if isinstance(x, str | dict) else "")
+@pytest.mark.parametrize(
+    ("name", "spec", "expected"), HAND_WORKED, ids=lambda x: str(x) if isinstance(x, str | dict) else ""
+)
 def test_hand_worked_row(name, spec, expected):
     np.testing.assert_allclose(rows(name, Q, K, **spec).values[0, 0, 2], expected, atol=1e-6)
 
@@ -81,7 +83,9 @@ def test_k_bias_of_zeros_is_softmax_off_by_one():
     q, k, v = qkv()
     params = {"k": jnp.zeros((2, 4))}
     np.testing.assert_allclose(
-        jaxattn.attend("k_bias", q, k, v, params=params), jaxattn.attend("softmax_off_by_one", q, k, v), atol=1e-6
+        jaxattn.attend("k_bias", q, k, v, params=params),
+        jaxattn.attend("softmax_off_by_one", q, k, v),
+        atol=1e-6,
     )
 
 
@@ -179,7 +183,9 @@ def test_relu_divides_by_the_visible_keys_only():
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
     a = jaxattn.attend("relu", q, k, v, segment_ids=segments)
     np.testing.assert_allclose(a[0, :, 0, 0], [2, 2, 2, 2, 2, 0], atol=1e-6)
-    windowed = get("relu").weights(q, k, self_visibility(1, 6, window=2), spec=get("relu").spec()).values[0, 0]
+    windowed = (
+        get("relu").weights(q, k, self_visibility(1, 6, window=2), spec=get("relu").spec()).values[0, 0]
+    )
     np.testing.assert_allclose(windowed[4], [0, 0, 0, 1, 1, 0], atol=1e-6)
 
 

@@ -14,7 +14,14 @@ from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, Edit, stack_layers, unstack_layers
 
-BASE = {"vocab_size": 17, "num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "max_positions": 40}
+BASE = {
+    "vocab_size": 17,
+    "num_layers": 2,
+    "d_model": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_positions": 40,
+}
 VARIANTS = {
     "plain": {},
     "post": {"norm_position": "post", "norm": "layernorm"},
@@ -23,7 +30,10 @@ VARIANTS = {
     "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu")},
     "no-mlp": {"mlps": ("none",), "mixers": ("softmax", "none")},
     "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
-    **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
+    **{
+        f"position-{p}": {"position": p}
+        for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")
+    },
     **{name: {"mixers": (name,)} for name in names()},
 }
 
@@ -79,9 +89,7 @@ def test_scanned_layers_are_the_unrolled_ones(mixers, remat):
     value, grad = jax.value_and_grad(loss(cfg))(params)
     flat_value, flat_grad = jax.value_and_grad(loss(flat_cfg))(flat)
     np.testing.assert_allclose(value, flat_value, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grad, stack_layers(flat_grad, cfg)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grad, stack_layers(flat_grad, cfg))
     jax.tree.map(np.testing.assert_array_equal, stack_layers(flat, cfg), params)
     with pytest.raises(ConfigError, match="scan_layers=False"):
         apply(cfg, params, tokens, edits=(Edit(0, "attn"),))

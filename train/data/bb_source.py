@@ -48,8 +48,7 @@ class BigramBackcopySource(Source):
         """Always refused: the task has no tokenizer."""
         raise DataError(
             f"the text file {path!r} cannot be used with data.source='bb', which has no tokenizer: train "
-            "on a text "
-            "source, or leave the file out."
+            "on a text source, or leave the file out."
         )
 
     def entropies(self, max_tokens: int = 5_000_000) -> dict[str, float]:

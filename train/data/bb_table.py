@@ -110,8 +110,7 @@ def make_table(counts: np.ndarray, triggers: int = 3) -> BigramTable:
     if (occurrences > 0).sum() < triggers + 2:
         raise DataError(
             f"the text for data.bb_table has {int((occurrences > 0).sum())} of the 65 characters, too "
-            "few for "
-            f"data.bb_triggers={triggers}: give a longer English text."
+            f"few for data.bb_triggers={triggers}: give a longer English text."
         )
     unigram = _quantise(occurrences)
     rows = [_quantise(row) if row.sum() else unigram for row in counts]
@@ -166,8 +165,8 @@ def main() -> None:
     }
     record = {
         "provenance": f"pair counts in the docstrings of the standard library of CPython "
-        f"{platform.python_version()} "
-        f"(PSF-2.0), {len(text)} characters, blanks collapsed; written by python -m train.data.bb_table",
+        f"{platform.python_version()} (PSF-2.0), {len(text)} characters, blanks collapsed; written by "
+        "python -m train.data.bb_table",
         "counts": table,
     }
     _COUNTS.write_text(json.dumps(record, ensure_ascii=True, separators=(",", ":")) + "\n", "utf-8")

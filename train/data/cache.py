@@ -61,8 +61,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
     except OSError as error:
         raise DataError(
             f"the cache file {str(path)!r} cannot be written ({error.strerror}): free space or choose "
-            "another "
-            "folder with --data.cache-dir."
+            "another folder with --data.cache-dir."
         ) from error
     finally:
         if temporary and os.path.exists(temporary):

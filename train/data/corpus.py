@@ -26,8 +26,7 @@ class Tally:
             seen = f" (number {len(self.records)})" if self.limit else ""
             raise DataError(
                 f"{record} is corrupt{seen}: {why}; repair or remove it, or set --data.max-bad-records "
-                "to at least "
-                f"{len(self.records)} to skip and count such records."
+                f"to at least {len(self.records)} to skip and count such records."
             )
 
 

@@ -46,8 +46,7 @@ class GuardedIterator(grain.DatasetIterator):
             dead = [f"pid {p.pid} (exit code {p.exitcode})" for p in self._processes if p.exitcode]
             raise DataError(
                 f"a data worker died, {' and '.join(dead) or str(error).rstrip('.')}: resume from the "
-                "last checkpoint, "
-                "with fewer --data.workers if memory ran out (exit code -9)."
+                "last checkpoint, with fewer --data.workers if memory ran out (exit code -9)."
             ) from error
         if self._identity["workers"] and len(self._processes) < self._identity["workers"]:
             self._processes = [p for p in multiprocessing.active_children() if p.name.startswith("grain-")]
@@ -68,8 +67,7 @@ class GuardedIterator(grain.DatasetIterator):
             if found.get(name) != ours:
                 raise Mismatch(
                     f"the saved data position has {name}={found.get(name)!r} but this run has {ours!r}: "
-                    "resume with the "
-                    "data settings of the saved run, or start the data anew."
+                    "resume with the data settings of the saved run, or start the data anew."
                 )
         self._parent.set_state(state["stream"])
 

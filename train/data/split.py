@@ -57,8 +57,7 @@ def split(offsets: np.ndarray, val_fraction: float, seed: int) -> tuple[Spans, S
         if cut - first < 2:
             raise DataError(
                 f"the corpus is one document of {last - first} tokens, too short to hold out validation "
-                "text: "
-                "give more text, or set --data.val-fraction=0."
+                "text: give more text, or set --data.val-fraction=0."
             )
         return Spans(np.array([first]), np.array([cut])), Spans(np.array([cut]), np.array([last]))
     hashes = document_hash(seed, len(start))[full]

@@ -51,8 +51,7 @@ def stdlib_corpus(source: str = "stdlib") -> Corpus:
     if missing or not files:
         raise DataError(
             f"data.source={source!r} has no Python files for {sorted(missing) or 'stdlib'} under "
-            f"{str(root)!r}: "
-            "name top-level modules of the standard library, or use another source."
+            f"{str(root)!r}: name top-level modules of the standard library, or use another source."
         )
     raw = {path: path.read_bytes() for path in files}
     names = "\n".join(str(path.relative_to(root)) for path in files)

@@ -129,8 +129,7 @@ def _open(record_path: Path) -> TokenStore:
         if file_digest(path) != sha:
             raise DataError(
                 f"the cache file {str(path)!r} does not match its checksum: delete it and "
-                f"{str(record_path)!r}, "
-                "then run again to build them anew."
+                f"{str(record_path)!r}, then run again to build them anew."
             )
     offsets = np.fromfile(record_path.with_suffix(".offsets"), dtype="<i8").astype(np.int64)
     return TokenStore(record_path.with_suffix(".ids"), dtype, offsets, meta)

@@ -58,8 +58,7 @@ class TextSource(Source):
         if not (room >= 0).any():
             raise DataError(
                 f"no held-out document has {length} tokens (the longest has {int(room.max()) + length}): "
-                "ask for shorter "
-                "sequences, or raise --data.val-fraction."
+                "ask for shorter sequences, or raise --data.val-fraction."
             )
         fits = np.flatnonzero(room >= 0)
         starts = self.val.start[fits][:n]
@@ -83,8 +82,7 @@ class TextSource(Source):
         if len(ids) < n * length:
             raise DataError(
                 f"the text file {path!r} has {len(ids)} tokens, too few for {n} sequences of {length}: "
-                "give a longer "
-                f"text, or ask for {len(ids) // length} sequences."
+                f"give a longer text, or ask for {len(ids) // length} sequences."
             )
         starts = np.arange(n) * (len(ids) // n if n else 0)
         return np.stack([ids[s : s + length] for s in starts]) if n else np.zeros((0, length), np.int32)

@@ -39,6 +39,18 @@ def test_random(source_of, fields):
     assert (np.concatenate([x["tokens"][:, 0] for x in other]) != drawn).any()
 
 
+def test_padding_stays(source_of):
+    source = source_of(["ab"] * 5, packing="best_fit", batch_size=1, val_fraction=0, perturb="fixed=17@14,15")
+    batches = batches_of(source, 4)
+    assert any((b["segment_ids"][:, 14:] == 0).any() for b in batches)
+    for b in batches:
+        padding = b["segment_ids"] == 0
+        assert not b["tokens"][padding].any()
+        assert not b["targets"][padding].any()
+    short = batches_of(source_of(["ab"], batch_size=1, val_fraction=0, perturb="fixed=17@9"), 2)
+    assert all((b["tokens"] != 17).all() for b in short)
+
+
 def test_special_tokens_are_never_drawn():
     perturb = parse_perturbation("random@0", context=4, vocab=3, special=0)
     drawn = perturb.draw(np.random.default_rng(0), 200)

@@ -97,6 +97,14 @@ def test_held_out_sequences_lie_inside_one_document(source_of, texts):
         source.held_out(1, 1000)
 
 
+def test_held_out_sequences_leave_the_end_token_out(source_of):
+    source = source_of(["abcdefghij"] * 8)
+    assert (source.held_out(50, 10) != source.tokenizer.eos).all()
+    assert (source.held_out(50, 4) != source.tokenizer.eos).all()
+    with pytest.raises(DataError, match=r"no held-out document has 11 tokens .the longest has 10"):
+        source.held_out(1, 11)
+
+
 def test_encode_text(source_of, tmp_path):
     source = source_of()
     path = tmp_path / "mein text.txt"

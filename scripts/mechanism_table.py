@@ -1,0 +1,49 @@
+"""The README's table of mechanisms, generated from the registry.
+
+python -m scripts.mechanism_table            print it
+python -m scripts.mechanism_table --write    put it into README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from jaxattn.mechanisms import get, names
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- mechanisms -->", "<!-- /mechanisms -->"
+
+
+def table() -> str:
+    """Markdown: name, what it is, weights, options, paper."""
+    lines = ["| `--attn=` | what | weights | options | paper |", "|---|---|---|---|---|"]
+    for name in names():
+        m = get(name)
+        options = ", ".join(f"`{f.name}={f.default}`" for f in dataclasses.fields(m.spec)) or "–"
+        equation = m.equation.replace("|", "\\|")
+        link = f"[{m.arxiv}](https://arxiv.org/abs/{m.arxiv})"
+        lines.append(f"| `{name}` | {m.title} | {equation} | {options} | {link} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """README text with a fresh table between the markers."""
+    before, rest = text.split(START, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="update README.md")
+    if parser.parse_args().write:
+        README.write_text(with_table(README.read_text("utf-8")), "utf-8")
+    else:
+        sys.stdout.write(table() + "\n")
+
+
+if __name__ == "__main__":
+    main()

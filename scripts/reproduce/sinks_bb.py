@@ -1,0 +1,146 @@
+"""Sinks on Bigram-Backcopy: softmax against its sigmoid and ReLU twins, three seeds.
+
+    python -m scripts.reproduce.sinks_bb [--runs-dir runs/sinks_bb] [--seeds 3]
+
+Active-Dormant Attention Heads (arXiv 2410.13835) and When Attention Sink Emerges in Language Models
+(arXiv 2410.10781). Trains the `bb` preset for each attention and seed, writes a table (JSON and Markdown)
+under scripts/reproduce/results/ and a side-by-side report, and exits 1 if an expectation fails:
+
+  softmax        largest start-token weight on non-trigger queries > 0.8, < 0.05 on trigger queries in that
+                 head, value drain < 0.5 there, within 1000 steps
+  sigmoid, relu  start-token weight < 0.02 on non-trigger queries in the copying layer, backcopy risk < 0.05
+
+The copying layer is the one whose attention output, zeroed, raises the backcopy risk most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evals.report import write_report
+from evals.sinks import bigram_task, held_out
+from jaxattn.errors import run_cli
+from jaxattn.nn import Decoder, Edit
+from train.load import load_params, open_source, read_config
+from train.loop import run
+from train.objective import token_losses
+from train.presets import get_preset
+from train.rundir import environment, write_json_atomic
+
+ATTENTIONS = ("softmax", "sigmoid", "relu")
+RESULTS = Path(__file__).parent / "results"
+
+
+def zeroed_risks(folder: Path) -> list[float]:
+    """Backcopy risk (nats) with each layer's attention output zeroed."""
+    cfg = read_config(folder)
+    source, model = open_source(cfg)
+    task = bigram_task(source)
+    assert task is not None
+    params, _ = load_params(folder, dataclasses.replace(cfg, model=model))
+    tokens = jnp.asarray(held_out(cfg, source))
+    copy = jnp.isin(tokens[:, 1:-1], jnp.asarray(task.trigger_ids))
+
+    def risk(layer: int) -> float:
+        logits = Decoder(model).apply({"params": params}, tokens, edits=(Edit(layer, "attn"),))
+        loss = token_losses(logits[:, 1:-1], tokens[:, 2:])
+        return float(jnp.sum(jnp.where(copy, loss, 0.0)) / jnp.sum(copy))
+
+    return [risk(layer) for layer in range(model.num_layers)]
+
+
+def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Train (or reuse) one run and read what the expectations need."""
+    folder = runs / f"{attn}-seed{seed}"
+    if not (folder / "sinks.json").exists():
+        run(
+            dataclasses.replace(
+                get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder), overwrite=folder.exists()
+            )
+        )
+    sinks = json.loads((folder / "sinks.json").read_text("utf-8"))
+    plain, trigger, drain = (
+        np.asarray(sinks[k])
+        for k in ("first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain")
+    )
+    top = np.unravel_index(plain.argmax(), plain.shape)
+    zeroed = zeroed_risks(folder)
+    copying = int(np.argmax(zeroed))
+    row = {
+        "attn": attn,
+        "seed": seed,
+        "steps": sinks["step"],
+        "sink_rate": sinks["sink_rate"],
+        "sink_layer": int(top[0]),
+        "nontrigger_max": float(plain[top]),
+        "trigger_there": float(trigger[top]),
+        "drain_there": float(drain[top]),
+        "copying_layer": copying,
+        "nontrigger_copying": float(plain[copying].max()),
+        "risk_backcopy": sinks["risk_backcopy"],
+        "risk_bigram_excess": sinks["risk_bigram_excess"],
+        "risk_backcopy_zeroed": zeroed,
+    }
+    if attn == "softmax":
+        row["holds"] = (
+            row["nontrigger_max"] > 0.8 and row["trigger_there"] < 0.05 and row["drain_there"] < 0.5
+        )
+    else:
+        row["holds"] = row["nontrigger_copying"] < 0.02 and row["risk_backcopy"] < 0.05
+    return row
+
+
+COLUMNS = (
+    "attn seed sink_rate sink_layer nontrigger_max trigger_there drain_there copying_layer "
+    "nontrigger_copying risk_backcopy risk_bigram_excess holds"
+).split()
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, with mean and spread over seeds per attention."""
+    show = lambda x: f"{x:.4f}" if isinstance(x, float) else str(x)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(show(row[c]) for c in COLUMNS) + " |" for row in rows]
+    for attn in dict.fromkeys(row["attn"] for row in rows):
+        mine = [row for row in rows if row["attn"] == attn]
+        cells = []
+        for c in COLUMNS:
+            values = [row[c] for row in mine]
+            numeric = isinstance(values[0], float)
+            cells.append(f"{np.mean(values):.4f} ± {np.std(values):.4f}" if numeric else "")
+        lines.append("| " + " | ".join([f"**{attn}**, mean ± sd", *cells[1:]]) + " |")
+    lines.append(
+        "\nPaper-scale figures (card of arXiv 2410.13835, CPU runs): softmax 0.94 non-trigger, 0.000 trigger; "
+        "ReLU and sigmoid 0.000 to 0.001 in the copying layer."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.reproduce.sinks_bb", description=__doc__)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/sinks_bb"))
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    rows = [one_run(attn, seed, args.runs_dir) for attn in ATTENTIONS for seed in range(args.seeds)]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        RESULTS / "sinks_bb.json",
+        {"rows": rows, "device": jax.devices()[0].device_kind, "environment": environment()},
+    )
+    (RESULTS / "sinks_bb.md").write_text(markdown(rows), encoding="utf-8")
+    report = write_report([args.runs_dir / f"{a}-seed0" for a in ATTENTIONS], args.runs_dir / "report.html")
+    print(markdown(rows))
+    print(f"side-by-side report: {report}")
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,200 @@
+"""A run that is killed or stopped and resumed equals an unbroken one: losses, parameters, data, to the bit."""
+
+import dataclasses
+import json
+import random
+import signal
+
+import helpers as h
+import pytest
+
+from train.loop import run
+from train.pretrain import main
+
+STEPS = 160
+EVERY = 20  # steps between checkpoints
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "füße und mehr.txt"
+    rng = random.Random(7)
+    words = ["attention", "sinks", "on", "the", "first", "token", "när", "värdet", "är", "litet"]
+    path.write_text("\n".join(" ".join(rng.choices(words, k=40)) for _ in range(40)), "utf-8")
+    return path
+
+
+def text_changes(path):
+    data = h.TINY["data"] | {
+        "source": str(path),
+        "tokenizer": "bytes",
+        "cache_dir": str(path.parent / "cache"),
+        "val_fraction": 0.1,
+    }
+    return {"data": data, "checkpoint": {"every": EVERY}, "optim": {"accumulate": 2}}
+
+
+@pytest.fixture(scope="module")
+def bb_unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bb") / "unbroken"
+    assert run(h.tiny(folder, STEPS, checkpoint={"every": EVERY})) == 0
+    return folder
+
+
+def finish_in_process(folder):
+    """--resume with no other flags: everything else comes from the run itself."""
+    assert run(dataclasses.replace(h.read_config(folder), resume=True, run_dir=str(folder))) == 0
+
+
+def test_rows_are_whole_and_the_numbers_move(bb_unbroken):
+    """What the comparisons below stand on: all steps, distinct losses, a falling loss."""
+    losses = [row["loss"] for row in h.rows(bb_unbroken)]
+    assert [row["step"] for row in h.rows(bb_unbroken)] == list(range(1, STEPS + 1))
+    assert len(set(losses)) == STEPS
+    assert losses[-1] < losses[0]
+
+
+def test_other_seeds_are_told_apart(bb_unbroken, tmp_path):
+    """The comparison can fail: another seed gives other rows and another state."""
+    run(h.tiny(tmp_path / "other", EVERY, seed=1))
+    assert h.untimed(tmp_path / "other")[:5] != h.untimed(bb_unbroken)[:5]
+
+
+def test_row_1_and_3_bb_killed_again_and_again(bb_unbroken, tmp_path):
+    """Three kill -9 at seeded steps, one inside the writing of the data, one before the manifest."""
+    folder = tmp_path / "killed"
+    rng = random.Random(1)
+    first = rng.randrange(2, EVERY)  # before any checkpoint
+    second = rng.randrange(EVERY + 2, 2 * EVERY)
+    words = h.flags(h.tiny(folder, STEPS, checkpoint={"every": EVERY}))
+    resume = ["--resume", f"--run-dir={folder}"]
+    h.kill_at(words, folder, first)
+    assert [row["step"] for row in h.rows(folder, torn=True)][:first] == list(range(1, first + 1))
+    h.kill_at(resume, folder, second)
+    committed = h.steps_of(folder)
+    assert committed
+    for where in ("data", "manifest"):
+        code, out, err = h.command(resume, tmp_path, JAXATTN_CRASH_AT=where)
+        assert code == -signal.SIGKILL, (out, err)
+        assert h.steps_of(folder) == committed, where
+        assert f"resumed {folder}/checkpoints/step_{committed[-1]:08d}" in out
+        assert any(".partial" in p.name for p in (folder / "checkpoints").iterdir())
+        assert max(row["step"] for row in h.rows(folder, torn=True)) >= committed[-1] + EVERY - 1
+    finish_in_process(folder)
+    h.assert_same_run(folder, bb_unbroken)
+    assert not any("partial" in p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_row_1_text_with_accumulated_gradients(text_file, tmp_path):
+    """A text file whose epoch is shorter than the run, the kill in the middle of an epoch."""
+    changes = text_changes(text_file)
+    unbroken, folder = tmp_path / "unbroken", tmp_path / "killed"
+    assert run(h.tiny(unbroken, STEPS, **changes)) == 0
+    tokens = json.loads((unbroken / "data.json").read_text())["meta"]
+    assert STEPS * 4 * 16 > text_file.stat().st_size, tokens  # more than one epoch
+    h.kill_at(h.flags(h.tiny(folder, STEPS, **changes)), folder, EVERY + random.Random(2).randrange(3, EVERY))
+    assert h.steps_of(folder)
+    finish_in_process(folder)
+    h.assert_same_run(folder, unbroken)
+
+
+def test_row_4_sigterm_saves_the_step_and_exits_0(bb_unbroken, tmp_path):
+    folder = tmp_path / "stopped"
+    words = h.flags(
+        h.tiny(folder, STEPS, checkpoint={"every": 1000})
+    )  # no checkpoint of its own before the end
+    code, out, err, seconds = h.stop_at(words, folder, 23, signal.SIGTERM)
+    assert code == 0, err
+    assert seconds < 10
+    assert "Traceback" not in err
+    (step,) = h.steps_of(folder)
+    assert 23 <= step < STEPS
+    assert f"SIGTERM: saved step {step}" in out
+    assert [row["step"] for row in h.rows(folder)] == list(range(1, step + 1))
+    assert h.untimed(folder) == h.untimed(bb_unbroken)[:step]
+    assert not (folder / "sinks.json").exists()  # the run has not ended
+    assert main(["--resume", f"--run-dir={folder}"]) == 0
+    h.assert_same_run(folder, bb_unbroken)
+
+
+def test_row_6_ctrl_c(bb_unbroken, tmp_path):
+    folder = tmp_path / "stopped"
+    words = h.flags(h.tiny(folder, STEPS, checkpoint={"every": 1000}))
+    code, out, err, seconds = h.stop_at(words, folder, 5, signal.SIGINT)
+    assert code == 130, (out, err)
+    assert seconds < 10
+    assert "Traceback" not in out + err
+    (step,) = h.steps_of(folder)
+    assert f"SIGINT: saved step {step}; go on with --resume" in out
+    assert h.untimed(folder) == h.untimed(bb_unbroken)[:step]
+
+
+@pytest.mark.parametrize("at", [3, 4, 12])
+@pytest.mark.parametrize("moment", ["data", "shard", "save"])
+def test_a_stop_at_any_moment_of_a_step_loses_no_row(tmp_path, monkeypatch, at, moment):
+    """The signal comes while batch `at` is read, is sent to the device, or the next checkpoint is saved."""
+    import train.loop as loop
+
+    inside = {}
+
+    class Stop(loop.StopSignal):
+        def __enter__(self):
+            inside["stop"] = self
+            return super().__enter__()
+
+    def ring(count=[0]):  # noqa: B006 - counts the calls
+        count[0] += 1
+        if count[0] == at:
+            inside["stop"]._note(signal.SIGTERM, None)
+
+    monkeypatch.setattr(loop, "StopSignal", Stop)
+    if moment == "shard":
+        original = loop.shard_batch
+        monkeypatch.setattr(loop, "shard_batch", lambda *a: (ring(), original(*a))[1])
+    elif moment == "data":
+        update = loop._log
+        monkeypatch.setattr(loop, "_log", lambda *a, **k: (ring(), update(*a, **k))[1])
+    else:
+        save = loop.Checkpoints.save
+        monkeypatch.setattr(
+            loop.Checkpoints,
+            "save",
+            lambda self, *a: (save(self, *a), at == 4 and ring(), at == 4 and [ring() for _ in range(3)])[0],
+        )
+        if at != 4:
+            pytest.skip("saves happen at 4, 8 and 12 only")
+    folder = tmp_path / "run"
+    assert run(h.tiny(folder)) == 0
+    step = h.steps_of(folder)[-1]
+    assert [row["step"] for row in h.rows(folder)] == list(range(1, step + 1))
+
+
+def test_a_stop_between_the_look_and_the_end_of_the_loop_loses_no_row(tmp_path, monkeypatch):
+    """The signal handler runs after the step was found not to be the last, before `while` looks again."""
+    import train.loop as loop
+
+    class Stop(loop.StopSignal):
+        looks = 0
+
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name == "requested":  # looked at twice a step: by `while`, then by `last`
+                Stop.looks += 1
+                return value or ("SIGTERM" if Stop.looks == 7 else None)
+            return value
+
+    monkeypatch.setattr(loop, "StopSignal", Stop)
+    folder = tmp_path / "run"
+
+    class Sticky(Stop):
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name == "requested" and value:
+                self.__dict__["requested"] = value
+            return value
+
+    monkeypatch.setattr(loop, "StopSignal", Sticky)
+    assert run(h.tiny(folder, checkpoint={"every": 100})) == 0
+    (step,) = h.steps_of(folder)
+    assert step == 3
+    assert [row["step"] for row in h.rows(folder)] == [1, 2, 3]
