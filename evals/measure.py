@@ -95,9 +95,7 @@ def _split(view: ForwardView, plain: Array, trigger: Array) -> dict[str, Array]:
     out = {}
     for label, queries in (("nontrigger", plain), ("trigger", trigger)):
         for suffix, proxy in (("", False), ("_proxy", True)):
-            rows = [
-                probes.first_token_weight(layer, queries, view.front, proxy=proxy) for layer in view.attention
-            ]
+            rows = [probes.first_token_weight(layer, queries, view.front, proxy=proxy) for layer in view.attention]
             out[f"first_token_weight_{label}{suffix}"] = jnp.stack(rows)
     return out
 
@@ -125,9 +123,7 @@ def summarise(raw: dict[str, np.ndarray], *, epsilon: float) -> dict[str, Any]:
     out: dict[str, Any] = {
         "sink_rate": percent(0),
         "sink_rate_by_position": [percent(k) for k in range(alpha.shape[-1])],
-        "sink_rate_slot": (
-            float(100 * np.mean(raw["alpha_slot"][slotted] > epsilon)) if slotted.any() else None
-        ),
+        "sink_rate_slot": (float(100 * np.mean(raw["alpha_slot"][slotted] > epsilon)) if slotted.any() else None),
         "first_token_weight": alpha[..., 0].mean(axis=0),
         "first_token_weight_slot": raw["alpha_slot"].mean(axis=0) if slotted.all() else None,
         "value_drain": raw["value_norm_first"] / np.maximum(raw["value_norm_rest"], 1e-12),

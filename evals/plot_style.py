@@ -146,9 +146,7 @@ def legend(ax: Axes, runs: Sequence[Run], kinds: dict[str, dict[str, Any]]) -> N
         )
 
 
-def curve(
-    ax: Axes, run: Run, key: str, pick: Callable | None = None, floor: float = -np.inf, **style: Any
-) -> bool:
+def curve(ax: Axes, run: Run, key: str, pick: Callable | None = None, floor: float = -np.inf, **style: Any) -> bool:
     """Plot a metric over steps (`pick` reduces a table to one number); False if the run lacks it."""
     steps, values = run.tables(key) if pick else run.series(key)
     if not len(steps):

@@ -23,9 +23,7 @@ CONDITIONS = ((ALPHA, "all queries (α₁)"), (NONTRIGGER, "non-trigger queries"
 def heads(runs: Sequence[Run]) -> Figure | None:
     """Layer x head tables: a row of panels per kind of query and a column per run; for one run, one row."""
     tables = {
-        (i, key): run.matrix(run.share_key(key, [run.latest()]))
-        for i, run in enumerate(runs)
-        for key, _ in CONDITIONS
+        (i, key): run.matrix(run.share_key(key, [run.latest()])) for i, run in enumerate(runs) for key, _ in CONDITIONS
     }
     kinds = [kind for kind in CONDITIONS if any(tables[i, kind[0]] is not None for i in range(len(runs)))]
     if not kinds:

@@ -88,8 +88,7 @@ def page(runs: Sequence[Run], figures: dict[str, bytes], title: str | None = Non
 def _missing(runs: Iterable[Run], file: str, what: str) -> str:
     """A note for each run that lacks a file."""
     return "".join(
-        f'<p class="missing"><b>{escape(run.label)}</b> has no {file} yet ({escape(progress(run))}): '
-        f"{what}</p>"
+        f'<p class="missing"><b>{escape(run.label)}</b> has no {file} yet ({escape(progress(run))}): {what}</p>'
         for run in runs
     )
 
@@ -99,8 +98,7 @@ def _missing(runs: Iterable[Run], file: str, what: str) -> str:
 
 def _summary(runs: Sequence[Run]) -> str:
     verdicts = "\n".join(
-        f'<p class="verdict" style="--run:{run.color}">'
-        f"<b>{escape(run.label)}</b>: {escape(verdict(run))}.</p>"
+        f'<p class="verdict" style="--run:{run.color}"><b>{escape(run.label)}</b>: {escape(verdict(run))}.</p>'
         for run in runs
     )
     torn = "".join(
@@ -129,8 +127,7 @@ def _curves(runs: Sequence[Run], figures: Figures) -> str:
     sentences = "".join(
         f"<p>{f'<b>{escape(run.label)}</b>: ' if len(runs) > 1 else ''}{escape(text)}</p>"
         for run in runs
-        if len(runs) <= 4
-        and (text := loss_sentence(run))  # the table has these numbers for any number of runs
+        if len(runs) <= 4 and (text := loss_sentence(run))  # the table has these numbers for any number of runs
     )
     loss = figures.show("loss", runs)
     none = '<p class="missing">No evaluation has been logged yet, so there is no sink rate to plot.</p>'
@@ -139,9 +136,7 @@ def _curves(runs: Sequence[Run], figures: Figures) -> str:
             sentences,
             f'<div class="row">\n{loss}{figures.show("sink_rate", runs) or none}\n</div>',
             figures.show("dynamics", runs, _dynamics_note(runs)),
-            figures.show(
-                "emergence", runs, f"At most the {MAX_ROWS} heads with the largest weight at the end."
-            ),
+            figures.show("emergence", runs, f"At most the {MAX_ROWS} heads with the largest weight at the end."),
             figures.show("throughput", runs),
         )
     )
@@ -159,18 +154,14 @@ def _dynamics_note(runs: Sequence[Run]) -> str:
 
 def _located(runs: Sequence[Run], figures: Figures) -> str:
     early = [run for run in runs if run.sinks is None]
-    note = _missing(
-        early, "sinks.json", "the newest evaluation in metrics.jsonl is shown where there is one."
-    )
+    note = _missing(early, "sinks.json", "the newest evaluation in metrics.jsonl is shown where there is one.")
     return "\n".join((note, figures.show("heads", runs), figures.show("positions", runs)))
 
 
 def _map_section(runs: Sequence[Run], figures: Figures) -> str:
     parts = [_missing([r for r in runs if r.maps is None], "maps.npz", "no example attention maps to show.")]
     shown = [run for run in runs if run.maps is not None]
-    scale = (
-        "Each row is scaled to sum to one and the colour scale is a square root, so that small weights show."
-    )
+    scale = "Each row is scaled to sum to one and the colour scale is a square root, so that small weights show."
     mass = [
         f"{run.label} {low:.3g} to {high:.3g}"
         for run in shown
@@ -197,9 +188,7 @@ def _map_section(runs: Sequence[Run], figures: Figures) -> str:
 
 def _extreme_section(runs: Sequence[Run], figures: Figures) -> str:
     lacking = [run for run in runs if run.sinks is None]
-    return _missing(
-        lacking, "sinks.json", "norms of the first token against the others come with it."
-    ) + figures.show(
+    return _missing(lacking, "sinks.json", "norms of the first token against the others come with it.") + figures.show(
         "extreme", runs, "One dot per head; filled is the first token, open the mean of the others."
     )
 
@@ -253,9 +242,7 @@ def main() -> int:
     parser.add_argument("--title", metavar="TEXT", help="heading of the page (default: the attention names)")
     args = parser.parse_args()
     if args.out is None and len(args.run_dirs) > 1:
-        raise DataError(
-            f"{len(args.run_dirs)} runs are compared but --out is not given: add --out report.html."
-        )
+        raise DataError(f"{len(args.run_dirs)} runs are compared but --out is not given: add --out report.html.")
     print(write_report(args.run_dirs, args.out or args.run_dirs[0] / "report.html", args.title))
     return 0
 

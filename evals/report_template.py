@@ -220,13 +220,10 @@ class Figures:
         )
 
 
-def table(
-    runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]], kind: str = "", mark: bool = False
-) -> str:
+def table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]], kind: str = "", mark: bool = False) -> str:
     """One row per name and one column per run; `mark` points out the rows in which runs differ."""
     head = "".join(
-        f'<th scope="col"><span class="dot" style="--run:{r.color}"></span>{escape(r.label)}</th>'
-        for r in runs
+        f'<th scope="col"><span class="dot" style="--run:{r.color}"></span>{escape(r.label)}</th>' for r in runs
     )
     body = ""
     for name, values in rows:

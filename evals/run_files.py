@@ -99,9 +99,7 @@ class Run:
             for row, r in zip(out, rows, strict=True):
                 row[: r.size] = r
         except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.path}: {key} is not a table of numbers with one row per layer."
-            ) from error
+            raise DataError(f"{self.path}: {key} is not a table of numbers with one row per layer.") from error
         return out
 
     def vector(self, key: str) -> np.ndarray | None:
@@ -166,14 +164,10 @@ def read_run(folder: str | Path) -> Run:
     for name in (CONFIG, METRICS):
         if not (path / name).is_file():
             what = "has no" if path.is_dir() else "does not exist, so there is no"
-            raise DataError(
-                f"{path} is not a run directory: it {what} {name}; pass the folder that holds it."
-            )
+            raise DataError(f"{path} is not a run directory: it {what} {name}; pass the folder that holds it.")
     config = _read_json(path / CONFIG)
     metrics, torn = _read_metrics(path / METRICS)
-    optional = [
-        _read_json(path / n) if (path / n).is_file() else None for n in ("environment.json", "data.json")
-    ]
+    optional = [_read_json(path / n) if (path / n).is_file() else None for n in ("environment.json", "data.json")]
     data = optional[1] or {}
     sinks = _read_json(path / "sinks.json") if (path / "sinks.json").is_file() else None
     maps = _read_maps(path / "maps.npz") if (path / "maps.npz").is_file() else None
@@ -214,18 +208,12 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
             if place == len(lines) - 1:  # a run that is being written, or was killed while writing
                 torn = True
                 break
-            raise DataError(
-                f"{path} line {n} is not valid JSON: delete that line or restore the file."
-            ) from error
+            raise DataError(f"{path} line {n} is not valid JSON: delete that line or restore the file.") from error
         if not isinstance(row, dict) or not np.isfinite(number(row.get("step"))):
-            raise DataError(
-                f"{path} line {n} is not an object with a step: delete that line or restore the file."
-            )
+            raise DataError(f"{path} line {n} is not an object with a step: delete that line or restore the file.")
         rows[row["step"]] = row
     if not rows:
-        raise DataError(
-            f"{path} is empty: the run has not logged a single step yet, so there is nothing to report."
-        )
+        raise DataError(f"{path} is empty: the run has not logged a single step yet, so there is nothing to report.")
     return [rows[step] for step in sorted(rows)], torn
 
 
@@ -236,9 +224,7 @@ def _read_maps(path: Path) -> Maps:
             slots = int(file["slots"]) if "slots" in file else 0
             labels = file["labels"].astype(str).tolist() if "labels" in file else tokens.astype(str).tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} cannot be read as attention maps ({error}): delete it or evaluate again."
-        ) from error
+        raise DataError(f"{path} cannot be read as attention maps ({error}): delete it or evaluate again.") from error
     n, length = tokens.shape if tokens.ndim == 2 else (-1, -1)
     if weights.ndim != 5 or weights.shape[0] != n or weights.shape[3:] != (length, length + slots):
         raise DataError(

@@ -7,10 +7,10 @@ file), writes `sinks.json` and `maps.npz` into the run directory and prints a ta
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from evals.measure import BigramTask, attention_maps, make_measure, summarise
@@ -57,9 +57,7 @@ def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndar
     return source.held_out(cfg.eval.sequences, length)
 
 
-def evaluate(
-    cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None
-) -> dict[str, Any]:
+def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None) -> dict[str, Any]:
     """The contents of sinks.json."""
     tokens = held_out(cfg, source, text)
     raw = make_measure(cfg.model, task=bigram_task(source))(params, tokens)
@@ -84,7 +82,7 @@ def raw_rows_are_distributions(cfg: RunConfig, params: Any, tokens: np.ndarray) 
     from jaxattn.analysis import look
     from jaxattn.analysis.sinks import rows_sum_to_one
 
-    return all(rows_sum_to_one(layer) for layer in look(cfg.model, params, tokens[:2]).attention)
+    return all(rows_sum_to_one(layer) for layer in look(cfg.model, params, jnp.asarray(tokens[:2])).attention)
 
 
 def write_maps(path: Path, cfg: RunConfig, source: Source, params: Any, text: str | None = None) -> None:
@@ -157,9 +155,7 @@ def main() -> int:
     from train.load import load_params, open_source, read_config
 
     cfg = read_config(args.run_dir)
-    changes = {
-        k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None
-    }
+    changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **changes))
     if cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
         raise ConfigError(

@@ -101,9 +101,7 @@ def attend(
             window=window,
             prefix_len=prefix_len,
         )
-    return mechanism.forward(
-        q, k, v, vis, spec=options, params=params, scale=scale, bias=bias, backend=backend
-    )
+    return mechanism.forward(q, k, v, vis, spec=options, params=params, scale=scale, bias=bias, backend=backend)
 
 
 def _parameter_names(mechanism: Any, spec: Any, q: Array, k: Array, v: Array) -> list[str]:

@@ -27,9 +27,7 @@ class KVCache:
         return self.keys.shape[1]
 
 
-def empty_cache(
-    *, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike
-) -> KVCache:
+def empty_cache(*, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> KVCache:
     """Room for `capacity` tokens a row."""
     return KVCache(
         keys=jnp.zeros((batch, capacity, kv_heads, key_dim), dtype),
@@ -40,9 +38,7 @@ def empty_cache(
     )
 
 
-def append(
-    cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
-) -> KVCache:
+def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KVCache:
     """Write T tokens behind those already there.
 
     A write past the capacity is refused where the length is known (outside jit); inside jit the caller
@@ -53,17 +49,13 @@ def append(
     """
     count = k.shape[1]
     if count > cache.capacity:
-        raise ConfigError(
-            f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity."
-        )
+        raise ConfigError(f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity.")
     if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + count > cache.capacity:
         raise ConfigError(
             f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
             "raise the capacity."
         )
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-        old, new.astype(old.dtype), cache.length, axis=1
-    )
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
     return KVCache(
         keys=put(cache.keys, k),
         values=put(cache.values, v),

@@ -67,9 +67,7 @@ class Alibi:
         return -self.slopes[None, :, None, None] * distance
 
 
-def relative_bucket(
-    distance: Int[Array, "*s"], buckets: int = 32, max_distance: int = 128
-) -> Int[Array, "*s"]:
+def relative_bucket(distance: Int[Array, "*s"], buckets: int = 32, max_distance: int = 128) -> Int[Array, "*s"]:
     """T5's causal bucket of a distance i - j >= 0: half exact, half logarithmic (arXiv 1910.10683)."""
     distance = jnp.maximum(distance, 0)
     exact = buckets // 2

@@ -7,9 +7,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CACHE = Path(
-    os.environ.get("JAXATTN_TEST_CACHE", Path(tempfile.gettempdir()) / f"jaxattn-tests-{os.getuid()}")
-)
+CACHE = Path(os.environ.get("JAXATTN_TEST_CACHE", Path(tempfile.gettempdir()) / f"jaxattn-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 
 import jax

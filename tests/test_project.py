@@ -14,7 +14,11 @@ TOOL = Path(sys.executable).parent
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyrefly", "check"]],
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["pyrefly", "check", "--python-interpreter-path", sys.executable],
+    ],
     ids=["ruff", "format", "types"],
 )
 def test_static_checks_pass(command):
@@ -30,9 +34,7 @@ def test_readme_table_is_the_registry():
 
 
 def test_readme_and_ci_run_the_same_test_command():
-    command = (
-        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -q -n 2"
-    )
+    command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -q -n 2"
     assert command in (ROOT / "README.md").read_text("utf-8")
     assert command in (ROOT / ".ci/run").read_text("utf-8")
 

@@ -77,9 +77,7 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"keep is {keep}: at least 1 checkpoint must be kept.")
         if "://" in os.fspath(directory):
-            raise UserError(
-                f"{directory} is not a local path: mount the bucket, or use a shared file system."
-            )
+            raise UserError(f"{directory} is not a local path: mount the bucket, or use a shared file system.")
         try:
             os.fspath(directory).encode()
         except UnicodeEncodeError as error:  # bytes of another locale, which TensorStore cannot take
@@ -128,9 +126,7 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
-    def check_config(
-        self, current: Mapping[str, Any], *, ignore: Iterable[str] = (), step: int | None = None
-    ) -> None:
+    def check_config(self, current: Mapping[str, Any], *, ignore: Iterable[str] = (), step: int | None = None) -> None:
         """Raises `Mismatch` naming each field in which `current` differs from the saved configuration.
 
         Looks at `step`, or else at the newest step with a sound manifest; with no step it has no opinion.

@@ -176,9 +176,7 @@ class RunConfig:
                     f"{self.data.context}; use at most the context or drop it."
                 )
         if all(model.mixer(layer).mechanism is None for layer in range(model.num_layers)):
-            raise ConfigError(
-                f"attn {self.attn!r} leaves every layer without attention; name one for some layer."
-            )
+            raise ConfigError(f"attn {self.attn!r} leaves every layer without attention; name one for some layer.")
         if self.data.batch_size % self.optim.accumulate:
             raise ConfigError(
                 f"optim.accumulate {self.optim.accumulate} does not divide data.batch_size {self.data.batch_size}."
@@ -213,9 +211,7 @@ def parse_args(args: list[str], default: RunConfig) -> RunConfig:
     for arg in args:
         flag, eq, value = arg.partition("=")
         if flag == "--model.mixers":
-            raise ConfigError(
-                "--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'."
-            )
+            raise ConfigError("--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'.")
         expanded.append(FLAG_ALIASES.get(flag, flag) + eq + value)
     return tyro.cli(
         RunConfig,

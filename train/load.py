@@ -44,9 +44,7 @@ def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any
     known = {f.name for f in dataclasses.fields(kind)}
     if not isinstance(raw, dict) or set(raw) - known:
         unknown = ", ".join(sorted(prefix + k for k in set(raw) - known)) if isinstance(raw, dict) else prefix
-        raise UserError(
-            f"{origin} has fields this version does not know: {unknown}; use the version that wrote it."
-        )
+        raise UserError(f"{origin} has fields this version does not know: {unknown}; use the version that wrote it.")
     values = {}
     for name, value in raw.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -61,9 +59,7 @@ def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:
     Raises:
       UserError: the data cannot be read, or model.vocab_size is smaller than the data's.
     """
-    source = make_source(
-        cfg.data, seed=cfg.seed, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    source = make_source(cfg.data, seed=cfg.seed, process_index=jax.process_index(), process_count=jax.process_count())
     size = cfg.model.vocab_size or source.vocab_size
     if size < source.vocab_size:
         raise UserError(

@@ -54,9 +54,7 @@ def run(cfg: RunConfig) -> int:
     """
     cfg = cfg.resolved()
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    with open_run(
-        folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0
-    ) as place:
+    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0) as place:
         source, model = open_source(cfg)
         cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
         mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)

@@ -92,9 +92,7 @@ def hash_files(folder: Path) -> dict[str, File]:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     names = [name for name in names if name != NAME]
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(
-            zip(names, pool.map(lambda name: hash_file(folder / name, sync=True), names), strict=True)
-        )
+        return dict(zip(names, pool.map(lambda name: hash_file(folder / name, sync=True), names), strict=True))
 
 
 def _canonical(obj: Any) -> str:
@@ -110,9 +108,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the configuration cannot be written as JSON ({error}): use plain values."
-        ) from error
+        raise UserError(f"the configuration cannot be written as JSON ({error}): use plain values.") from error
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -146,9 +142,7 @@ def read(folder: Path) -> Manifest:
             "restore another step."
         ) from error
     if _canonical(body) != digest:
-        raise Corrupt(
-            f"{path} is damaged: expected sha256 {digest}, found {_canonical(body)}; restore another step."
-        )
+        raise Corrupt(f"{path} is damaged: expected sha256 {digest}, found {_canonical(body)}; restore another step.")
     if body["format"] != FORMAT:
         raise Unsupported(
             f"{path} has format {body['format']} and this version reads format {FORMAT}: "
@@ -157,8 +151,7 @@ def read(folder: Path) -> Manifest:
     return Manifest(
         step=body["step"],
         leaves={
-            name: Leaf(x["dtype"], tuple(x["shape"]), x["bytes"], x["sha256"])
-            for name, x in body["leaves"].items()
+            name: Leaf(x["dtype"], tuple(x["shape"]), x["bytes"], x["sha256"]) for name, x in body["leaves"].items()
         },
         files={name: File(x["bytes"], x["sha256"]) for name, x in body["files"].items()},
         has_data=body["has_data"],
@@ -188,8 +181,7 @@ def verify_files(folder: Path, manifest: Manifest, *, content: bool = True) -> N
             found = hash_file(path) if content and size == expected.bytes else None
         except OSError as error:
             raise Incomplete(
-                f"{path} cannot be read ({error.strerror}), expected {expected.bytes} bytes: "
-                "restore another step."
+                f"{path} cannot be read ({error.strerror}), expected {expected.bytes} bytes: restore another step."
             ) from error
         if size != expected.bytes:
             kind = Incomplete if size < expected.bytes else Corrupt
@@ -234,9 +226,7 @@ def compare_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Any], 
             refuse(name, "a tensor", "none", "build the model with the configuration in its manifest")
         now = wanted[name]
         if saved.shape != tuple(now.shape):
-            refuse(
-                name, f"shape {list(saved.shape)}", f"shape {list(now.shape)}", "use the saved configuration"
-            )
+            refuse(name, f"shape {list(saved.shape)}", f"shape {list(now.shape)}", "use the saved configuration")
         if saved.dtype != np.dtype(now.dtype).name:
             floats = all(jnp.issubdtype(jnp.dtype(d), jnp.floating) for d in (saved.dtype, now.dtype))
             if not (allow_cast and floats):
@@ -244,9 +234,7 @@ def compare_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Any], 
                 refuse(name, f"dtype {saved.dtype}", f"dtype {np.dtype(now.dtype).name}", remedy)
 
 
-def diff_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()
-) -> list[str]:
+def diff_config(saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> list[str]:
     """Differences as "model.num_heads: saved 4, now 8", sorted; `ignore` holds dotted prefixes.
 
     A prefix covers a field and all below it: "data" covers "data.path" but not "dataset".

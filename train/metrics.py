@@ -35,7 +35,12 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter
 
             board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
-            self._sinks.append(lambda step, row: [board.add_scalar(k, v, step) for k, v in row.items()])
+
+            def to_board(step: int, row: Row) -> None:
+                for name, value in row.items():
+                    board.add_scalar(name, value, step)
+
+            self._sinks.append(to_board)
             self._closers.append(board.close)
         for name, project in (("wandb", log.wandb), ("trackio", log.trackio)):
             if not project:

@@ -71,8 +71,9 @@ def _summed_backward(chunk: int, residuals: tuple[Array, Array], g: Array):
 _summed.defvjp(_summed_forward, _summed_backward)
 
 
-def _chunks(arrays: tuple[Array, ...], chunk: int) -> tuple[Array, ...]:
-    return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+def _chunks(arrays: tuple[Array, Array, Array], chunk: int) -> tuple[Array, Array, Array]:
+    x, y, w = (a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+    return x, y, w
 
 
 def _logits(x: Array, kernel: Array) -> Array:

@@ -35,9 +35,7 @@ def text_tiny() -> RunConfig:
         preset="text-tiny",
         steps=1200,
         data=DataConfig(source="stdlib", vocab_size=2048, context=256, batch_size=16),
-        model=ModelConfig(
-            num_layers=4, d_model=192, num_heads=4, mlps=("swiglu",), init="sink", scan_layers=False
-        ),
+        model=ModelConfig(num_layers=4, d_model=192, num_heads=4, mlps=("swiglu",), init="sink", scan_layers=False),
         optim=OptimConfig(
             lr=2e-3,
             schedule="cosine",
@@ -52,7 +50,7 @@ def text_tiny() -> RunConfig:
     )
 
 
-def _sink_study(**model: int) -> ModelConfig:
+def _sink_study(num_layers: int, d_model: int, num_heads: int, d_ff: int) -> ModelConfig:
     """The sink study's Llama-like decoder: pre-norm RMSNorm 1e-5, SwiGLU, RoPE 1e4, untied, no biases."""
     return ModelConfig(
         mlps=("swiglu",),
@@ -68,7 +66,10 @@ def _sink_study(**model: int) -> ModelConfig:
         scan_layers=True,
         remat=True,
         vocab_size=50_432,
-        **model,
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        d_ff=d_ff,
     )
 
 

@@ -148,9 +148,7 @@ def _take_lock(folder: Path) -> int:
         holder = _holder(fd)
         name = f"process {holder.get('pid', '(unknown)')} on host {holder.get('host', '(unknown)')}"
         if held:
-            raise UserError(
-                f"{folder} is in use by {name}: wait for it, stop it, or choose another --run-dir."
-            )
+            raise UserError(f"{folder} is in use by {name}: wait for it, stop it, or choose another --run-dir.")
         if holder and holder.get("host") != socket.gethostname():
             raise UserError(
                 f"{folder} was left locked by {name}, which cannot be asked from here: if that run is over, "

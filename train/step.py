@@ -46,7 +46,7 @@ def init_state(model: ModelConfig, optim: OptimConfig, steps: int, seed: int) ->
 
 def batch_loss(model: ModelConfig, params: Any, batch: Batch) -> tuple[Array, Array]:
     """Summed cross-entropy (nats) over the batch's loss mask, and the number of tokens in it."""
-    hidden, unembedding = Decoder(model).apply(
+    outputs: Any = Decoder(model).apply(
         {"params": params},
         batch["tokens"],
         batch["positions"],
@@ -54,6 +54,7 @@ def batch_loss(model: ModelConfig, params: Any, batch: Batch) -> tuple[Array, Ar
         batch.get("prefix_len"),
         method=_hidden_and_unembedding,
     )
+    hidden, unembedding = outputs
     return cross_entropy(hidden, unembedding, batch["targets"], batch["loss_mask"])
 
 

@@ -87,12 +87,11 @@ def look(
     views, components = [], []
     for layer in range(cfg.num_layers):
         here, choice = captured[f"layer_{layer}"], cfg.mixer(layer)
-        components.append(
-            {name: here[name][0] for name in ("attn_out", "mlp_out", "block_out") if name in here}
-        )
+        components.append({name: here[name][0] for name in ("attn_out", "mlp_out", "block_out") if name in here})
         if choice.mechanism is None:
             continue
-        own, seen = params[f"layer_{layer}"]["attn"], here["attn"]
+        own: Any = params[f"layer_{layer}"]["attn"]
+        seen: Any = here["attn"]
         views.append(
             AttentionView(
                 layer=layer,
@@ -105,9 +104,7 @@ def look(
                 values=seen["values"][0],
                 heads_out=seen["head_out"][0],
                 output_kernel=own["o"]["kernel"].reshape(cfg.num_heads, cfg.v_dim, cfg.d_model),
-                vis=self_visibility(
-                    batch, length + front, positions=pos, segment_ids=seg, window=choice.window
-                ),
+                vis=self_visibility(batch, length + front, positions=pos, segment_ids=seg, window=choice.window),
             )
         )
     residuals = jnp.stack([c["block_out"] for c in components])

@@ -7,6 +7,8 @@ Bigram-Backcopy task. Weights here are the operation's own A, not the row-normal
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -49,7 +51,7 @@ def sink_logit(
         earlier = (column[None] > front) & (column[None] < index[:, None])
         safe = jnp.minimum(index, length - 1)
         q_pos, q_seg = view.vis.q_positions[:, safe], view.vis.q_segments[:, safe]
-        see = visible(view.vis.replace(q_positions=q_pos, q_segments=q_seg)) & earlier[None]
+        see = visible(dataclasses.replace(view.vis, q_positions=q_pos, q_segments=q_seg)) & earlier[None]
         count = jnp.sum(see, axis=-1)
         s = scores[..., slots:]
         mean = jnp.sum(jnp.where(see[:, None], s, 0.0), axis=-1) / jnp.maximum(count, 1)[:, None]
@@ -77,9 +79,7 @@ def value_norms(
     return jnp.mean(norms[..., front], axis=0), others
 
 
-def residual_norms(
-    forward: ForwardView, live: Bool[Array, "B T"]
-) -> tuple[Float[Array, "L"], Float[Array, "L"]]:
+def residual_norms(forward: ForwardView, live: Bool[Array, "B T"]) -> tuple[Float[Array, "L"], Float[Array, "L"]]:
     """Mean residual norm after each block of the first real token and of the other live tokens."""
     norms = jnp.linalg.norm(forward.residuals.astype(jnp.float32), axis=-1)
     rest = _not_first(live, forward.front)[None]

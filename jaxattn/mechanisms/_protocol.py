@@ -114,13 +114,9 @@ def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool)
         if x.ndim != 4:
             raise ConfigError(f"{label} has shape {x.shape} but must be [batch, length, heads, dim].")
     if q.shape[-1] != k.shape[-1]:
-        raise ConfigError(
-            f"the key dim of q is {q.shape[-1]} but that of k is {k.shape[-1]}; they must agree."
-        )
+        raise ConfigError(f"the key dim of q is {q.shape[-1]} but that of k is {k.shape[-1]}; they must agree.")
     if k.shape[:3] != v.shape[:3]:
-        raise ConfigError(
-            f"k is {k.shape[:3]} and v is {v.shape[:3]} in [batch, length, heads]; make them equal."
-        )
+        raise ConfigError(f"k is {k.shape[:3]} and v is {v.shape[:3]} in [batch, length, heads]; make them equal.")
     if q.shape[0] != k.shape[0]:
         raise ConfigError(f"q has batch {q.shape[0]} but k has {k.shape[0]}; make them equal.")
     if q.shape[2] % k.shape[2]:

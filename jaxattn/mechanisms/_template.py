@@ -46,7 +46,7 @@ def score_family(
     def featured(q: Array, k: Array, spec: Any, params: dict) -> tuple[Array, Array]:
         return feature_map(q, k, spec, params) if feature_map else (q, k)
 
-    def with_slots(k: Array, v: Array | None, vis: Visibility, spec: Any, params: dict):
+    def with_slots(k: Array, v: Any, vis: Visibility, spec: Any, params: dict):
         """Put the constant keys in front; returns k, v, vis and the number of slots."""
         if slots is None:
             return k, v, vis, 0
@@ -156,9 +156,7 @@ def score_family(
         o = attend_featured(q, keys, values, vis, spec, params, scale, bias, backend)
         return jnp.where(overflow(state), jnp.nan, o), state
 
-    def flops(
-        spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int
-    ) -> float:
+    def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
         return 2.0 * batch * heads * queries * keys * (key_dim + value_dim)
 
     return Mechanism(

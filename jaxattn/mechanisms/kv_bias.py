@@ -57,9 +57,7 @@ class VBiasSpec:
 STD = 0.02
 
 
-def k_bias_params(
-    key: Array, spec: KBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int
-) -> dict:
+def k_bias_params(key: Array, spec: KBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict:
     dims = spec.key_dims or key_dim
     if dims > key_dim:
         raise ConfigError(f"k_bias.key_dims is {dims} but the key dim is {key_dim}; use at most that.")
@@ -73,9 +71,7 @@ def k_bias_slots(spec: KBiasSpec, params: dict, key_dim: int, value_dim: int) ->
     return k[None], v[None]
 
 
-def kv_bias_params(
-    key: Array, spec: KVBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int
-) -> dict:
+def kv_bias_params(key: Array, spec: KVBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict:
     k_key, v_key = jax.random.split(key)
     rows = 1 if spec.shared else kv_heads
     return {
@@ -88,9 +84,7 @@ def kv_bias_slots(spec: KVBiasSpec, params: dict, key_dim: int, value_dim: int) 
     return params["k"][None], params["v"][None]
 
 
-def v_bias_params(
-    key: Array, spec: VBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int
-) -> dict:
+def v_bias_params(key: Array, spec: VBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict:
     return {"v": STD * jax.random.normal(key, (1 if spec.shared else heads, value_dim))}
 
 

@@ -77,9 +77,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{field} is {getattr(self, field)} but must be at least 1.")
         for field in ("vocab_size", "num_kv_heads", "key_dim", "value_dim", "d_ff", "max_positions"):
             if getattr(self, field) < 0:
-                raise ConfigError(
-                    f"model.{field} is {getattr(self, field)} but must be 0 (automatic) or positive."
-                )
+                raise ConfigError(f"model.{field} is {getattr(self, field)} but must be 0 (automatic) or positive.")
         if self.num_heads % self.kv_heads:
             divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
             raise ConfigError(
@@ -103,9 +101,7 @@ class ModelConfig:
         for text in self.mixers:
             choice = resolve_mixer(text)
             if choice.mechanism and self.has_bias and not choice.mechanism.capabilities.position_bias:
-                raise ConfigError(
-                    f"{text} takes no position bias: model.position {self.position!r} cannot be used."
-                )
+                raise ConfigError(f"{text} takes no position bias: model.position {self.position!r} cannot be used.")
 
     @property
     def kv_heads(self) -> int:

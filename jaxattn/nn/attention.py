@@ -77,9 +77,7 @@ class Attention(nn.Module):
             )
             o = mechanism.forward(q, k, v, vis, **call)
         else:
-            o, state = mechanism.step(
-                state, q, k, v, stream.positions, stream.segments, window=choice.window, **call
-            )
+            o, state = mechanism.step(state, q, k, v, stream.positions, stream.segments, window=choice.window, **call)
         for edit in edits_of(edits, self.layer, "head"):
             o = o.at[:, :, edit.head].set(0 if edit.value is None else edit.value)
         self.sow("capture", "head_out", o)

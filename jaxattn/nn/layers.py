@@ -80,8 +80,6 @@ class Mlp(nn.Module):
             "linear": lambda y: y,
         }[self.kind]
         h = Linear(cfg, width, name="up")(x)
-        if self.kind in ("swiglu", "geglu"):
-            h = act(Linear(cfg, width, name="gate")(x)) * h
-        else:
-            h = act(h)
+        gated = self.kind in ("swiglu", "geglu")
+        h = act(Linear(cfg, width, name="gate")(x)) * h if gated else act(h)
         return Linear(cfg, cfg.d_model, last_of_mlp=True, name="down")(h)

@@ -39,9 +39,7 @@ class Edit:
 
     def __post_init__(self) -> None:
         if (self.component == "head") != (self.head is not None):
-            raise ConfigError(
-                f"edit of component {self.component!r} with head {self.head}: set head for 'head' only."
-            )
+            raise ConfigError(f"edit of component {self.component!r} with head {self.head}: set head for 'head' only.")
 
 
 def edits_of(edits: tuple[Edit, ...], layer: int, component: str) -> list[Edit]:

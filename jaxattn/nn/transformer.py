@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -105,7 +106,8 @@ class Decoder(nn.Module):
             sink_stream = self._sink_stream(batch)
             x = jnp.concatenate([self._embed(None, sink_stream), x], axis=1)
             join = lambda a, b: jnp.concatenate([a, b], axis=1)
-            stream = stream.replace(
+            stream = dataclasses.replace(
+                stream,
                 positions=join(sink_stream.positions, stream.positions),
                 segments=join(sink_stream.segments, stream.segments),
             )
@@ -159,7 +161,8 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T N"], Any]:
         """Logits of T new tokens given everything before them, and the states that include them."""
-        stream = self._stream(*tokens.shape, positions, segment_ids, None)
+        batch, length = tokens.shape
+        stream = self._stream(batch, length, positions, segment_ids, None)
         x, states = self._blocks(self._embed(tokens, stream), stream, states, ())
         return self.logits(self._finish(x)), states
 
@@ -189,9 +192,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if cfg.scan_layers:
             if edits:
-                raise ConfigError(
-                    "edits need model.scan_layers=False; `unstack_layers` converts the parameters."
-                )
+                raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")
             return self.layers(x, states or (None,) * cfg.period, stream)
         out = []
         for i, block in enumerate(self.blocks):

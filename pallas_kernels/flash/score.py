@@ -49,9 +49,7 @@ class Score:
         if self.normaliser not in NORMALISERS:
             raise ConfigError(f"normaliser {self.normaliser!r} is not one of {', '.join(NORMALISERS)}.")
         if self.activation == "exp" and self.normaliser not in ("sum", "sum_plus_one", "p_norm"):
-            raise ConfigError(
-                f"normaliser {self.normaliser!r} lets exp overflow: use sum, sum_plus_one or p_norm."
-            )
+            raise ConfigError(f"normaliser {self.normaliser!r} lets exp overflow: use sum, sum_plus_one or p_norm.")
         if self.p <= 0:
             raise ConfigError(f"p is {self.p} but a p-norm needs p > 0.")
         if self.row_sum <= 0:

@@ -69,9 +69,7 @@ def flash_xla(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _block(
-    score: Score, scale: float, chunk: int, q: Array, k: Array, v: Array, vis: Visibility, bias: Any
-) -> Array:
+def _block(score: Score, scale: float, chunk: int, q: Array, k: Array, v: Array, vis: Visibility, bias: Any) -> Array:
     """One block of queries [B,K,G,t,D] over all keys given [B,K,S,·]; returns [B,K,G,t,V]."""
     return _block_forward(score, scale, chunk, q, k, v, vis, bias)[0]
 
@@ -90,9 +88,7 @@ def _block_forward(score, scale, chunk, q, k, v, vis, bias):
         else:
             w = jnp.where(see, ACTIVATIONS[score.activation](s), 0.0)
             mass = mass + _row_mass(w, see, score)
-        acc = acc + jnp.einsum(
-            "bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32
-        )
+        acc = acc + jnp.einsum("bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
         return top, mass, acc
 
     floor = 0.0 if score.normaliser == "sum_plus_one" else NEVER
@@ -133,9 +129,7 @@ def _block_backward(score, scale, chunk, saved, do):
         dq = dq + scale * jnp.einsum("bkgts,bksd->bkgtd", ds, k_c, preferred_element_type=jnp.float32)
         fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # groups share their key head
         dk = scale * jnp.einsum("bkns,bknd->bksd", fold(ds), fold(q), preferred_element_type=jnp.float32)
-        dv = jnp.einsum(
-            "bkns,bknv->bksv", fold(p), fold(do.astype(v.dtype)), preferred_element_type=jnp.float32
-        )
+        dv = jnp.einsum("bkns,bknv->bksv", fold(p), fold(do.astype(v.dtype)), preferred_element_type=jnp.float32)
         return (dq, d_bias), (dk.astype(k.dtype), dv.astype(v.dtype))
 
     start = (jnp.zeros(q.shape, jnp.float32), jax.tree.map(jnp.zeros_like, bias))
@@ -146,9 +140,7 @@ def _block_backward(score, scale, chunk, saved, do):
 _block.defvjp(_block_forward, _block_backward)
 
 
-def _scores(
-    score: Score, scale: float, q: Array, k: Array, vis: Visibility, bias: Any
-) -> tuple[Array, Array]:
+def _scores(score: Score, scale: float, q: Array, k: Array, vis: Visibility, bias: Any) -> tuple[Array, Array]:
     """Scaled, biased scores [B,K,G,t,S] (masked to NEVER for exp) and who sees whom."""
     return _scores_and_vjp(score, scale, q, k, vis, bias)[0]
 

@@ -23,6 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from evals.report import write_report
@@ -50,7 +52,7 @@ def zeroed_risks(folder: Path) -> list[float]:
     copy = jnp.isin(tokens[:, 1:-1], jnp.asarray(task.trigger_ids))
 
     def risk(layer: int) -> float:
-        logits = Decoder(model).apply({"params": params}, tokens, edits=(Edit(layer, "attn"),))
+        logits = jnp.asarray(Decoder(model).apply({"params": params}, tokens, edits=(Edit(layer, "attn"),)))
         loss = token_losses(logits[:, 1:-1], tokens[:, 2:])
         return float(jnp.sum(jnp.where(copy, loss, 0.0)) / jnp.sum(copy))
 
@@ -61,15 +63,10 @@ def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train (or reuse) one run and read what the expectations need."""
     folder = runs / f"{attn}-seed{seed}"
     if not (folder / "sinks.json").exists():
-        run(
-            dataclasses.replace(
-                get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder), overwrite=folder.exists()
-            )
-        )
+        run(dataclasses.replace(get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder), overwrite=folder.exists()))
     sinks = json.loads((folder / "sinks.json").read_text("utf-8"))
     plain, trigger, drain = (
-        np.asarray(sinks[k])
-        for k in ("first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain")
+        np.asarray(sinks[k]) for k in ("first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain")
     )
     top = np.unravel_index(plain.argmax(), plain.shape)
     zeroed = zeroed_risks(folder)
@@ -90,18 +87,16 @@ def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
         "risk_backcopy_zeroed": zeroed,
     }
     if attn == "softmax":
-        row["holds"] = (
-            row["nontrigger_max"] > 0.8 and row["trigger_there"] < 0.05 and row["drain_there"] < 0.5
-        )
+        row["holds"] = row["nontrigger_max"] > 0.8 and row["trigger_there"] < 0.05 and row["drain_there"] < 0.5
     else:
         row["holds"] = row["nontrigger_copying"] < 0.02 and row["risk_backcopy"] < 0.05
     return row
 
 
 COLUMNS = (
-    "attn seed sink_rate sink_layer nontrigger_max trigger_there drain_there copying_layer "
-    "nontrigger_copying risk_backcopy risk_bigram_excess holds"
-).split()
+    *("attn", "seed", "sink_rate", "sink_layer", "nontrigger_max", "trigger_there", "drain_there"),
+    *("copying_layer", "nontrigger_copying", "risk_backcopy", "risk_bigram_excess", "holds"),
+)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -124,6 +119,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(runs: Path, seeds: int) -> None:
+    """Largest start-token weight on non-trigger queries over training, one line per run."""
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for attn, color in zip(ATTENTIONS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
+        for seed in range(seeds):
+            lines = (runs / f"{attn}-seed{seed}" / "metrics.jsonl").read_text("utf-8").splitlines()
+            seen = [row for row in map(json.loads, lines) if "first_token_weight_nontrigger_proxy" in row]
+            weights = [np.max(row["first_token_weight_nontrigger_proxy"]) for row in seen]
+            label = attn if seed == 0 else None
+            axes.plot([row["step"] for row in seen], weights, color=color, label=label, linewidth=1.6)
+    axes.set(
+        xlabel="step", ylabel="weight on the start token", ylim=(0, 1), title="Bigram-Backcopy, non-trigger queries"
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "sinks_bb.png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.reproduce.sinks_bb", description=__doc__)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/sinks_bb"))
@@ -136,6 +151,7 @@ def main() -> int:
         {"rows": rows, "device": jax.devices()[0].device_kind, "environment": environment()},
     )
     (RESULTS / "sinks_bb.md").write_text(markdown(rows), encoding="utf-8")
+    plot(args.runs_dir, args.seeds)
     report = write_report([args.runs_dir / f"{a}-seed0" for a in ATTENTIONS], args.runs_dir / "report.html")
     print(markdown(rows))
     print(f"side-by-side report: {report}")

@@ -48,9 +48,7 @@ CASES = [Case(get(n), spec) for n in names() for spec in (get(n).spec(), *get(n)
 DEFAULTS = [Case(get(n), get(n).spec()) for n in names()]
 
 
-def inputs(
-    length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0
-):
+def inputs(length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0):
     """q, k, v with unit-variance entries."""
     ks = jax.random.split(jax.random.key(seed), 3)
     keys = length if keys is None else keys
@@ -63,9 +61,7 @@ def inputs(
 def close(actual, expected, *, rtol: float = 2e-5) -> None:
     """Equal up to `rtol` of the largest expected magnitude."""
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
-    np.testing.assert_allclose(
-        actual, expected, atol=rtol * max(1.0, float(np.abs(expected).max())), rtol=rtol
-    )
+    np.testing.assert_allclose(actual, expected, atol=rtol * max(1.0, float(np.abs(expected).max())), rtol=rtol)
 
 
 def packed(lengths: list[int], total: int, batch: int = 2):

@@ -35,9 +35,7 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
 
     @jax.jit
     def step(state, q, k, v, p, s):
-        return case.mechanism.step(
-            state, q, k, v, p, s, spec=case.spec, params=params, window=window, bias=bias
-        )
+        return case.mechanism.step(state, q, k, v, p, s, spec=case.spec, params=params, window=window, bias=bias)
 
     for n in pieces:
         cut = lambda x, a=at, n=n: x[:, a : a + n]
@@ -48,9 +46,7 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
 
 
 @every
-@pytest.mark.parametrize(
-    "pieces", [[1] * 20, [20], [13, 7], [9, 1, 1, 9]], ids=["steps", "one", "two", "mixed"]
-)
+@pytest.mark.parametrize("pieces", [[1] * 20, [20], [13, 7], [9, 1, 1, 9]], ids=["steps", "one", "two", "mixed"])
 def test_steps_equal_forward(case, pieces):
     q, k, v = inputs(20, value_dim=8)
     close(decode(case, q, k, v, pieces, capacity=29), case.forward(q, k, v))

@@ -187,6 +187,4 @@ def test_heads_and_batch_rows_do_not_mix(case):
     close(case.forward(q[rows], k[rows], v[rows], None, params), o[rows], rtol=1e-6)
     heads = jnp.array([3, 1, 0, 2])
     turned = jax.tree.map(lambda p: p[heads] if p.shape[0] == 4 else p, params)
-    close(
-        case.forward(q[:, :, heads], k[:, :, heads], v[:, :, heads], None, turned), o[:, :, heads], rtol=1e-5
-    )
+    close(case.forward(q[:, :, heads], k[:, :, heads], v[:, :, heads], None, turned), o[:, :, heads], rtol=1e-5)

@@ -118,7 +118,7 @@ def test_bad_calls_name_the_field_and_the_value():
     q, k, v = inputs(10)
     with pytest.raises(ConfigError, match="did you mean 'sigmoid'"):
         jaxattn.attend("sigmod", q, k, v)
-    with pytest.raises(ConfigError, match="no option 'bias'|no option 'biass'"):
+    with pytest.raises(ConfigError, match="no option 'biass'"):
         jaxattn.attend("sigmoid", q, k, v, biass=1)
     with pytest.raises(ConfigError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
         jaxattn.attend("softmax", q, k[:, :, :1].repeat(3, 2), v[:, :, :1].repeat(3, 2))
@@ -126,7 +126,7 @@ def test_bad_calls_name_the_field_and_the_value():
         jaxattn.attend("softmax", q, k[..., :8], v)
     with pytest.raises(ConfigError, match="window is 0"):
         jaxattn.attend("softmax", q, k, v, window=0)
-    with pytest.raises(ConfigError, match="k is .* and v is"):
+    with pytest.raises(ConfigError, match=r"k is .* and v is"):
         jaxattn.attend("softmax", q, k, v[:, :5])
 
 

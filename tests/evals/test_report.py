@@ -77,9 +77,7 @@ def test_one_run_is_reported_with_its_own_numbers(softmax: Path) -> None:
     assert page.row("Smallest value drain") == [f"{sinks['value_drain'][1][0]:.4g} (layer 1 head 0)"]
     assert page.row("Threshold ε, length T, sequences") == ["0.3, 48, 100"]
     # The logistic rise to 0.93 passes 0.3 between the evaluations at 300 and 350.
-    assert (
-        "a sink emerged by step 350: start-token weight 0.93 on non-trigger queries in layer 1 head 0" in text
-    )
+    assert "a sink emerged by step 350: start-token weight 0.93 on non-trigger queries in layer 1 head 0" in text
     assert page.row("Sink emerged by step") == ["350"]
     assert "0.707 below the bigram entropy (2.410)" in text
     assert "0.055 above the oracle (1.648" in text
@@ -87,9 +85,7 @@ def test_one_run_is_reported_with_its_own_numbers(softmax: Path) -> None:
 
 def test_nothing_is_loaded_from_outside_and_every_figure_is_described(softmax: Path) -> None:
     text, page = report(softmax)
-    links = [
-        a.get(k) or "" for _, a in page.tags for k in ("src", "href", "srcset", "data", "action") if k in a
-    ]
+    links = [a.get(k) or "" for _, a in page.tags for k in ("src", "href", "srcset", "data", "action") if k in a]
     assert links
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert not re.search(r"@import|url\(|<script|<link|https?://", text)
@@ -108,9 +104,7 @@ def test_pngs_are_written_and_the_same_every_time(softmax: Path) -> None:
     assert {path.name: path.read_bytes() for path in write_plots(softmax)} == first
 
 
-def test_comparison_has_a_column_per_run_and_marks_what_differs(
-    softmax: Path, sigmoid: Path, tmp_path: Path
-) -> None:
+def test_comparison_has_a_column_per_run_and_marks_what_differs(softmax: Path, sigmoid: Path, tmp_path: Path) -> None:
     out = write_report([softmax, sigmoid], tmp_path / "new" / "cmp.html", "Two ops")
     text = out.read_text(encoding="utf-8")
     page = _Page(text)
@@ -193,9 +187,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: .*nowhere is not a run directory: it does not exist.*\.\n", missing.stderr)
     unwritable = command(run, "--out", run / "config.json" / "x" / "r.html")
     assert unwritable.returncode == 2
-    assert re.fullmatch(
-        r"error: the report cannot be written to .*: Not a directory; .*\.\n", unwritable.stderr
-    )
+    assert re.fullmatch(r"error: the report cannot be written to .*: Not a directory; .*\.\n", unwritable.stderr)
     assert "2 runs are compared but --out is not given" in command(run, run).stderr
 
 

@@ -174,9 +174,7 @@ def test_maps_are_shares_whatever_the_weights_are(tmp_path: Path) -> None:
     panel = maps.panel(0, 1, 0)
     assert panel.min() >= 0
     np.testing.assert_allclose(panel.sum(-1), 1, rtol=1e-5)
-    np.testing.assert_allclose(
-        panel[3, 4], abs(weights[0, 1, 0, 3, 4]) / abs(weights[0, 1, 0, 3]).sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(panel[3, 4], abs(weights[0, 1, 0, 3, 4]) / abs(weights[0, 1, 0, 3]).sum(), rtol=1e-5)
     assert maps.labels[0] == ["0"] * 8
 
 

@@ -50,16 +50,8 @@ def test_temporary_memory_is_linear_in_length(backend):
 
     def bytes_at(length):
         q, k, v = (jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32) for _ in range(3))
-        loss = lambda q, k, v: jnp.sum(
-            flash(q, k, v, self_visibility(1, length), Score(), scale=1.0, backend=backend)
-        )
-        return (
-            jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-            .lower(q, k, v)
-            .compile()
-            .memory_analysis()
-            .temp_size_in_bytes
-        )
+        loss = lambda q, k, v: jnp.sum(flash(q, k, v, self_visibility(1, length), Score(), scale=1.0, backend=backend))
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
     small, large = bytes_at(2048), bytes_at(16384)
     assert large < 16 * small, (small, large)

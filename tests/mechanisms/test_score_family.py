@@ -74,9 +74,7 @@ def test_kernel_mlp_row_and_clipped_normaliser():
     params = {"w1": 3 * jnp.eye(4), "w2": jnp.eye(4)[::-1]}
     phi = lambda x: np.maximum(3 * x, 0)[..., ::-1]
     w = phi(np.asarray(Q)[0, 2, 0]) @ phi(np.asarray(K)[0, :, 0]).T / 2
-    np.testing.assert_allclose(
-        rows("kernel_mlp", Q, K, params).values[0, 0, 2], w / max(abs(w.sum()), 1), atol=1e-6
-    )
+    np.testing.assert_allclose(rows("kernel_mlp", Q, K, params).values[0, 0, 2], w / max(abs(w.sum()), 1), atol=1e-6)
 
 
 def test_k_bias_of_zeros_is_softmax_off_by_one():
@@ -151,7 +149,7 @@ def test_unnormalised_attention_is_additive_over_keys(name):
 
 def test_sigmoid_with_zero_queries_has_the_bias_as_weight():
     n = 16
-    _, k, v = qkv(n)
+    _, k, _ = qkv(n)
     a = rows("sigmoid", jnp.zeros_like(k), k, train_len=n).values[0, 0]
     np.testing.assert_allclose(a[np.tril_indices(n)], 1 / (1 + n), rtol=1e-5)
     np.testing.assert_allclose(a[-1].sum(), n / (n + 1), rtol=1e-5)
@@ -183,9 +181,7 @@ def test_relu_divides_by_the_visible_keys_only():
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
     a = jaxattn.attend("relu", q, k, v, segment_ids=segments)
     np.testing.assert_allclose(a[0, :, 0, 0], [2, 2, 2, 2, 2, 0], atol=1e-6)
-    windowed = (
-        get("relu").weights(q, k, self_visibility(1, 6, window=2), spec=get("relu").spec()).values[0, 0]
-    )
+    windowed = get("relu").weights(q, k, self_visibility(1, 6, window=2), spec=get("relu").spec()).values[0, 0]
     np.testing.assert_allclose(windowed[4], [0, 0, 0, 1, 1, 0], atol=1e-6)
 
 
@@ -204,6 +200,6 @@ def test_relu_divides_by_the_visible_keys_only():
 def test_impossible_options_are_refused_by_name(name, spec, message):
     mechanism = get(name)
     q, k, v = qkv()
+    vis = self_visibility(1, 9)
     with pytest.raises(ConfigError, match=message):
-        options = mechanism.make_spec(**spec)
-        mechanism.forward(q, k, v, self_visibility(1, 9), spec=options, params={})
+        mechanism.forward(q, k, v, vis, spec=mechanism.make_spec(**spec), params={})

@@ -30,10 +30,7 @@ VARIANTS = {
     "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu")},
     "no-mlp": {"mlps": ("none",), "mixers": ("softmax", "none")},
     "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
-    **{
-        f"position-{p}": {"position": p}
-        for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")
-    },
+    **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
     **{name: {"mixers": (name,)} for name in names()},
 }
 

@@ -25,6 +25,7 @@ TIMING = ("tokens_per_s", "time_s")  # all other columns of a row are functions 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"context": 16, "batch_size": 4},
     "model": {"d_model": 16, "num_layers": 1},
+    "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
     "eval": {"every": 0, "sequences": 4, "batches": 1, "length": 16},
     "checkpoint": {"every": 4},
     "log": {"tensorboard": False},
@@ -64,9 +65,7 @@ def flags(cfg: RunConfig) -> list[str]:
     return words
 
 
-def start(
-    words: list[str], cwd: Path, *, module: str = "train.pretrain", **env: str
-) -> subprocess.Popen[str]:
+def start(words: list[str], cwd: Path, *, module: str = "train.pretrain", **env: str) -> subprocess.Popen[str]:
     """The command as a process of its own, with pipes on both outputs."""
     environment = {
         **os.environ,
@@ -148,9 +147,7 @@ def steps_of(folder: Path) -> list[int]:
     return Checkpoints(folder / "checkpoints", config={}, read_only=True).steps()
 
 
-def restore(
-    folder: Path, step: int | None = None, batches: int = 2
-) -> tuple[int, Any, list[dict[str, np.ndarray]]]:
+def restore(folder: Path, step: int | None = None, batches: int = 2) -> tuple[int, Any, list[dict[str, np.ndarray]]]:
     """Step, state and the batches that come next, of the newest (or one) checkpoint of a run."""
     cfg = read_config(folder)
     source, model = open_source(cfg)

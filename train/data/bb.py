@@ -87,7 +87,5 @@ def oracle(table: BigramTable, context: int) -> Oracle:
         trigger_fraction=float(pair_sum.sum() / queries),
         unigram=float(_entropy(seen)),
         # Seen from x_t alone, a trigger may copy back any character that stood before it.
-        bigram=float(
-            ((plain_sum * _entropy(p)).sum() + (pair_sum.sum(0) * _entropy(pair_sum.T)).sum()) / queries
-        ),
+        bigram=float(((plain_sum * _entropy(p)).sum() + (pair_sum.sum(0) * _entropy(pair_sum.T)).sum()) / queries),
     )

@@ -133,9 +133,7 @@ def load_table(path: str = "", triggers: int = 3) -> BigramTable:
     try:
         text = Path(path).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"data.bb_table={path!r} cannot be read as UTF-8 text ({error}); check the file."
-        ) from error
+        raise DataError(f"data.bb_table={path!r} cannot be read as UTF-8 text ({error}); check the file.") from error
     return make_table(estimate_table(text), triggers)
 
 
@@ -159,9 +157,7 @@ def main() -> None:
     text = _docstrings()
     counts = estimate_table(text)
     table = {
-        CHARS[x]: {CHARS[y]: int(counts[x, y]) for y in np.flatnonzero(counts[x])}
-        for x in range(65)
-        if counts[x].any()
+        CHARS[x]: {CHARS[y]: int(counts[x, y]) for y in np.flatnonzero(counts[x])} for x in range(65) if counts[x].any()
     }
     record = {
         "provenance": f"pair counts in the docstrings of the standard library of CPython "

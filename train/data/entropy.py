@@ -36,9 +36,7 @@ def _plug_in(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def text_entropies(
-    store: TokenStore, train: Spans, val: Spans, vocab: int, max_tokens: int
-) -> dict[str, float]:
+def text_entropies(store: TokenStore, train: Spans, val: Spans, vocab: int, max_tokens: int) -> dict[str, float]:
     """Entropies in nats per token, from at most `max_tokens` training tokens and as many validation tokens.
 
     unigram_nats: plug-in entropy of the training tokens.

@@ -27,9 +27,7 @@ def expand(source: str) -> list[Path]:
     for name in (n.strip() for n in names if n.strip()):
         path = Path(os.path.expanduser(name))
         if path.is_dir():
-            raise DataError(
-                f"data.source={name!r} is a folder: name files, for example '{name.rstrip('/')}/**/*.txt'."
-            )
+            raise DataError(f"data.source={name!r} is a folder: name files, for example '{name.rstrip('/')}/**/*.txt'.")
         if path.exists():
             found[path] = None
             continue

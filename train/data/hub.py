@@ -29,8 +29,7 @@ def hub_corpus(source: str, text_field: str = "text") -> Corpus:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
-            f"data.source={source!r} cannot be loaded ({reason}): check the name, the split {split!r} "
-            "and the network."
+            f"data.source={source!r} cannot be loaded ({reason}): check the name, the split {split!r} and the network."
         ) from error
     if text_field not in data.column_names:
         raise DataError(

@@ -59,9 +59,7 @@ class Perturbation:
         return out
 
 
-def parse_perturbation(
-    text: str, *, context: int, vocab: int, special: int | None = None
-) -> Perturbation | None:
+def parse_perturbation(text: str, *, context: int, vocab: int, special: int | None = None) -> Perturbation | None:
     """Reads "random@0,1" or "fixed=17@2"; "" is None.
 
     Raises:
@@ -71,15 +69,11 @@ def parse_perturbation(
         return None
     match = re.fullmatch(r"(random|fixed=(\d+))@(\d+(?:,\d+)*)", text.replace(" ", ""))
     if match is None:
-        raise ConfigError(
-            f"data.perturb={text!r} is not understood: write 'random@0', 'random@0,1' or 'fixed=17@2'."
-        )
+        raise ConfigError(f"data.perturb={text!r} is not understood: write 'random@0', 'random@0,1' or 'fixed=17@2'.")
     positions = tuple(sorted({int(p) for p in match[3].split(",")}))
     if positions[-1] >= context:
         raise ConfigError(f"data.perturb={text!r}: position {positions[-1]} is outside context={context}.")
     token = None if match[2] is None else int(match[2])
     if token is not None and token >= vocab:
-        raise ConfigError(
-            f"data.perturb={text!r}: token {token} is outside the vocabulary of {vocab} tokens."
-        )
+        raise ConfigError(f"data.perturb={text!r}: token {token} is outside the vocabulary of {vocab} tokens.")
     return Perturbation(positions, token, vocab, special)

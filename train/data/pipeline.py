@@ -239,9 +239,7 @@ class _Sequences:
         return x
 
 
-def bb_batches(
-    table: BigramTable, layout: Layout, *, seed: int, stream: int, unique: int = 0
-) -> grain.IterDataset:
+def bb_batches(table: BigramTable, layout: Layout, *, seed: int, stream: int, unique: int = 0) -> grain.IterDataset:
     """Endless batches of Bigram-Backcopy; with `unique` > 0 that many sequences repeat."""
     order = _endless(unique, seed) if unique else None
     return _by_step(_Sequences(table, order, layout, seed, stream), layout)

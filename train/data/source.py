@@ -45,9 +45,7 @@ class Source(ABC):
 
         size = self.cfg.batch_size if batch_size is None else batch_size
         if size < 1 or size % self.process_count:
-            raise ConfigError(
-                f"batch_size={size} must be a positive multiple of the {self.process_count} processes."
-            )
+            raise ConfigError(f"batch_size={size} must be a positive multiple of the {self.process_count} processes.")
         return Layout(
             context=self.cfg.context,
             batch_size=size,

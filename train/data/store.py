@@ -93,9 +93,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
     if offsets[-1] == 0:
         ids_path.unlink()
-        raise DataError(
-            f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them."
-        )
+        raise DataError(f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them.")
     _, offsets_sha = write_atomic(record_path.with_suffix(".offsets"), [offsets.tobytes()])
     record = {
         "ids_sha256": ids_sha,

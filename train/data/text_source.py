@@ -38,9 +38,7 @@ class TextSource(Source):
 
     def _need_val(self) -> None:
         if not len(self.val):
-            raise DataError(
-                f"data.val_fraction={self.cfg.val_fraction} holds no document out: set it above 0."
-            )
+            raise DataError(f"data.val_fraction={self.cfg.val_fraction} holds no document out: set it above 0.")
 
     def val_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, np.ndarray]]:
         """Packed validation documents."""
@@ -75,9 +73,7 @@ class TextSource(Source):
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"the text file {path!r} cannot be read as UTF-8 ({error}); check the file."
-            ) from error
+            raise DataError(f"the text file {path!r} cannot be read as UTF-8 ({error}); check the file.") from error
         ids = np.asarray(self.tokenizer.encode(text), np.int32)
         if len(ids) < n * length:
             raise DataError(
@@ -122,9 +118,7 @@ def text_source(cfg: DataConfig, place: dict[str, Any]) -> TextSource:
         "val_documents": len(val),
         "val_tokens": val.tokens,
     }
-    perturb = parse_perturbation(
-        cfg.perturb, context=cfg.context, vocab=tokenizer.vocab_size, special=tokenizer.eos
-    )
+    perturb = parse_perturbation(cfg.perturb, context=cfg.context, vocab=tokenizer.vocab_size, special=tokenizer.eos)
     return TextSource(
         **place,
         name=corpus.name,

@@ -104,9 +104,7 @@ def sample(texts: Iterable[str], corpus_bytes: int, limit: int = SAMPLE_BYTES) -
         yield text[: max(1, round(len(text) * share))]
 
 
-def cached_bpe(
-    texts: Iterable[str], fingerprint: str, corpus_bytes: int, vocab_size: int, root: Path
-) -> Tokenizer:
+def cached_bpe(texts: Iterable[str], fingerprint: str, corpus_bytes: int, vocab_size: int, root: Path) -> Tokenizer:
     """The BPE of a corpus, trained once per (corpus, vocabulary size, version); `texts` is read only if
     needed.
 
@@ -160,15 +158,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         body = path.read_text("utf-8")
         json.loads(body)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error})."
-        ) from error
+        raise DataError(f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error}).") from error
     try:
         return Tokenizer(_from_json(body))
     except Exception as error:  # `tokenizers` raises the base class
-        raise DataError(
-            f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error})."
-        ) from error
+        raise DataError(f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error}).") from error
 
 
 def _from_hub(name: str) -> Path:

@@ -196,9 +196,7 @@ def assert_step_1_only(kit, folder, caplog):
     with caplog.at_level(logging.WARNING, "jaxattn"), Checkpoints(folder, config={}) as checkpoints:
         assert checkpoints.steps() == [1]
         state = checkpoints.restore({"w": np.empty((64, 64), np.float32)}).state
-    np.testing.assert_array_equal(
-        state["w"], np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32)
-    )
+    np.testing.assert_array_equal(state["w"], np.random.default_rng(1).standard_normal((64, 64)).astype(np.float32))
     assert [path.name for path in folder.iterdir()] == ["step_00000001"]
 
 

@@ -96,9 +96,7 @@ def test_empty_one_token_and_long_documents(source_of, packing):
     assert source.meta["train_tokens"] == 61 + 2 + 2
     eos, targets = source.tokenizer.eos, {}
     for batch in take_n(source.train_iterator(), 40):
-        for token, target, mask in zip(
-            *(batch[k].ravel() for k in ("tokens", "targets", "loss_mask")), strict=True
-        ):
+        for token, target, mask in zip(*(batch[k].ravel() for k in ("tokens", "targets", "loss_mask")), strict=True):
             if mask:
                 targets.setdefault(int(token), set()).add(int(target))
             else:

@@ -95,9 +95,7 @@ def test_damaged_parquet(tmp_path):
         row_group_size=1,
         compression="none",
     )
-    with pytest.raises(
-        DataError, match=r"row 0 of row group 2 of file '.*x.parquet' is corrupt: column 'text' is"
-    ):
+    with pytest.raises(DataError, match=r"row 0 of row group 2 of file '.*x.parquet' is corrupt: column 'text' is"):
         read(path)
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"bbbb") + 20] ^= 1  # one flipped bit, found by the page checksum

@@ -19,9 +19,7 @@ def test_disjoint_and_complete(lengths, fraction, seed):
     train, val = split(offsets, fraction, seed)
     assert len(train) > 0
     assert (len(val) > 0) == (fraction > 0)
-    tokens = [
-        set(range(a, b)) for spans in (train, val) for a, b in zip(spans.start, spans.stop, strict=True)
-    ]
+    tokens = [set(range(a, b)) for spans in (train, val) for a, b in zip(spans.start, spans.stop, strict=True)]
     assert sum(map(len, tokens)) == len(set().union(*tokens)) == sum(lengths)
     assert all(tokens)
     again = split(offsets, fraction, seed)
@@ -111,9 +109,7 @@ def test_encode_text(source_of, tmp_path):
     path.write_text("0123456789" * 3, "utf-8")
     rows = source.encode_text(str(path), 3, 8)
     assert [bytes(r.astype(np.uint8)) for r in rows] == [b"01234567"] * 3
-    with pytest.raises(
-        DataError, match=r"has 30 tokens, too few for 4 sequences of 8: .* ask for 3 sequences"
-    ):
+    with pytest.raises(DataError, match=r"has 30 tokens, too few for 4 sequences of 8: .* ask for 3 sequences"):
         source.encode_text(str(path), 4, 8)
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         source.encode_text(str(tmp_path / "no.txt"), 1, 8)
