@@ -74,8 +74,12 @@ def make_measure(
         size = max(d for d in range(1, min(count, most) + 1) if count % d == 0)
         parts = [jax.device_get(one(params, tokens[i : i + size])) for i in range(0, count, size)]
         per_sequence = ("alpha", "alpha_slot")
-        merge = lambda k: np.concatenate if k in per_sequence else lambda xs: np.mean(np.stack(xs), axis=0)
-        return {k: merge(k)([p[k] for p in parts]) for k in parts[0]}
+
+        def merge(name: str) -> np.ndarray:
+            values = [np.asarray(part[name]) for part in parts]
+            return np.concatenate(values) if name in per_sequence else np.mean(values, axis=0)
+
+        return {name: merge(name) for name in parts[0]}
 
     return measure
 

@@ -18,25 +18,32 @@ from jaxattn.types import Leaf
 PositionBias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "b h T S"]]
 
 
-def rotate(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], base: float, fraction: float = 1.0
-) -> Float[Array, "B T H D"]:
-    """Rotary embedding, half-split pairing (arXiv 2104.09864, Eq. 34); angles in f32.
+def rotary_tables(
+    positions: Int[Array, "B T"], head_dim: int, base: float, fraction: float = 1.0
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
+    """cos and sin of the rotary angles in f32, R = rotated dims / 2 (arXiv 2104.09864, Eq. 34).
 
     Args:
-      base: theta; pair m of R rotated dims turns by position · base^(-2m/R).
-      fraction: share of D that is rotated (the first dims), rounded down to an even count.
+      base: theta; pair m of R turns by position · base^(-m/R).
+      fraction: share of the head dim that is rotated (the first dims), rounded down to an even count.
     """
-    dims = int(x.shape[-1] * fraction) // 2 * 2
-    if dims == 0:
-        return x
-    half = dims // 2
-    freq = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half = int(head_dim * fraction) // 2
+    freq = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:dims].astype(jnp.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B T H D"], tables: tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
+) -> Float[Array, "B T H D"]:
+    """Turn the first 2R dims, half-split pairing (dim m with dim m + R); the rest passes through."""
+    cos, sin = tables
+    half = cos.shape[-1]
+    if half == 0:
+        return x
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return turned if dims == x.shape[-1] else jnp.concatenate([turned, x[..., dims:]], axis=-1)
+    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
 def sinusoid(positions: Int[Array, "B T"], dim: int, base: float = 10_000.0) -> Float[Array, "B T E"]:

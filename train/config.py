@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import tyro
@@ -10,6 +11,14 @@ import tyro
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from train.data import DataConfig
+
+
+def check_finite(group: str, config: Any) -> None:
+    """Refuse NaN and infinite numbers, which every later comparison would let through."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{group}.{field.name} is {value} but must be a finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,7 @@ class OptimConfig:
     """Skipped steps in a row that end the run."""
 
     def __post_init__(self) -> None:
+        check_finite("optim", self)
         for field in ("lr", "eps"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"optim.{field} is {getattr(self, field)} but must be positive.")
@@ -78,6 +88,7 @@ class EvalConfig:
     """Threshold of the sink indicator."""
 
     def __post_init__(self) -> None:
+        check_finite("eval", self)
         for field in ("every",):
             if getattr(self, field) < 0:
                 raise ConfigError(f"eval.{field} is {getattr(self, field)} but must be 0 or positive.")
@@ -196,7 +207,19 @@ class RunConfig:
 
 
 # What a resumed run may change without becoming another run.
-RESUMABLE = ("steps", "run_dir", "resume", "overwrite", "report", "preset", "eval", "checkpoint", "log")
+RESUMABLE = (
+    "optim.nonfinite",
+    "optim.max_skips",
+    "steps",
+    "run_dir",
+    "resume",
+    "overwrite",
+    "report",
+    "preset",
+    "eval",
+    "checkpoint",
+    "log",
+)
 
 FLAG_ALIASES = {"--data": "--data.source"}
 

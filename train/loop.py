@@ -18,11 +18,12 @@ import numpy as np
 
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
-from jaxattn.errors import TrainingStopped
+from jaxattn.errors import Mismatch, TrainingStopped
 from train.checkpoint import Checkpoints
 from train.config import RESUMABLE, RunConfig
 from train.data import Source
-from train.load import abstract_state, open_source
+from train.load import abstract_state, open_source, read_config
+from train.manifest import diff_config
 from train.mesh import data_mesh, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
@@ -54,10 +55,11 @@ def run(cfg: RunConfig) -> int:
     """
     cfg = cfg.resolved()
     folder = Path(cfg.run_dir or default_run_dir(cfg))
+    # What can be wrong with the data or the devices shows before an older run is touched.
+    source, model = open_source(cfg)
+    cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
+    mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
     with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0) as place:
-        source, model = open_source(cfg)
-        cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
-        mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
         saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
         with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
             iterator = source.train_iterator()
@@ -87,6 +89,12 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
     """A fresh state at step 0, or the newest valid checkpoint's, with the data iterator moved along."""
     if not cfg.resume or checkpoints.latest() is None:
         if cfg.resume:
+            before = read_config(Path(cfg.run_dir)).to_dict()
+            if differences := diff_config(before, cfg.to_dict(), ignore=RESUMABLE):
+                raise Mismatch(
+                    f"{cfg.run_dir} was started with another configuration ({'; '.join(differences)}): use the "
+                    "saved values or another --run-dir."
+                )
             log.warning("the run in %s has no checkpoint yet; it starts at step 0", cfg.run_dir)
         return replicate(init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed), mesh), 0
     checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE)
@@ -160,6 +168,8 @@ def _train(
                 if saving or last:
                     checkpoints.save(step, state, iterator)
                 clock.resume()
+            if (row := settle(pending)) is not None:  # the stop came after the last look at it
+                _log(row, cfg, writer, progress, clock, always=True)
             if stop.requested is not None:
                 checkpoints.save(step, state, iterator)
                 checkpoints.wait()
@@ -195,7 +205,7 @@ def _refuse_or_skip(cfg: RunConfig, place: RunDir, at: int, row: Row, skips: int
         np.savez_compressed(path, **batch)
         raise TrainingStopped(
             f"the loss of step {at} is {row['loss']} (gradient norm {row['grad_norm']}); its batch is in {path}, "
-            "the newest checkpoint is from before it: lower optim.lr, or go on with --optim.nonfinite=skip --resume."
+            "every checkpoint is from before it: lower optim.lr, or go on with --optim.nonfinite=skip --resume."
         )
     if skips >= cfg.optim.max_skips:
         raise TrainingStopped(

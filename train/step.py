@@ -90,7 +90,7 @@ def make_train_step(
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         loss, tokens, grads = gradients(state["params"], batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if optim.spike_factor:
             trusted = state["step"] >= SPIKE_WARMUP
@@ -111,7 +111,7 @@ def make_train_step(
         numbers = {
             "loss": loss,
             "grad_norm": norm,
-            "lr": schedule(state["step"]),
+            "lr": jnp.asarray(schedule(state["step"])),
             "tokens": tokens,
             "applied": good,
             "skipped": new["skipped"],

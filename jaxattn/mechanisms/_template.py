@@ -46,7 +46,7 @@ def score_family(
     def featured(q: Array, k: Array, spec: Any, params: dict) -> tuple[Array, Array]:
         return feature_map(q, k, spec, params) if feature_map else (q, k)
 
-    def with_slots(k: Array, v: Any, vis: Visibility, spec: Any, params: dict):
+    def with_slots(k: Array, v: Any, vis: Visibility, spec: Any, params: dict) -> tuple[Array, Any, Visibility, int]:
         """Put the constant keys in front; returns k, v, vis and the number of slots."""
         if slots is None:
             return k, v, vis, 0

@@ -51,8 +51,7 @@ class Attention(nn.Module):
             q = rms_norm(q, self.param("q_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
             k = rms_norm(k, self.param("k_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
         if cfg.position == "rope":
-            q = rotate(q, stream.positions, cfg.rope_base, cfg.rope_fraction)
-            k = rotate(k, stream.positions, cfg.rope_base, cfg.rope_fraction)
+            q, k = rotate(q, stream.rotary), rotate(k, stream.rotary)
         table = None
         if cfg.position == "relative":
             table = self.param("relative", nn.initializers.zeros, (RELATIVE_BUCKETS, heads), jnp.float32)

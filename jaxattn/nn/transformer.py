@@ -16,7 +16,7 @@ from jaxattn.models.config import ModelConfig
 from jaxattn.nn.block import Block
 from jaxattn.nn.layers import Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
-from jaxattn.rope import sinusoid
+from jaxattn.rope import rotary_tables, sinusoid
 
 
 class _Period(nn.Module):
@@ -190,6 +190,9 @@ class Decoder(nn.Module):
 
     def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
         cfg = self.cfg
+        if cfg.position == "rope":
+            tables = rotary_tables(stream.positions, cfg.head_dim, cfg.rope_base, cfg.rope_fraction)
+            stream = dataclasses.replace(stream, rotary=jax.lax.optimization_barrier(tables))
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")

@@ -19,6 +19,8 @@ from jaxattn.rope import PositionBias
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import ACTIVATIONS, Score
 
+FLOOR = -1e29  # where running maxima start: far above NEVER, far below any score
+store = jax.lax.optimization_barrier  # "compute this once": exp would be repeated in every consumer
 BLOCK_Q = 128
 CHUNK_K = 1024
 MAX_GROUPS = 16  # programs grow with unrolled groups; inside a group blocks are scanned
@@ -41,6 +43,8 @@ def flash_xla(
     kv_heads, keys, v_dim = k.shape[2], k.shape[1], v.shape[3]
     q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)  # [B, K, G, T, D]
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, ·]
+    if q.dtype == jnp.float32:  # in lower precision the product is scaled instead, after accumulation
+        q, scale = q * scale, 1.0
     rows = partial(_block, score, scale, chunk_k)
 
     blocks = -(-length // block_q)
@@ -81,9 +85,9 @@ def _block_forward(score, scale, chunk, q, k, v, vis, bias):
         s, see = _scores(score, scale, q, k_c, vis_c, bias)
         if score.activation == "exp":
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
-            w = _exp_weights(s - new_top[..., None], see)
+            w = store(jnp.exp(s - new_top[..., None]))  # masked: exp(NEVER - FLOOR) is exactly 0
             fade = jnp.exp(top - new_top)
-            power = w if score.p == 1.0 else _exp_weights(score.p * (s - new_top[..., None]), see)
+            power = w if score.p == 1.0 else jnp.exp(score.p * (s - new_top[..., None]))
             top, mass, acc = new_top, mass * fade**score.p + jnp.sum(power, axis=-1), acc * fade[..., None]
         else:
             w = jnp.where(see, ACTIVATIONS[score.activation](s), 0.0)
@@ -91,7 +95,7 @@ def _block_forward(score, scale, chunk, q, k, v, vis, bias):
         acc = acc + jnp.einsum("bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
         return top, mass, acc
 
-    floor = 0.0 if score.normaliser == "sum_plus_one" else NEVER
+    floor = 0.0 if score.normaliser == "sum_plus_one" else FLOOR
     zero = jnp.zeros(q.shape[:-1], jnp.float32)
     start = (zero + floor, zero, jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32))
     top, mass, acc = _over_chunks(add, start, k, v, vis, chunk)
@@ -106,7 +110,7 @@ def _block_backward(score, scale, chunk, saved, do):
     q, k, v, vis, bias, o, stat = saved
     do = do.astype(jnp.float32)
     delta = jnp.sum(do * o.astype(jnp.float32), axis=-1)  # do · o, the part that flows through Z
-    z = _normaliser(stat, stat, score) if score.activation != "exp" else None
+    z = _normaliser(stat, stat, score)  # for elementwise activations; exp needs only stat
 
     def add(carry, part):
         dq, d_bias = carry
@@ -114,8 +118,8 @@ def _block_backward(score, scale, chunk, saved, do):
         (s, see), bias_vjp = _scores_and_vjp(score, scale, q, k_c, vis_c, bias)
         dp = jnp.einsum("bkgtv,bksv->bkgts", do.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
         if score.activation == "exp":
-            p = _exp_weights(s - stat[..., None], see)
-            through_z = _exp_share(p, s, stat, see, score)
+            p = store(jnp.exp(s - stat[..., None]))
+            through_z = _exp_share(p, s, stat, score)
             ds = p * dp - delta[..., None] * through_z
         else:
             w, slope = jax.vjp(ACTIVATIONS[score.activation], s)
@@ -125,7 +129,7 @@ def _block_backward(score, scale, chunk, saved, do):
             dw = dp / safe - (delta[..., None] / safe) * _mass_slope(w, see, stat, safe, score)
             ds = slope(jnp.where(see, dw, 0.0))[0]
         d_bias = jax.tree.map(jnp.add, d_bias, bias_vjp(ds))
-        ds, p = ds.astype(q.dtype), p.astype(v.dtype)
+        ds, p = store((ds.astype(q.dtype), p.astype(v.dtype)))
         dq = dq + scale * jnp.einsum("bkgts,bksd->bkgtd", ds, k_c, preferred_element_type=jnp.float32)
         fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # groups share their key head
         dk = scale * jnp.einsum("bkns,bknd->bksd", fold(ds), fold(q), preferred_element_type=jnp.float32)
@@ -165,14 +169,10 @@ def _scores_and_vjp(score, scale, q, k, vis, bias):
     return (jnp.where(see, s, NEVER) if score.activation == "exp" else s, see), vjp
 
 
-def _exp_weights(exponent: Array, see: Array) -> Array:
-    return jnp.where(see, jnp.exp(exponent), 0.0)
-
-
-def _exp_share(p: Array, s: Array, stat: Array, see: Array, score: Score) -> Array:
+def _exp_share(p: Array, s: Array, stat: Array, score: Score) -> Array:
     """d log Z / ds: p over its row sum, or p^p for the p-norm."""
     if score.p != 1.0:
-        return _exp_weights(score.p * (s - stat[..., None]), see)
+        return jnp.exp(score.p * (s - stat[..., None]))
     return p / score.row_sum
 
 

@@ -66,7 +66,7 @@ def test_row_1_and_3_bb_killed_again_and_again(bb_unbroken, tmp_path):
     folder = tmp_path / "killed"
     rng = random.Random(1)
     first = rng.randrange(2, EVERY)  # before any checkpoint
-    second = rng.randrange(EVERY + 2, 2 * EVERY)
+    second = rng.randrange(2 * EVERY + 2, 3 * EVERY)  # a later save waits for the one before it
     words = h.flags(h.tiny(folder, STEPS, checkpoint={"every": EVERY}))
     resume = ["--resume", f"--run-dir={folder}"]
     h.kill_at(words, folder, first)
@@ -93,7 +93,7 @@ def test_row_1_text_with_accumulated_gradients(text_file, tmp_path):
     assert run(h.tiny(unbroken, STEPS, **changes)) == 0
     tokens = json.loads((unbroken / "data.json").read_text())["meta"]
     assert text_file.stat().st_size < STEPS * 4 * 16, tokens  # more than one epoch
-    h.kill_at(h.flags(h.tiny(folder, STEPS, **changes)), folder, EVERY + random.Random(2).randrange(3, EVERY))
+    h.kill_at(h.flags(h.tiny(folder, STEPS, **changes)), folder, 2 * EVERY + random.Random(2).randrange(3, EVERY))
     assert h.steps_of(folder)
     finish_in_process(folder)
     h.assert_same_run(folder, unbroken)
