@@ -33,7 +33,7 @@ def text_tiny() -> RunConfig:
     """Real text (the Python standard library) on 2 cores in under a quarter of an hour."""
     return RunConfig(
         preset="text-tiny",
-        steps=1200,
+        steps=900,
         data=DataConfig(source="stdlib", vocab_size=2048, context=256, batch_size=16),
         model=ModelConfig(num_layers=4, d_model=192, num_heads=4, mlps=("swiglu",), init="sink", scan_layers=False),
         optim=OptimConfig(

@@ -291,6 +291,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def result_environment() -> dict[str, Any]:
+    """`environment` for files that are committed: without the machine's name and paths."""
+    return {k: v for k, v in environment().items() if k not in ("argv", "host")}
+
+
 def _git() -> dict[str, Any]:
     """Commit and dirty flag of the checkout this file lies in; None where there is none."""
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxattn.errors import UserError, run_cli
 from scripts.bench.train_shape import Shape
-from train.rundir import environment, write_json_atomic
+from train.rundir import result_environment, write_json_atomic
 
 RIVALS = ("torch eager", "torch.compile")
 OURS = "jaxattn"
@@ -159,7 +159,7 @@ def main() -> int:
         raise UserError("train_cpu needs torch; pip install -e '.[bench]'.") from error
     result = measure(Shape(), args.rounds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out, result | {"torch": torch.__version__, "environment": environment()})
+    write_json_atomic(args.out, result | {"torch": torch.__version__, "environment": result_environment()})
     for name, speed in result["tokens_per_s"].items():
         print(f"{name:15} {speed:8,.0f} tokens/s")
     print(

@@ -35,7 +35,7 @@ from train.load import load_params, open_source, read_config
 from train.loop import run
 from train.objective import token_losses
 from train.presets import get_preset
-from train.rundir import environment, write_json_atomic
+from train.rundir import result_environment, write_json_atomic
 
 ATTENTIONS = ("softmax", "sigmoid", "relu")
 RESULTS = Path(__file__).parent / "results"
@@ -131,7 +131,10 @@ def plot(runs: Path, seeds: int) -> None:
             label = attn if seed == 0 else None
             axes.plot([row["step"] for row in seen], weights, color=color, label=label, linewidth=1.6)
     axes.set(
-        xlabel="step", ylabel="weight on the start token", ylim=(0, 1), title="Bigram-Backcopy, non-trigger queries"
+        xlabel="step",
+        ylabel="share of weight on <s>, largest head",
+        ylim=(0, 1),
+        title="Bigram-Backcopy, non-trigger queries",
     )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -148,7 +151,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_json_atomic(
         RESULTS / "sinks_bb.json",
-        {"rows": rows, "device": jax.devices()[0].device_kind, "environment": environment()},
+        {"rows": rows, "device": jax.devices()[0].device_kind, "environment": result_environment()},
     )
     (RESULTS / "sinks_bb.md").write_text(markdown(rows), encoding="utf-8")
     plot(args.runs_dir, args.seeds)
