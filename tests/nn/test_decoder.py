@@ -101,8 +101,8 @@ def test_rope_rotates_by_position_and_depends_on_distance_only():
     np.testing.assert_allclose(scores(at(0)), scores(at(31)), atol=1e-4)
     np.testing.assert_allclose(at(0)[:, 0], x[:, 0], atol=1e-6)
     angle = 3 * 100.0 ** (-1 / 3)
-    a, b = x[0, 3, 0, 1], x[0, 3, 0, 4]
-    assert at(0)[0, 3, 0, 1] == pytest.approx(a * np.cos(angle) - b * np.sin(angle), abs=1e-5)
+    a, b = float(x[0, 3, 0, 1]), float(x[0, 3, 0, 4])
+    assert float(at(0)[0, 3, 0, 1]) == pytest.approx(a * np.cos(angle) - b * np.sin(angle), abs=1e-5)
     half = rotate(x, rotary_tables(jnp.arange(8)[None], 6, 100.0, fraction=0.5))
     np.testing.assert_array_equal(half[..., 2:], x[..., 2:])
 
