@@ -32,7 +32,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up: stay, or fall to lr · min_lr_ratio by the last step."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; a shorter run ends inside it."""
     min_lr_ratio: float = 0.0
     """Final learning rate as a share of the peak (cosine and linear)."""
     b1: float = 0.9
@@ -167,10 +167,6 @@ class RunConfig:
             raise ConfigError(f"steps is {self.steps} but must be at least 1.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed} but must be 0 or positive.")
-        if self.optim.warmup_steps > self.steps:
-            raise ConfigError(
-                f"optim.warmup_steps is {self.optim.warmup_steps} but the run has {self.steps} steps; lower it."
-            )
 
     def resolved(self) -> RunConfig:
         """The same run with `attn` written into the model and context-dependent fields filled in.
