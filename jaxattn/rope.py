@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -30,20 +31,27 @@ def rotary_tables(
     half = int(head_dim * fraction) // 2
     freq = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
-    return jnp.cos(angle), jnp.sin(angle)
+    # A loop of two steps, because XLA's CPU backend fuses (and repeats) cosines into whatever reads them.
+    cos, sin = jax.lax.map(lambda odd: jnp.where(odd, jnp.sin(angle), jnp.cos(angle)), jnp.array([False, True]))
+    return cos, sin
 
 
 def rotate(
     x: Float[Array, "B T H D"], tables: tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
 ) -> Float[Array, "B T H D"]:
     """Turn the first 2R dims, half-split pairing (dim m with dim m + R); the rest passes through."""
-    cos, sin = tables
+    cos, sin = (jnp.swapaxes(t, 1, 2)[..., None, :] for t in tables)  # [B, 1, T, 1, R]
     half = cos.shape[-1]
     if half == 0:
         return x
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    # Heads first, as the kernels want them (their own swap cancels this one); pairs by a flip of an
+    # axis of two, because concatenating halves is slow inside XLA's CPU fusions.
+    y = jnp.swapaxes(x, 1, 2)
+    pair = y[..., : 2 * half].astype(jnp.float32).reshape(*y.shape[:-1], 2, half)
+    sign = jnp.array([[-1.0], [1.0]], jnp.float32)
+    turned = (pair * cos + pair[..., ::-1, :] * (sin * sign)).reshape(*y.shape[:-1], 2 * half).astype(x.dtype)
+    y = turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, y[..., 2 * half :]], axis=-1)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def sinusoid(positions: Int[Array, "B T"], dim: int, base: float = 10_000.0) -> Float[Array, "B T E"]:

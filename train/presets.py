@@ -44,6 +44,7 @@ def text_tiny() -> RunConfig:
             b2=0.95,
             weight_decay=0.1,
             clip_norm=1.0,
+            accumulate=4,
         ),
         eval=EvalConfig(every=100, batches=8, sequences=100, length=64),
         checkpoint=CheckpointConfig(every=300),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.models.config import ModelConfig
 from jaxattn.norms import layer_norm, rms_norm
+from pallas_kernels.linear import linear
 
 
 def kernel_init(cfg: ModelConfig, d_in: int, *, last_of_mlp: bool = False):
@@ -43,7 +44,7 @@ class Linear(nn.Module):
         cfg, width = self.cfg, x.shape[-1]
         init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
         kernel = self.param("kernel", init, (width, self.features), jnp.float32)
-        y = x.reshape(-1, width).astype(cfg.dtype) @ kernel.astype(cfg.dtype)
+        y = linear(x.reshape(-1, width).astype(cfg.dtype), kernel.astype(cfg.dtype))
         if cfg.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(cfg.dtype)
         return y.reshape(*x.shape[:-1], self.features)

@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         if cfg.position == "rope":
             tables = rotary_tables(stream.positions, cfg.head_dim, cfg.rope_base, cfg.rope_fraction)
-            stream = dataclasses.replace(stream, rotary=jax.lax.optimization_barrier(tables))
+            stream = dataclasses.replace(stream, rotary=tables)
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")

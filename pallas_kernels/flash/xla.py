@@ -45,6 +45,7 @@ def flash_xla(
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, S, ·]
     if q.dtype == jnp.float32:  # in lower precision the product is scaled instead, after accumulation
         q, scale = q * scale, 1.0
+    q, k, v = store((q, k, v))
     rows = partial(_block, score, scale, chunk_k)
 
     blocks = -(-length // block_q)
@@ -79,26 +80,29 @@ def _block(score: Score, scale: float, chunk: int, q: Array, k: Array, v: Array,
 
 
 def _block_forward(score, scale, chunk, q, k, v, vis, bias):
-    def add(carry: tuple[Array, Array, Array], part: tuple[Array, Array, Visibility]):
-        top, mass, acc = carry
+    floor = 0.0 if score.normaliser == "sum_plus_one" else FLOOR
+
+    def weigh(part: tuple[Array, Array, Visibility]) -> tuple[Array, Array, Array]:
+        """Running maximum, mass and weighted values of one chunk alone."""
         k_c, v_c, vis_c = part
         s, see = _scores(score, scale, q, k_c, vis_c, bias)
         if score.activation == "exp":
-            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
-            w = store(jnp.exp(s - new_top[..., None]))  # masked: exp(NEVER - FLOOR) is exactly 0
-            fade = jnp.exp(top - new_top)
-            power = w if score.p == 1.0 else jnp.exp(score.p * (s - new_top[..., None]))
-            top, mass, acc = new_top, mass * fade**score.p + jnp.sum(power, axis=-1), acc * fade[..., None]
+            top = jnp.maximum(jnp.max(s, axis=-1), floor)
+            w = store(jnp.exp(s - top[..., None]))  # masked: exp(NEVER - FLOOR) is exactly 0
+            mass = jnp.sum(w if score.p == 1.0 else jnp.exp(score.p * (s - top[..., None])), axis=-1)
         else:
             w = jnp.where(see, ACTIVATIONS[score.activation](s), 0.0)
-            mass = mass + _row_mass(w, see, score)
-        acc = acc + jnp.einsum("bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
+            top, mass = jnp.zeros(q.shape[:-1], jnp.float32), _row_mass(w, see, score)
+        acc = jnp.einsum("bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
         return top, mass, acc
 
-    floor = 0.0 if score.normaliser == "sum_plus_one" else FLOOR
-    zero = jnp.zeros(q.shape[:-1], jnp.float32)
-    start = (zero + floor, zero, jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32))
-    top, mass, acc = _over_chunks(add, start, k, v, vis, chunk)
+    def merge(one, two):
+        top = jnp.maximum(one[0], two[0])
+        fade, other = jnp.exp(one[0] - top), jnp.exp(two[0] - top)  # both 1 where there is no maximum
+        mass = one[1] * fade**score.p + two[1] * other**score.p
+        return top, mass, one[2] * fade[..., None] + two[2] * other[..., None]
+
+    top, mass, acc = _fold_chunks(weigh, merge, k, v, vis, chunk)
     z = _normaliser(mass, top, score)
     o = (acc / jnp.where(z == 0, 1.0, z)[..., None]).astype(v.dtype)
     # exp: log Z over the true scale, so that weights are exp(s - stat); others: the running statistic.
@@ -111,6 +115,9 @@ def _block_backward(score, scale, chunk, saved, do):
     do = do.astype(jnp.float32)
     delta = jnp.sum(do * o.astype(jnp.float32), axis=-1)  # do · o, the part that flows through Z
     z = _normaliser(stat, stat, score)  # for elementwise activations; exp needs only stat
+    # [B,K,·,groups and rows]: groups share their key head; the explicit transposes keep every product row-major.
+    turn = lambda x: store(jnp.swapaxes(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, 3))
+    q_t, do_t = turn(q), turn(do.astype(v.dtype))
 
     def add(carry, part):
         dq, d_bias = carry
@@ -131,14 +138,14 @@ def _block_backward(score, scale, chunk, saved, do):
         d_bias = jax.tree.map(jnp.add, d_bias, bias_vjp(ds))
         ds, p = store((ds.astype(q.dtype), p.astype(v.dtype)))
         dq = dq + scale * jnp.einsum("bkgts,bksd->bkgtd", ds, k_c, preferred_element_type=jnp.float32)
-        fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # groups share their key head
-        dk = scale * jnp.einsum("bkns,bknd->bksd", fold(ds), fold(q), preferred_element_type=jnp.float32)
-        dv = jnp.einsum("bkns,bknv->bksv", fold(p), fold(do.astype(v.dtype)), preferred_element_type=jnp.float32)
-        return (dq, d_bias), (dk.astype(k.dtype), dv.astype(v.dtype))
+        fold = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])
+        dk = scale * jnp.matmul(q_t, fold(ds), preferred_element_type=jnp.float32)
+        dv = jnp.matmul(do_t, fold(p), preferred_element_type=jnp.float32)
+        return (dq, d_bias), store((dk.astype(k.dtype), dv.astype(v.dtype)))
 
     start = (jnp.zeros(q.shape, jnp.float32), jax.tree.map(jnp.zeros_like, bias))
     (dq, d_bias), dk, dv = _map_chunks(add, start, k, v, vis, chunk)
-    return dq.astype(q.dtype), dk, dv, None, d_bias
+    return dq.astype(q.dtype), jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3), None, d_bias
 
 
 _block.defvjp(_block_forward, _block_backward)
@@ -218,23 +225,24 @@ def _normaliser(mass: Array, top: Array, score: Score) -> Array:
             return mass
 
 
-def _over_chunks(add, carry, k: Array, v: Array, vis: Visibility, chunk: int):
-    """Fold `add` over key chunks; one call when they fit."""
+def _fold_chunks(weigh, merge, k: Array, v: Array, vis: Visibility, chunk: int):
+    """`merge` of `weigh` over the key chunks; one call when all keys fit in one."""
     if k.shape[2] <= chunk:
-        return add(carry, (k, v, vis))
+        return weigh((k, v, vis))
     cut = _chunks(k, v, vis, chunk)
-    return jax.lax.scan(lambda c, i: (add(c, cut(i)), None), carry, jnp.arange(-(-k.shape[2] // chunk)))[0]
+    rest = jnp.arange(1, -(-k.shape[2] // chunk))
+    return jax.lax.scan(lambda c, i: (merge(c, weigh(cut(i))), None), weigh(cut(0)), rest)[0]
 
 
 def _map_chunks(add, carry, k: Array, v: Array, vis: Visibility, chunk: int):
-    """As `_over_chunks` for a function that also returns dk and dv of its chunk."""
+    """Carry `add` over the key chunks; it also returns dk and dv of its chunk, [B,K,·,chunk]."""
     keys = k.shape[2]
     if keys <= chunk:
         carry, (dk, dv) = add(carry, (k, v, vis))
         return carry, dk, dv
     cut = _chunks(k, v, vis, chunk)
     carry, parts = jax.lax.scan(lambda c, i: add(c, cut(i)), carry, jnp.arange(-(-keys // chunk)))
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, x.shape[-1])[:, :, :keys]
+    join = lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1)[..., :keys]
     return carry, join(parts[0]), join(parts[1])
 
 
