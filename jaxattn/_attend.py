@@ -101,6 +101,7 @@ def attend(
             window=window,
             prefix_len=prefix_len,
         )
+    q, v = mechanism.apply_gains((q, v), q, v, vis.q_positions, spec=options, params=params or {})
     return mechanism.forward(q, k, v, vis, spec=options, params=params, scale=scale, bias=bias, backend=backend)
 
 

@@ -24,6 +24,7 @@ class AttentionView:
     """One attention layer of one forward pass. T counts sink tokens in front, where the model has them."""
 
     layer: int
+    depth: tuple[int, int]
     mechanism: Mechanism
     spec: Any
     params: dict[str, Any]
@@ -40,7 +41,8 @@ class AttentionView:
         rows = self.queries.shape[1] if rows is None else rows
         q = jax.lax.dynamic_slice_in_dim(self.queries, start, rows, axis=1)
         vis = self.vis.rows(start, rows)
-        return self.mechanism.weights(q, self.keys, vis, spec=self.spec, params=self.params, bias=self.bias)
+        depth = {"depth": self.depth} if self.mechanism.capabilities.depth else {}
+        return self.mechanism.weights(q, self.keys, vis, spec=self.spec, params=self.params, bias=self.bias, **depth)
 
     def value_norms(self) -> Float[Array, "B H T"]:
         """||W_O^h v_j||: values seen through their head's slice of the output projection."""
@@ -95,6 +97,7 @@ def look(
         views.append(
             AttentionView(
                 layer=layer,
+                depth=(layer, cfg.num_layers),
                 mechanism=choice.mechanism,
                 spec=choice.spec,
                 params=own.get("mechanism", {}),

@@ -4,13 +4,16 @@
     forward  (q, k, v, vis, *, spec, params, scale, bias, backend)   -> o      the same, efficient
     weights  (q, k, vis, *, spec, params, scale, bias)               -> A      dense rows, for analysis
     init_params(key, spec, *, heads, kv_heads, key_dim, value_dim)   -> dict   {} without parameters
-    init_state (spec, *, batch, capacity, kv_heads, key_dim, value_dim, dtype) -> state
+    init_state (spec, *, batch, capacity, heads, kv_heads, key_dim, value_dim, dtype) -> state
     step     (state, q, k, v, positions, segment_ids, *, spec, params, scale, bias, window, backend)
                                                                      -> (o, state)
     flops    (spec, *, batch, queries, keys, heads, key_dim, value_dim) -> float, forward, no mask discount
 
 q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]; `scale` None means 1/sqrt(D). `step` with T > 1
-is prefill, with T = 1 decode; the same parameters serve all three.
+is prefill, with T = 1 decode; the same parameters serve all three. A mechanism that declares `depth`
+also takes ``depth=(layer, num_layers)`` in reference, forward, weights and step; `layer` may be traced.
+One with `gains` scales queries and values per token before all of these; whoever calls them applies it
+(`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Capabilities:
     """What a mechanism can do; what is off must raise `NotImplementedError` with the exact reason.
 
     state: "kv" (cache of keys and values), "recurrent" (fixed size) or "none".
+    depth: not a refusal: whether the mechanism wants to know its layer.
     """
 
     causal_self: bool = True
@@ -42,6 +46,7 @@ class Capabilities:
     prefix: bool = True
     position_bias: bool = True
     state: str = "kv"
+    depth: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,20 @@ class Mechanism:
     capabilities: Capabilities = Capabilities()
     variants: tuple[Any, ...] = ()
     prefix_tokens: Callable[[Any], int] = lambda spec: 0
+    gains: Callable[..., tuple[Array | None, Array | None]] | None = None
+
+    def apply_gains(
+        self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict
+    ) -> tuple[Array, Array]:
+        """q [B,T,H,D] and v [B,T,K,V] times the mechanism's factors per token and head, where it has any.
+
+        raw: (q, v) as projected, before normalisation and rotation; the factors are computed from these.
+        """
+        if self.gains is None:
+            return q, v
+        q_gain, v_gain = self.gains(*raw, positions, spec=spec, params=params)
+        times = lambda x, gain: x if gain is None else (x * gain[..., None]).astype(x.dtype)
+        return times(q, q_gain), times(v, v_gain)
 
     def make_spec(self, **fields: Any) -> Any:
         """The mechanism's `Spec` with some fields set.

@@ -24,6 +24,11 @@ _PLACES = {
     "v_bias": "kv_bias:V_BIAS",
     "kv_bias": "kv_bias:KV_BIAS",
     "sink_token": "sink_token:MECHANISM",
+    "selective_temperature": "selective_temperature:MECHANISM",
+    "softplus": "softplus:MECHANISM",
+    "linear": "linear:MECHANISM",
+    "lightning": "lightning:MECHANISM",
+    "aaren": "aaren:MECHANISM",
 }
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxattn.cache import KVCache, append, cache_visibility, empty_cache, overflow
 from jaxattn.masks import Visibility, live_rows, visible
-from jaxattn.mechanisms._protocol import Mechanism, RowWeights
+from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
 from jaxattn.rope import PositionBias
 from pallas_kernels import Score, flash
 from pallas_kernels.flash.reference import dense_scores
@@ -40,6 +40,7 @@ def score_family(
     init_params: Callable[..., dict] | None = None,
     variants: tuple[Any, ...] = (),
     prefix_tokens: Callable[[Any], int] = lambda spec: 0,
+    gains: Callable[..., tuple[Array | None, Array | None]] | None = None,
 ) -> Mechanism:
     """Build the protocol's functions for one member of the family (see the module docstring)."""
 
@@ -121,7 +122,7 @@ def score_family(
         return finish(o, vis, spec, params)
 
     def init_state(
-        spec: Any, *, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: Any
+        spec: Any, *, batch: int, capacity: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: Any
     ) -> KVCache:
         return empty_cache(
             batch=batch,
@@ -174,6 +175,9 @@ def score_family(
         flops=flops,
         variants=variants,
         prefix_tokens=prefix_tokens,
+        gains=gains,
+        # Factors of values need their positions, which only self-attention shares with the queries.
+        capabilities=Capabilities(causal_cross=gains is None, noncausal_cross=gains is None),
     )
 
 

@@ -99,9 +99,23 @@ class ModelConfig:
                 f"{self.period}; change it or set model.scan_layers=False."
             )
         for text in self.mixers:
-            choice = resolve_mixer(text)
-            if choice.mechanism and self.has_bias and not choice.mechanism.capabilities.position_bias:
-                raise ConfigError(f"{text} takes no position bias: model.position {self.position!r} cannot be used.")
+            self._check_capabilities(text, resolve_mixer(text))
+
+    def _check_capabilities(self, text: str, choice: MixerChoice) -> None:
+        """Refuse here what the mechanism would refuse only when it runs."""
+        if choice.mechanism is None:
+            return
+        can = choice.mechanism.capabilities
+        if self.has_bias and not can.position_bias:
+            raise ConfigError(f"{text} takes no position bias: model.position {self.position!r} cannot be used.")
+        if choice.window is not None and not can.window:
+            raise ConfigError(f"{text} has no sliding window: drop window={choice.window}.")
+        if self.kv_heads != self.num_heads and not can.gqa:
+            raise ConfigError(f"{text} has no grouped queries: set model.num_kv_heads to {self.num_heads}.")
+        if self.v_dim != self.head_dim and not can.value_dim:
+            raise ConfigError(f"{text} needs model.value_dim {self.v_dim} to be the key dim {self.head_dim}.")
+        if self.prefix_tokens and not can.prefix:
+            raise ConfigError(f"{text} cannot see sink tokens: do not mix it with sink_token in one model.")
 
     @property
     def kv_heads(self) -> int:

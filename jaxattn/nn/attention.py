@@ -46,6 +46,7 @@ class Attention(nn.Module):
         q = split(Linear(cfg, heads * dim, name="q")(x), heads)
         k = split(Linear(cfg, kv_heads * dim, name="k")(x), kv_heads)
         v = split(Linear(cfg, kv_heads * v_dim, name="v")(x), kv_heads)
+        raw = (q, v)
         if cfg.qk_norm:
             ones = nn.initializers.ones
             q = rms_norm(q, self.param("q_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
@@ -62,7 +63,11 @@ class Attention(nn.Module):
         )
         owns = bool(jax.tree.leaves(jax.eval_shape(create, jax.random.key(0))))
         params = self.param("mechanism", create) if owns else {}
+        q, v = mechanism.apply_gains(raw, q, v, stream.positions, spec=spec, params=params)
         call = {"spec": spec, "params": params, "bias": bias, "backend": cfg.backend}
+        if mechanism.capabilities.depth:
+            above = 0 if stream.repetition is None else stream.repetition * cfg.period
+            call["depth"] = (self.layer + above, cfg.num_layers)
 
         for label, value in (("queries", q), ("keys", k), ("values", v)):
             self.sow("capture", label, value)

@@ -17,6 +17,7 @@ class Stream:
     positions: Leaf  # [B, T]
     segments: Leaf  # [B, T]
     prefix_len: Leaf = None  # [B] or None
+    repetition: Leaf = None  # [], which repetition of the layer pattern runs, under scan_layers
     rotary: Leaf = None  # (cos, sin) [B, T, 1, R] of the positions, made once for all layers
 
 

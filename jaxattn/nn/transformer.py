@@ -25,8 +25,9 @@ class _Period(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, states: tuple, stream: Stream) -> tuple[Array, tuple]:
+    def __call__(self, x: Array, states: tuple, repetition: Array, stream: Stream) -> tuple[Array, tuple]:
         out = []
+        stream = dataclasses.replace(stream, repetition=repetition)
         for i in range(self.cfg.period):
             x, state = _block_class(self.cfg)(self.cfg, i, name=f"layer_{i}")(x, stream, states[i])
             out.append(state)
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
                 _Period,
                 variable_axes={"params": 0, "capture": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast),
                 length=cfg.num_layers // cfg.period,
             )(cfg)
         else:
@@ -137,6 +138,7 @@ class Decoder(nn.Module):
                     choice.spec,
                     batch=batch,
                     capacity=capacity + front,
+                    heads=cfg.num_heads,
                     kv_heads=cfg.kv_heads,
                     key_dim=cfg.head_dim,
                     value_dim=cfg.v_dim,
@@ -196,7 +198,8 @@ class Decoder(nn.Module):
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")
-            return self.layers(x, states or (None,) * cfg.period, stream)
+            repetitions = jnp.arange(cfg.num_layers // cfg.period, dtype=jnp.int32)
+            return self.layers(x, states or (None,) * cfg.period, repetitions, stream)
         out = []
         for i, block in enumerate(self.blocks):
             x, state = block(x, stream, states[i] if states else None, edits)

@@ -30,22 +30,39 @@ class Case:
         params = self.mechanism.init_params(
             jax.random.key(7), self.spec, heads=heads, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
         )
-        # Away from the small initial values, so that a forgotten parameter shows.
-        return jax.tree.map(lambda x: 10 * x if x.ndim == 2 and min(x.shape) < 8 else x, params)
+
+        def away(x: jax.Array) -> jax.Array:
+            """From small or zero initial values, so that a forgotten parameter shows."""
+            x = 10 * x if x.ndim == 2 and min(x.shape) < 8 else x
+            noise = 0.3 * jax.random.normal(jax.random.key(8), x.shape)
+            return jnp.where(jnp.any(x != 0), x, noise)
+
+        return jax.tree.map(away, params)
 
     def forward(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
         vis = self_visibility(*q.shape[:2]) if vis is None else vis
         params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        q, v = self.gained(q, v, vis, params)
         return self.mechanism.forward(q, k, v, vis, spec=self.spec, params=params, **options)
 
     def reference(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
         vis = self_visibility(*q.shape[:2]) if vis is None else vis
         params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        q, v = self.gained(q, v, vis, params)
         return self.mechanism.reference(q, k, v, vis, spec=self.spec, params=params, **options)
+
+    def gained(self, q, v, vis: Visibility, params: Any):
+        """q and v behind the mechanism's factors per token, as its callers apply them."""
+        return self.mechanism.apply_gains((q, v), q, v, vis.q_positions, spec=self.spec, params=params)
 
 
 CASES = [Case(get(n), spec) for n in names() for spec in (get(n).spec(), *get(n).variants)]
 DEFAULTS = [Case(get(n), get(n).spec()) for n in names()]
+
+
+def able(*capabilities: str) -> list[Case]:
+    """Default cases that can all of this; that the others refuse is asserted in test_transforms.py."""
+    return [case for case in DEFAULTS if all(getattr(case.mechanism.capabilities, c) for c in capabilities)]
 
 
 def inputs(length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0):

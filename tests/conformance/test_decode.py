@@ -10,7 +10,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions, self_visibility
 from jaxattn.rope import Alibi, alibi_slopes
-from tests.conformance.cases import CASES, DEFAULTS, close, inputs
+from tests.conformance.cases import CASES, DEFAULTS, able, close, inputs
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
 default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -24,6 +24,7 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
         case.spec,
         batch=batch,
         capacity=capacity or length,
+        heads=heads,
         kv_heads=k.shape[2],
         key_dim=dim,
         value_dim=v.shape[3],
@@ -35,6 +36,7 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
 
     @jax.jit
     def step(state, q, k, v, p, s):
+        q, v = case.mechanism.apply_gains((q, v), q, v, p, spec=case.spec, params=params)
         return case.mechanism.step(state, q, k, v, p, s, spec=case.spec, params=params, window=window, bias=bias)
 
     for n in pieces:
@@ -52,14 +54,14 @@ def test_steps_equal_forward(case, pieces):
     close(decode(case, q, k, v, pieces, capacity=29), case.forward(q, k, v))
 
 
-@default
+@pytest.mark.parametrize("case", able("window"), ids=str)
 def test_windowed_steps_equal_windowed_forward(case):
     q, k, v = inputs(20)
     vis = self_visibility(2, 20, window=4)
     close(decode(case, q, k, v, [11] + [1] * 9, window=4), case.forward(q, k, v, vis))
 
 
-@default
+@pytest.mark.parametrize("case", able("position_bias"), ids=str)
 def test_steps_with_a_position_bias_equal_forward(case):
     q, k, v = inputs(20)
     bias = Alibi(alibi_slopes(4))
@@ -77,13 +79,11 @@ def test_left_padded_prompts_decode_like_unpadded_ones(case):
     assert not np.any(o[:, :6])
 
 
-@default
+@pytest.mark.parametrize("case", [c for c in DEFAULTS if c.mechanism.capabilities.state == "kv"], ids=str)
 def test_a_full_cache_is_refused_outside_jit_and_poisoned_inside(case):
-    if case.mechanism.capabilities.state != "kv":
-        return
     q, k, v = inputs(6)
     state = case.mechanism.init_state(
-        case.spec, batch=2, capacity=5, kv_heads=2, key_dim=16, value_dim=16, dtype=jnp.float32
+        case.spec, batch=2, capacity=5, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=jnp.float32
     )
     call = dict(spec=case.spec, params=case.params(4, 2, 16, 16))
     ones, positions = jnp.ones((2, 6), jnp.int32), default_positions(2, 6)
@@ -99,3 +99,12 @@ def test_a_full_cache_is_refused_outside_jit_and_poisoned_inside(case):
     assert np.all(np.isfinite(o))
     o, state = step(state, 3, 6)
     assert np.all(np.isnan(o)), "an overflowing step must never look like an answer"
+
+
+@pytest.mark.parametrize("case", [c for c in DEFAULTS if c.mechanism.capabilities.state == "recurrent"], ids=str)
+def test_a_recurrent_state_has_the_same_size_for_any_context(case):
+    make = lambda capacity: case.mechanism.init_state(
+        case.spec, batch=2, capacity=capacity, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=jnp.float32
+    )
+    shapes = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert shapes(jax.eval_shape(lambda: make(8))) == shapes(jax.eval_shape(lambda: make(100_000)))

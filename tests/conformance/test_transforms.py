@@ -79,7 +79,7 @@ CAPABILITY_CALLS = {
 @pytest.mark.parametrize("capability", CAPABILITY_CALLS)
 def test_a_capability_works_or_raises(case, capability, monkeypatch):
     """What is declared on runs; what is declared off raises, and the refusal itself works."""
-    assert set(CAPABILITY_CALLS) == {f.name for f in dataclasses.fields(Capabilities)} - {"state"}
+    assert set(CAPABILITY_CALLS) == {f.name for f in dataclasses.fields(Capabilities)} - {"state", "depth"}
     wanted = dict(CAPABILITY_CALLS[capability])
     q, k, v = inputs(10, heads=4, kv_heads=wanted.pop("kv_heads", 4), value_dim=wanted.pop("value_dim", 16))
     ids = jnp.ones((2, 10), jnp.int32)
@@ -96,6 +96,9 @@ def test_a_capability_works_or_raises(case, capability, monkeypatch):
     call = lambda: jaxattn.attend(case.mechanism.name, q, k, v, params=params, **wanted)
     if getattr(case.mechanism.capabilities, capability):
         assert call().shape == (2, 10, 4, v.shape[3])
+    else:
+        with pytest.raises(NotImplementedError, match=f"{case.mechanism.name} .*{capability}"):
+            call()
     off = dataclasses.replace(
         case.mechanism, capabilities=dataclasses.replace(case.mechanism.capabilities, **{capability: False})
     )

@@ -1,0 +1,208 @@
+"""Linear and lightning attention: the papers' numbers by hand, three slope conventions, MiniMax parity."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.errors import ConfigError
+from jaxattn.masks import GLOBAL, default_positions, self_visibility
+from jaxattn.mechanisms.lightning import MECHANISM as LIGHTNING
+from jaxattn.mechanisms.lightning import Spec, head_slopes
+from jaxattn.mechanisms.linear import MECHANISM as LINEAR
+from tests.conformance.cases import close, inputs
+
+BOTH = pytest.mark.parametrize("mechanism", [LINEAR, LIGHTNING], ids=lambda m: m.name)
+
+# λ of layer 0 at 8 heads as the card prints them, and single values worked by hand.
+OFFICIAL_8 = [0.607, 0.779, 0.883, 0.939, 0.969, 0.984, 0.992, 0.996]
+PAPER_8 = [1, 0.368, 0.135, 0.050, 0.018, 0.0067, 0.0025, 0.0009]
+
+
+@pytest.mark.parametrize(
+    ("slopes", "expected"), [("official", OFFICIAL_8), ("minimax", OFFICIAL_8), ("paper", PAPER_8)]
+)
+def test_decays_of_the_first_layer(slopes, expected):
+    decays = np.exp(-head_slopes(Spec(slopes=slopes), 8, (0, 24)))
+    np.testing.assert_allclose(decays, expected, atol=6e-4)
+
+
+def test_conventions_part_where_heads_are_no_power_of_two():
+    official = head_slopes(Spec(), 12, (0, 1))
+    first = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
+    np.testing.assert_allclose(official, [*first, 0.70711, 0.35355, 0.17678, 0.08839], rtol=2e-5)
+    minimax = head_slopes(Spec(slopes="minimax"), 12, (0, 1))
+    np.testing.assert_allclose(minimax[:3], [0.62996, 0.39685, 0.25], rtol=2e-5)  # 2^(-2/3), 2^(-4/3), 2^-2
+
+
+def test_layer_factors():
+    """Layer 3 of 4 heads: slopes 1/4, 1/16, ... officially; 0, 2, 4, 6 in the paper."""
+    at = lambda slopes, layer, count: np.asarray(head_slopes(Spec(slopes=slopes), 4, (layer, count)))
+    np.testing.assert_allclose(at("official", 3, 7)[0], 0.25 * (0.5 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(at("official", 6, 7)[0], 0.25 * 1e-5, rtol=1e-2)  # the last layer hardly forgets
+    np.testing.assert_allclose(at("paper", 3, 6), [0, 1, 2, 3], rtol=1e-6)
+    np.testing.assert_allclose(at("minimax", 3, 7)[0], 0.25 * (1 - 3 / 6.00001 + 1e-5), rtol=1e-6)
+    traced = jax.jit(lambda layer: head_slopes(Spec(), 4, (layer, 7)))(jnp.int32(3))
+    np.testing.assert_allclose(traced, at("official", 3, 7), rtol=1e-6)
+
+
+def test_a_row_by_hand():
+    """One head of the paper's two at layer 1 of 2: s_1 = 8/2 · 1/2 = 2; identity features."""
+    spec = Spec(slopes="paper", feature="identity")
+    q = jnp.ones((1, 3, 2, 1)) * 2.0
+    k = jnp.array([1.0, -1.0, 3.0])[None, :, None, None].repeat(2, axis=2)
+    a = LIGHTNING.weights(q, k, self_visibility(1, 3), spec=spec, depth=(1, 2))
+    np.testing.assert_allclose(a.values[0, 0, 2], [2, -2, 6], rtol=1e-6)  # head 0 never forgets
+    np.testing.assert_allclose(a.values[0, 1, 2], [2 * np.exp(-4), -2 * np.exp(-2), 6], rtol=1e-6)
+    np.testing.assert_allclose(a.scores[0, 1, 2], [2, -2, 6], rtol=1e-6)
+
+
+def test_linear_is_the_paper_s_quotient():
+    q, k, v = inputs(40, heads=2, kv_heads=2)
+    phi = lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+    fq, fk, v64 = phi(np.asarray(q, np.float64)), phi(np.asarray(k, np.float64)), np.asarray(v, np.float64)
+    top = np.einsum("bthd,bthdv->bthv", fq, np.cumsum(fk[..., :, None] * v64[..., None, :], axis=1))
+    bottom = np.einsum("bthd,bthd->bth", fq, np.cumsum(fk, axis=1))
+    close(LINEAR.forward(q, k, v, self_visibility(2, 40), spec=LINEAR.spec()), top / (bottom[..., None] + 1e-6))
+
+
+def test_scale_defaults_to_one_and_multiplies():
+    q, k, v = inputs(20)
+    vis, spec = self_visibility(2, 20), Spec()
+    o = LIGHTNING.forward(q, k, v, vis, spec=spec)
+    close(LIGHTNING.forward(q, k, v, vis, spec=spec, scale=0.25), 0.25 * o)
+    close(LIGHTNING.reference(q, k, v, vis, spec=spec, scale=0.25), 0.25 * o)
+
+
+@pytest.mark.parametrize("spec", [Spec(), *LIGHTNING.variants], ids=str)
+def test_depth_reaches_forward_reference_and_step(spec):
+    q, k, v = inputs(70)
+    vis, ones = self_visibility(2, 70), jnp.ones((2, 70), jnp.int32)
+    outputs = []
+    for depth in ((0, 4), (3, 4)):
+        o = LIGHTNING.forward(q, k, v, vis, spec=spec, depth=depth)
+        close(LIGHTNING.reference(q, k, v, vis, spec=spec, depth=depth), o, rtol=1e-5)
+        dims = dict(batch=2, capacity=70, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
+        state = LIGHTNING.init_state(spec, **dims)
+        step = LIGHTNING.step(state, q, k, v, default_positions(2, 70), ones, spec=spec, depth=depth)
+        close(step[0], o)
+        outputs.append(o)
+    assert not np.allclose(*outputs, rtol=1e-2), "layers forget at different rates"
+
+
+@BOTH
+def test_rows_of_the_weights_may_be_taken_alone(mechanism):
+    """Analysis asks for slices of queries; their decays must not depend on where the slice starts."""
+    q, k, _ = inputs(30)
+    segments = jnp.array([[0] * 4 + [1] * 10 + [2] * 16, [1] * 30])
+    positions = jnp.concatenate([jnp.arange(14) - 4, jnp.arange(16)])[None].clip(0).repeat(2, 0)
+    positions = positions.at[1].set(jnp.arange(30))
+    vis = self_visibility(2, 30, positions=positions, segment_ids=segments)
+    spec = mechanism.spec()
+    whole = mechanism.weights(q, k, vis, spec=spec).values
+    close(mechanism.weights(q[:, 11:18], k, vis.rows(11, 7), spec=spec).values, whole[:, :, 11:18])
+
+
+@BOTH
+def test_the_state_has_one_size_and_ends_where_the_document_does(mechanism):
+    spec, sizes = mechanism.spec(), set()
+    q, k, v = inputs(24)
+    for capacity in (24, 100_000):
+        dims = dict(batch=2, capacity=capacity, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
+        state = mechanism.init_state(spec, **dims)
+        sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
+        segments = jnp.array([[1] * 10 + [2] * 14, [5] * 20 + [0] * 4])
+        _, state = mechanism.step(state, q, k, v, default_positions(2, 24), segments, spec=spec)
+        sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
+        np.testing.assert_array_equal(state.segment, [2, 5])
+        assert state.S.dtype == jnp.float32
+    assert len(sizes) == 1
+
+
+@BOTH
+def test_calls_that_cannot_be_served_are_refused(mechanism):
+    q, k, v = inputs(12)
+    spec, zero = mechanism.spec(), lambda a, b: jnp.zeros((1, 1, a.shape[1], b.shape[1]))
+    vis = self_visibility(2, 12)
+    calls = [
+        ("noncausal_self", self_visibility(2, 12, causal=False), {}),
+        ("window", self_visibility(2, 12, window=4), {}),
+        ("prefix", self_visibility(2, 12, prefix_len=jnp.array([2, 2])), {}),
+        ("position_bias", vis, {"bias": zero}),
+    ]
+    for capability, rules, options in calls:
+        for run in (mechanism.forward, mechanism.reference):
+            with pytest.raises(NotImplementedError, match=f"^{mechanism.name} does not support {capability}\\.$"):
+                run(q, k, v, rules, spec=spec, **options)
+    for run in (mechanism.forward, mechanism.reference):
+        with pytest.raises(NotImplementedError, match="causal_cross"):
+            run(q[:, 4:], k, v, vis.rows(4, 8), spec=spec)
+    dims = dict(batch=2, capacity=12, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
+    state = mechanism.init_state(spec, **dims)
+    for capability, options in (("window", {"window": 4}), ("position_bias", {"bias": zero})):
+        with pytest.raises(NotImplementedError, match=capability):
+            mechanism.step(state, q, k, v, vis.q_positions, vis.q_segments, spec=spec, **options)
+
+
+@BOTH
+def test_global_keys_are_a_document_of_their_own(mechanism):
+    q, k, v = inputs(20)
+    segments = jnp.ones((2, 20), jnp.int32).at[:, 0].set(GLOBAL)
+    vis, spec = self_visibility(2, 20, segment_ids=segments), mechanism.spec()
+    o = mechanism.forward(q, k, v, vis, spec=spec)
+    close(o[:, 1:], mechanism.forward(q[:, 1:], k[:, 1:], v[:, 1:], self_visibility(2, 19), spec=spec))
+    close(mechanism.reference(q, k, v, vis, spec=spec), o)
+
+
+def test_bad_options_name_the_field_and_the_remedy():
+    with pytest.raises(ConfigError, match=r"lightning.slopes is 'alibi' but must be one of official, paper, minimax"):
+        Spec(slopes="alibi")
+    with pytest.raises(ConfigError, match=r"lightning.feature is 'relu' but must be one of silu, identity"):
+        Spec(feature="relu")
+    with pytest.raises(ConfigError, match=r"linear.feature is 'exp' but must be one of elu1"):
+        LINEAR.make_spec(feature="exp")
+    with pytest.raises(ConfigError, match=r"'silu' with normalise=True.*set normalise=False"):
+        LINEAR.make_spec(feature="silu")
+
+
+def test_flops_grow_with_the_length_not_its_square():
+    count = lambda n: LIGHTNING.flops(Spec(), batch=1, queries=n, keys=n, heads=2, key_dim=64, value_dim=64)
+    assert count(8192) == 4 * count(2048)
+    assert count(2048) == 2 * 2 * 2048 * (64 * 128 + 2 * 64 * 64)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_minimax_parity(layer):
+    """The torch layer of transformers on random weights: its heads before the norm, and its state."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: the MiniMax layer is torch code")
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax", reason="transformers is needed")
+    torch.manual_seed(0)
+    heads, dim, length = 6, 8, 37
+    cfg = minimax.MiniMaxConfig(
+        hidden_size=heads * dim, num_attention_heads=heads, head_dim=dim, num_hidden_layers=4, block_size=16
+    )
+    theirs = minimax.MiniMaxLightningAttention(cfg, layer).eval()
+    seen = {}
+    theirs.norm.register_forward_pre_hook(lambda module, args: seen.update(heads=args[0]))
+    x = torch.randn(2, length, heads * dim)
+    with torch.no_grad():
+        _, state = theirs(x, None, None)
+        qkv = theirs.qkv_proj(x).reshape(2, length, heads, 3 * dim)
+    q, k, v = (jnp.asarray(part.numpy()) for part in qkv.split(dim, dim=3))
+    spec, depth = Spec(slopes="minimax"), (layer, 4)
+    dims = dict(batch=2, capacity=length, heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, dtype=q.dtype)
+    ones = jnp.ones((2, length), jnp.int32)
+    o, ours = LIGHTNING.step(
+        LIGHTNING.init_state(spec, **dims),
+        q,
+        k,
+        jax.nn.silu(v),  # MiniMax activates its values too, which is the layer's business
+        default_positions(2, length),
+        ones,
+        spec=spec,
+        depth=depth,
+    )
+    close(o.reshape(2, length, -1), seen["heads"].numpy(), rtol=1e-5)
+    close(ours.S, state.numpy(), rtol=1e-5)
