@@ -6,6 +6,7 @@ The sentence names the field, the value that was found and the remedy.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -61,8 +62,14 @@ def suggest(kind: str, given: str, known: list[str]) -> str:
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run `main` and exit: 0 or its return value, or the error's exit code (2) with one sentence on a `UserError`."""
     try:
-        code = main()
+        try:
+            code = main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as other commands end
     sys.exit(code or 0)

@@ -28,14 +28,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Mismatch, Unsupported, UserError
+from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Mismatch, UserError
+from train import leaf_io, orbax_io
 from train import manifest as mf
-from train.rundir import fsync_dir, versions
+from train.rundir import fsync_dir
 
 log = logging.getLogger("jaxattn")
 
@@ -162,14 +160,14 @@ class Checkpoints:
             raise UserError(f"{self.directory} was opened read-only: open it with read_only=False to save.")
         if step in self._done:
             return
-        host = _to_host(state)
-        leaves = _named(host)
+        host = leaf_io.to_host(state)
+        leaves = leaf_io.named(host)
         self._refuse_nonfinite(step, leaves)
         items = {"state": host} if data_iterator is None else {"state": host, "data": data_iterator}
         size = sum(leaf.nbytes for leaf in leaves.values())
         partial = self.path(step).with_suffix(".partial")
         try:
-            with _context():
+            with orbax_io.context():
                 response = ocp.save_checkpointables_async(str(partial), items)
         except Exception as error:  # Orbax raises bare Exception, among others
             self._discard(partial)
@@ -213,7 +211,7 @@ class Checkpoints:
         for name, leaf in leaves.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allow_nonfinite):
                 continue
-            if not _finite(leaf):
+            if not leaf_io.is_finite(leaf):
                 raise Corrupt(
                     f"tensor {name!r} has non-finite values at step {step}, so no checkpoint was written: "
                     f"expected finite numbers; restore an older step from {self.directory}, or name the "
@@ -317,7 +315,7 @@ class Checkpoints:
         data iterator does not fit, `Unsupported` for a newer format.
         """
         self.wait()
-        _agree(None, self.directory)  # over several processes: the rename by process 0 has happened
+        orbax_io.agree(None, self.directory)  # over several processes: the rename by process 0 has happened
         candidates = [step] if step is not None else sorted(self.steps(), reverse=True)
         if not candidates:
             raise Incomplete(f"{self.directory} holds no finished checkpoint: start without --resume.")
@@ -342,178 +340,26 @@ class Checkpoints:
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise Incomplete(f"{folder} does not exist: the finished steps are {known}.")
-        manifest = _check(folder, verify)
-        wanted = _named(jax.tree.map(_abstract, abstract))
+        manifest = orbax_io.check(folder, verify)
+        wanted = leaf_io.named(jax.tree.map(leaf_io.abstract, abstract))
         mf.compare_leaves(folder, manifest, wanted, allow_cast=allow_cast)
         if data is not None and not manifest.has_data:
             raise Mismatch(f"{folder} holds no data position, expected one: pass data_iterator=None.")
         targets = jax.tree_util.tree_map_with_path(
-            lambda path, x: _target(x, manifest.leaves[_name(path)].dtype), abstract
+            lambda path, x: leaf_io.target(x, manifest.leaves[leaf_io.name_of(path)].dtype), abstract
         )
         loaded, problem = None, None
         try:
-            loaded = _load(folder, targets, verified=verify)
+            loaded = orbax_io.load_state(folder, targets, verified=verify)
             if verify:
-                mf.verify_arrays(folder, manifest, _named(loaded))
+                mf.verify_arrays(folder, manifest, leaf_io.named(loaded))
         except CheckpointError as error:
             problem = error
-        _agree(problem, folder)
-        state = jax.tree.map(_place, abstract, loaded)
+        orbax_io.agree(problem, folder)
+        state = jax.tree.map(leaf_io.place, abstract, loaded)
         if data is not None:
-            _restore_iterator(folder, data)
+            orbax_io.restore_iterator(folder, data)
         return state
-
-
-# ------------------------------------------------------------------------------- leaves, host and device
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {_name(path): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise UserError("two leaves of the state have the same name: use keys without '/'.")
-    return named
-
-
-def _whole(leaf: Any) -> bool:
-    """Whether this process can hold all of the leaf on the host; else Orbax moves it shard by shard."""
-    sharding = getattr(leaf, "sharding", None)
-    return sharding is None or sharding.is_fully_addressable
-
-
-def _to_host(state: Any) -> Any:
-    """Host copies that neither donation nor the training loop can change."""
-    for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, jax.Array) and _whole(leaf):
-            leaf.copy_to_host_async()  # all transfers at once, then collected one by one
-
-    def convert(path: tuple[Any, ...], leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise UserError(f"state leaf {_name(path)!r} is a typed key: save jax.random.key_data of it.")
-        if isinstance(leaf, jax.Array) and not _whole(leaf):
-            return leaf
-        # On the CPU this is a view, but one that JAX counts: a donated buffer under it is not reused.
-        host = np.asarray(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
-        if host.dtype.kind in "OUSM" or host.size == 0:
-            raise UserError(
-                f"state leaf {_name(path)!r} is {type(leaf).__name__} of dtype {host.dtype} and shape "
-                f"{list(host.shape)}: only non-empty arrays, ints and floats can be saved."
-            )
-        return host
-
-    return jax.tree_util.tree_map_with_path(convert, state)
-
-
-@jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
-def _finite(leaf: Any) -> bool:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return True
-    if isinstance(leaf, jax.Array):
-        return bool(_all_finite(leaf))
-    with np.errstate(over="ignore", invalid="ignore"):  # a finite sum proves it at half the cost
-        return bool(np.isfinite(leaf.sum()) or np.isfinite(leaf).all())
-
-
-def _abstract(leaf: Any) -> Any:
-    return np.asarray(leaf) if isinstance(leaf, (bool, int, float)) else leaf
-
-
-def _target(leaf: Any, dtype: str) -> Any:
-    """What Orbax is asked for: host memory (hashed there, then placed) or, over processes, the shards."""
-    leaf = _abstract(leaf)
-    if not _whole(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
-    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), leaf.shape)  # a shape and a dtype, no memory
-
-
-def _place(wanted: Any, loaded: Any) -> Any:
-    if isinstance(wanted, (bool, int, float)):
-        return type(wanted)(loaded.item())
-    if isinstance(loaded, jax.Array):
-        if loaded.dtype == wanted.dtype:
-            return loaded
-        return jax.jit(lambda x: x.astype(wanted.dtype), out_shardings=wanted.sharding)(loaded)
-    cast = loaded.astype(wanted.dtype, copy=False)
-    if isinstance(wanted, np.ndarray):
-        return cast
-    if getattr(wanted, "weak_type", False) and cast.ndim == 0:
-        cast = jnp.asarray(cast.item())  # a strong scalar would promote differently from the saved one
-    placed = jax.device_put(cast, getattr(wanted, "sharding", None))
-    if placed.dtype != wanted.dtype:
-        raise Mismatch(f"a leaf has dtype {wanted.dtype}, JAX makes {placed.dtype}: set jax_enable_x64.")
-    return placed
-
-
-# ---------------------------------------------------------------------------------------- Orbax and grain
-
-
-def _context() -> Any:
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False  # `_to_host` has copied
-    context.asynchronous.create_directories_asynchronously = False  # a bad folder fails in save itself
-    return context
-
-
-def _load(folder: Path, targets: Any, *, verified: bool) -> Any:
-    try:
-        with _context():
-            return ocp.load_checkpointables(str(folder), {"state": targets})["state"]
-    except MemoryError:
-        raise
-    except Exception as error:  # Orbax raises bare Exception, KeyError, JSONDecodeError, ...
-        reason = f"({type(error).__name__}: {mf.first_line(error)})"
-        if not verified:
-            raise Corrupt(f"{folder} cannot be read {reason}: restore another step.") from error
-        raise Unsupported(
-            f"{folder} has the bytes that were saved, yet orbax-checkpoint {versions()['orbax-checkpoint']} "
-            f"cannot read it {reason}: use the version named in its {mf.NAME}."
-        ) from error
-
-
-def _restore_iterator(folder: Path, iterator: Any) -> None:
-    try:
-        with _context():
-            ocp.load_checkpointables(str(folder), {"data": iterator})
-    except Exception as error:  # set_state of some data pipeline may raise anything
-        raise Mismatch(
-            f"the data position in {folder / 'data'} does not fit this data pipeline or number of processes "
-            f"({type(error).__name__}: {mf.first_line(error)}): use the saved data configuration."
-        ) from error
-
-
-def _check(folder: Path, content: bool) -> mf.Manifest:
-    """Read the manifest and let process 0 compare the files with it; all processes end alike."""
-    problem: CheckpointError | None = None
-    found: mf.Manifest | None = None
-    try:
-        found = mf.read(folder)
-        if jax.process_index() == 0:
-            mf.verify_files(folder, found, content=content)
-    except CheckpointError as error:
-        problem = error
-    _agree(problem, folder)
-    assert found is not None  # _agree has raised otherwise
-    return found
-
-
-def _agree(problem: CheckpointError | None, folder: Path) -> None:
-    """Raise `problem`; over several processes, raise in all of them if there is one in any."""
-    bad = problem is not None
-    if jax.process_count() > 1:
-        bad = bool(np.any(multihost_utils.process_allgather(np.array(bad))))
-    if problem is not None:
-        raise problem
-    if bad:
-        raise Corrupt(f"{folder} was found unusable by another process: see its log, restore another step.")
 
 
 def _crash_point(name: str) -> None:

@@ -176,7 +176,12 @@ class RunConfig:
         """
         model = self.model.with_attention(self.attn)
         for layer in range(model.num_layers):
-            window = model.mixer(layer).window
+            mechanism, window = model.mixer(layer).mechanism, model.mixer(layer).window
+            if self.data.prefix_len and mechanism and not mechanism.capabilities.prefix:
+                raise ConfigError(
+                    f"data.prefix_len is {self.data.prefix_len} but {model.mixer_text(layer)} cannot look ahead "
+                    "into a prefix; set it to 0."
+                )
             if window is not None and window > self.data.context:
                 raise ConfigError(
                     f"window {window} of {model.mixer_text(layer)} is longer than data.context "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -25,12 +26,13 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, cfg: RunConfig) -> None:
         self._path = folder / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
         self._sinks: list[Callable[[int, Row], None]] = []
-        self._closers: list[Callable[[], None]] = []
-        self._open_trackers(folder, cfg, cfg.log)
+        with contextlib.ExitStack() as opened:  # closes what is open already when a tracker cannot be
+            self._file = opened.enter_context(self._path.open("a", encoding="utf-8"))
+            self._open_trackers(folder, cfg, cfg.log, opened)
+            self._opened = opened.pop_all()
 
-    def _open_trackers(self, folder: Path, cfg: RunConfig, log: LogConfig) -> None:
+    def _open_trackers(self, folder: Path, cfg: RunConfig, log: LogConfig, opened: contextlib.ExitStack) -> None:
         if log.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -41,7 +43,7 @@ class MetricsWriter:
                     board.add_scalar(name, value, step)
 
             self._sinks.append(to_board)
-            self._closers.append(board.close)
+            opened.callback(board.close)
         for name, project in (("wandb", log.wandb), ("trackio", log.trackio)):
             if not project:
                 continue
@@ -53,7 +55,7 @@ class MetricsWriter:
                 ) from error
             run = tracker.init(project=project, name=folder.name, config=cfg.to_dict())
             self._sinks.append(lambda step, row, run=run: run.log(row, step=step))
-            self._closers.append(run.finish)
+            opened.callback(run.finish)
 
     def write(self, row: Row) -> None:
         """Append one row; non-finite numbers become null in the JSON (JSON has no NaN)."""
@@ -70,9 +72,7 @@ class MetricsWriter:
             sink(row["step"], scalars)
 
     def close(self) -> None:
-        for close in self._closers:
-            close()
-        self._file.close()
+        self._opened.close()
 
 
 def _json_safe(value: Any) -> Any:

@@ -139,6 +139,11 @@ BAD = {
     "no steps": (["--steps=0"], ["steps is 0"]),
     "negative seed": (["--seed=-1"], ["seed is -1"]),
     "window": (["--attn=softmax(window=64)", "--data.context=16"], ["64", "data.context 16"]),
+    "no window": (["--attn=lightning(window=4)"], ["lightning(window=4)", "no sliding window"]),
+    "no prefix": (["--attn=softmax, linear", "--data.prefix-len=4"], ["data.prefix_len is 4", "linear"]),
+    "no bias": (["--attn=aaren", "--model.position=alibi"], ["aaren", "model.position 'alibi'"]),
+    "sink token": (["--attn=sink_token, linear"], ["linear", "sink_token"]),
+    "temperature form": (["--attn=selective_temperature(form='x')"], ["selective_temperature.form", "linear"]),
     "heads": (["--model.num-heads=3"], ["model.d_model 64", "model.num_heads 3"]),
     "kv heads": (["--model.num-heads=4", "--model.num-kv-heads=3"], ["num_kv_heads 3", "num_heads 4"]),
     "no attention": (["--attn=none"], ["'none'", "without attention"]),
@@ -336,3 +341,13 @@ def test_config_fields_have_help():
                 after = source.split(f"    {field.name}: ", 1)[1].splitlines()
                 group = "Config" in after[0]
                 assert group or after[1].strip().startswith('"""'), (kind.__name__, field.name)
+
+
+def test_help_into_a_reader_that_has_left_is_quiet(tmp_path):
+    """`--help | head -1`: no traceback, and the exit code that a broken pipe has elsewhere."""
+    process = h.start(["--help"], tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141
