@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def rms_norm(x: Float[Array, "*b E"], scale: Float[Array, "E"], eps: float) -> Float[Array, "*b E"]:
-    """x / sqrt(mean(x²) + eps) · scale (arXiv 1910.07467, Eq. 4)."""
+def rms_norm(x: Float[Array, "*b E"], scale: Float[Array, "E"] | None, eps: float) -> Float[Array, "*b E"]:
+    """x / sqrt(mean(x²) + eps) · scale (arXiv 1910.07467, Eq. 4); without `scale` TransNormer's SimpleRMSNorm."""
     xf = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     inv = jax.lax.rsqrt(jnp.mean(xf * xf, axis=-1, keepdims=True) + eps)
-    return (xf * inv * scale).astype(x.dtype).reshape(x.shape)
+    y = xf * inv
+    return (y if scale is None else y * scale).astype(x.dtype).reshape(x.shape)
 
 
 def layer_norm(

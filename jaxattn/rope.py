@@ -6,6 +6,7 @@ f32, evaluated block by block, so no T×T array exists outside a block.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -52,6 +53,17 @@ def rotate(
     turned = (pair * cos + pair[..., ::-1, :] * (sin * sign)).reshape(*y.shape[:-1], 2 * half).astype(x.dtype)
     y = turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, y[..., 2 * half :]], axis=-1)
     return jnp.swapaxes(y, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """A rotary encoding by its numbers, for mechanisms that choose positions themselves."""
+
+    base: float
+    fraction: float = 1.0
+
+    def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
+        return rotate(x, rotary_tables(positions, x.shape[-1], self.base, self.fraction))
 
 
 def sinusoid(positions: Int[Array, "B T"], dim: int, base: float = 10_000.0) -> Float[Array, "B T E"]:

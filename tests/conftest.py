@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+TESTS = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,3 +36,20 @@ def cache_root() -> Path:
     """A folder that outlives one test session, for tokenizers and compiled programs."""
     CACHE.mkdir(parents=True, exist_ok=True)
     return CACHE
+
+
+MAPPINGS = Path("/proc/self/maps")
+MAPPINGS_ALLOWED = 20_000  # of the kernel's 65,530 a process
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_are_let_go(request: pytest.FixtureRequest):
+    """XLA maps memory for every program it compiles; past the kernel's limit the process dies without a word.
+
+    Looked at after every 16th test, because reading the list takes a few milliseconds.
+    """
+    yield
+    request.config.stash[TESTS] = count = request.config.stash.get(TESTS, 0) + 1
+    if count % 16 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAPPINGS_ALLOWED:
+        jax.clear_caches()
+        gc.collect()

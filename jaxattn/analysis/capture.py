@@ -16,7 +16,7 @@ from jaxattn.masks import GLOBAL, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import Mechanism, RowWeights
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, unstack_layers
-from jaxattn.nn.attention import position_bias
+from jaxattn.nn.attention import extra_arguments, position_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,6 @@ class AttentionView:
     """One attention layer of one forward pass. T counts sink tokens in front, where the model has them."""
 
     layer: int
-    depth: tuple[int, int]
     mechanism: Mechanism
     spec: Any
     params: dict[str, Any]
@@ -35,14 +34,15 @@ class AttentionView:
     heads_out: Float[Array, "B T H V"]
     output_kernel: Float[Array, "H V E"]
     vis: Visibility
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def weights(self, start: int | Array = 0, rows: int | None = None) -> RowWeights:
         """Dense rows [start, start + rows) of the attention matrix (all of them by default)."""
         rows = self.queries.shape[1] if rows is None else rows
         q = jax.lax.dynamic_slice_in_dim(self.queries, start, rows, axis=1)
         vis = self.vis.rows(start, rows)
-        depth = {"depth": self.depth} if self.mechanism.capabilities.depth else {}
-        return self.mechanism.weights(q, self.keys, vis, spec=self.spec, params=self.params, bias=self.bias, **depth)
+        extra = self.extra | ({"v": self.values} if self.mechanism.weights_of_values else {})
+        return self.mechanism.weights(q, self.keys, vis, spec=self.spec, params=self.params, bias=self.bias, **extra)
 
     def value_norms(self) -> Float[Array, "B H T"]:
         """||W_O^h v_j||: values seen through their head's slice of the output projection."""
@@ -97,7 +97,6 @@ def look(
         views.append(
             AttentionView(
                 layer=layer,
-                depth=(layer, cfg.num_layers),
                 mechanism=choice.mechanism,
                 spec=choice.spec,
                 params=own.get("mechanism", {}),
@@ -108,6 +107,8 @@ def look(
                 heads_out=seen["head_out"][0],
                 output_kernel=own["o"]["kernel"].reshape(cfg.num_heads, cfg.v_dim, cfg.d_model),
                 vis=self_visibility(batch, length + front, positions=pos, segment_ids=seg, window=choice.window),
+                extra=extra_arguments(cfg, choice.mechanism, (layer, cfg.num_layers))
+                | ({"rates": seen["rates"][0]} if "rates" in seen else {}),
             )
         )
     residuals = jnp.stack([c["block_out"] for c in components])

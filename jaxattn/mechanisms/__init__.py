@@ -4,7 +4,7 @@ names()      every registered name
 get(name)    the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
 """
 
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
+from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, Surround
 from jaxattn.mechanisms._registry import MixerChoice, get, names, parse_mixers, resolve_mixer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Mechanism",
     "MixerChoice",
     "RowWeights",
+    "Surround",
     "get",
     "names",
     "parse_mixers",

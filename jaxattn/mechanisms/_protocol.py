@@ -10,17 +10,24 @@
     flops    (spec, *, batch, queries, keys, heads, key_dim, value_dim) -> float, forward, no mask discount
 
 q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]; `scale` None means 1/sqrt(D). `step` with T > 1
-is prefill, with T = 1 decode; the same parameters serve all three. A mechanism that declares `depth`
-also takes ``depth=(layer, num_layers)`` in reference, forward, weights and step; `layer` may be traced.
-One with `gains` scales queries and values per token before all of these; whoever calls them applies it
-(`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
+is prefill, with T = 1 decode; the same parameters serve all three.
+
+Further keyword arguments, only for mechanisms that ask for them:
+- `capabilities.depth`: ``depth=(layer, num_layers)`` in reference, forward, weights, step and init_state;
+  `layer` may be traced, and is None in init_state where all layers must share one state shape.
+- `rotary` "raw": ``rope``, a `jaxattn.rope.Rope` or None, in the same four; q and k come unrotated.
+- `surround` with rates: ``rates`` in the same four, what `Surround.rates` made of the layer's input;
+  None there means the mechanism's own constants.
+- `weights_of_values`: ``v`` in weights, where the influence of a key depends on the values.
+A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
+it (`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
@@ -64,8 +71,31 @@ class RowWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class Surround:
+    """What a paper's layer does around its mechanism with the layer's own input x [B,T,E]. None: nothing.
+
+    init_params(key, spec, *, d_model, heads, kv_heads, key_dim, value_dim) -> dict of f32 arrays
+    rates (x, *, spec, params)    -> pytree of [B,T,H], passed to the mechanism as `rates`
+    finish(o, x, *, spec, params) -> o [B,T,H,V], just before W_O (norms, gates)
+    conv(spec) -> width of a causal depthwise convolution, followed by SiLU, on the projected q, k and v
+    """
+
+    init_params: Callable[..., dict[str, Any]]
+    rates: Callable[..., Any] | None = None
+    finish: Callable[..., Array] | None = None
+    conv: Callable[[Any], int] = lambda spec: 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """One paper's attention. `variants` are the settings the conformance suite runs besides the default."""
+    """One paper's attention. `variants` are the settings the conformance suite runs besides the default.
+
+    prefix_tokens(spec): learned embeddings the model puts in front of the stream.
+    block(spec): f > 0 lets the model insert a learned landmark token after every f tokens of a document; the
+      mechanism then sees positions in which every (f+1)-th is a landmark.
+    key_dim(spec, D): width of its query and key heads in a model whose key dim is D.
+    rotary: "applied" (the layer rotates q and k), "none" (the mechanism has no use for RoPE) or "raw".
+    """
 
     name: str
     title: str
@@ -83,6 +113,11 @@ class Mechanism:
     variants: tuple[Any, ...] = ()
     prefix_tokens: Callable[[Any], int] = lambda spec: 0
     gains: Callable[..., tuple[Array | None, Array | None]] | None = None
+    block: Callable[[Any], int] = lambda spec: 0
+    key_dim: Callable[[Any, int], int] = lambda spec, dim: dim
+    rotary: Literal["applied", "none", "raw"] = "applied"
+    surround: Surround | None = None
+    weights_of_values: bool = False
 
     def apply_gains(
         self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict

@@ -155,7 +155,16 @@ def recurrent_family(
         return scan(q, k, v, vis.q_segments, None, spec, scale, depth, backend)[0]
 
     def init_state(
-        spec: Any, *, batch: int, capacity: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: Any
+        spec: Any,
+        *,
+        batch: int,
+        capacity: int,
+        heads: int,
+        kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: Any,
+        depth: tuple[int | None, int] = (0, 1),
     ) -> RecurrentState:
         width = value_dim + (normaliser_eps(spec) is not None)
         zeros = jnp.zeros((batch, heads, key_dim, width), jnp.float32)

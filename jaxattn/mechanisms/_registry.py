@@ -51,11 +51,15 @@ def get(name: str) -> Mechanism:
 
 @dataclasses.dataclass(frozen=True)
 class MixerChoice:
-    """One layer's mixer: a mechanism with its options, or none (`mechanism` None); `window` in positions."""
+    """One layer's mixer: a mechanism with its options, a gated convolution of width `conv`, or nothing.
+
+    `window` in positions.
+    """
 
     mechanism: Mechanism | None
     spec: Any = None
     window: int | None = None
+    conv: int = 0
 
 
 def parse_mixers(text: str) -> tuple[str, ...]:
@@ -74,7 +78,9 @@ def parse_mixers(text: str) -> tuple[str, ...]:
 
 
 def resolve_mixer(text: str) -> MixerChoice:
-    """``"sigmoid(train_len=256)"`` -> its mechanism, spec and window; ``"none"`` is a layer without a mixer.
+    """``"sigmoid(train_len=256)"`` -> its mechanism, spec and window.
+
+    ``"none"`` is a layer without a mixer, ``"conv(width=3)"`` one with a gated short convolution.
 
     Raises:
       ConfigError: unknown mechanism, unknown option, impossible value.
@@ -90,6 +96,11 @@ def resolve_mixer(text: str) -> MixerChoice:
         options = {} if call is None else {str(kw.arg): ast.literal_eval(kw.value) for kw in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"attention {text!r} is not NAME or NAME(option=value, ...): {error}.") from error
+    if head.id == "conv":
+        width = options.pop("width", 3)
+        if options or not isinstance(width, int) or width < 1:
+            raise ConfigError(f"{text}: conv takes width alone, a whole number of at least 1.")
+        return MixerChoice(None, conv=width)
     mechanism = get(head.id)
     window = options.pop("window", None)
     if window is not None and (not isinstance(window, int) or window < 1):

@@ -9,10 +9,11 @@ from typing import Literal
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
 
-Norm = Literal["rmsnorm", "layernorm"]
+Norm = Literal["rmsnorm", "layernorm", "srmsnorm"]
 NormPosition = Literal["pre", "post", "hybrid"]
 Position = Literal["rope", "nope", "alibi", "learned", "sinusoid", "relative", "raw_relative"]
-Mlp = Literal["swiglu", "geglu", "gelu", "relu", "linear", "none"]
+Mlp = Literal["swiglu", "geglu", "sglu", "gelu", "relu", "linear", "none"]
+GATED = ("swiglu", "geglu", "sglu")
 Init = Literal["fan_in", "sink", "normal", "torch"]
 
 
@@ -35,13 +36,13 @@ class ModelConfig:
     value_dim: int = 0
     """Width V of a value head; 0 means D."""
     mixers: tuple[str, ...] = ("softmax",)
-    """Attention per layer, repeated over depth: NAME, NAME(option=value, window=64) or none."""
+    """Attention per layer, repeated over depth: NAME, NAME(option=value, window=64), conv(width=3) or none."""
     mlps: tuple[Mlp, ...] = ("swiglu",)
-    """Feed-forward per layer, repeated over depth."""
+    """Feed-forward per layer, repeated over depth; sglu is a gated unit without activation."""
     d_ff: int = 0
     """Feed-forward width F; 0 means 4E, or 8E/3 rounded up to 64 for gated kinds."""
     norm: Norm = "rmsnorm"
-    """Normalisation layer."""
+    """Normalisation layer; srmsnorm is RMSNorm without parameters."""
     norm_eps: float = 1e-5
     """Added to the variance."""
     norm_position: NormPosition = "pre"
@@ -58,6 +59,8 @@ class ModelConfig:
     """Rows of a learned position table; 0 takes the data's context."""
     use_bias: bool = False
     """Bias vectors in every linear map."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by sqrt(E)."""
     tie_embeddings: bool = False
     """One matrix for embedding and logits."""
     init: Init = "fan_in"
@@ -112,7 +115,7 @@ class ModelConfig:
             raise ConfigError(f"{text} has no sliding window: drop window={choice.window}.")
         if self.kv_heads != self.num_heads and not can.gqa:
             raise ConfigError(f"{text} has no grouped queries: set model.num_kv_heads to {self.num_heads}.")
-        if self.v_dim != self.head_dim and not can.value_dim:
+        if self.v_dim != choice.mechanism.key_dim(choice.spec, self.head_dim) and not can.value_dim:
             raise ConfigError(f"{text} needs model.value_dim {self.v_dim} to be the key dim {self.head_dim}.")
         if self.prefix_tokens and not can.prefix:
             raise ConfigError(f"{text} cannot see sink tokens: do not mix it with sink_token in one model.")
@@ -124,6 +127,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.key_dim or self.d_model // self.num_heads
+
+    def key_dim_of(self, layer: int) -> int:
+        """D of a layer's mechanism, which may want another width than the model's."""
+        choice = self.mixer(layer)
+        return choice.mechanism.key_dim(choice.spec, self.head_dim) if choice.mechanism else self.head_dim
 
     @property
     def v_dim(self) -> int:
@@ -153,7 +161,7 @@ class ModelConfig:
         """F of a feed-forward kind."""
         if self.d_ff:
             return self.d_ff
-        return -(-8 * self.d_model // 3 // 64) * 64 if kind in ("swiglu", "geglu") else 4 * self.d_model
+        return -(-8 * self.d_model // 3 // 64) * 64 if kind in GATED else 4 * self.d_model
 
     @property
     def prefix_tokens(self) -> int:

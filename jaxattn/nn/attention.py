@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
+from jaxattn.conv import empty_tail
 from jaxattn.masks import self_visibility
+from jaxattn.mechanisms import Mechanism
 from jaxattn.models.config import ModelConfig
+from jaxattn.nn.conv import DepthwiseConv, short_conv_state
 from jaxattn.nn.layers import Linear
 from jaxattn.nn.stream import Edit, Stream, edits_of
 from jaxattn.norms import rms_norm
-from jaxattn.rope import Alibi, PositionBias, RawRelativeBias, RelativeBias, alibi_slopes, rotate
+from jaxattn.rope import (
+    Alibi,
+    PositionBias,
+    RawRelativeBias,
+    RelativeBias,
+    Rope,
+    alibi_slopes,
+    rotary_tables,
+    rotate,
+)
+from jaxattn.types import Leaf
 
 RELATIVE_BUCKETS = 32
 
@@ -40,34 +55,32 @@ class Attention(nn.Module):
         cfg, choice = self.cfg, self.cfg.mixer(self.layer)
         mechanism, spec = choice.mechanism, choice.spec
         assert mechanism is not None, "a layer without a mixer has no Attention"
-        heads, kv_heads, dim, v_dim = cfg.num_heads, cfg.kv_heads, cfg.head_dim, cfg.v_dim
-
-        split = lambda y, n: y.reshape(*y.shape[:-1], n, -1)
-        q = split(Linear(cfg, heads * dim, name="q")(x), heads)
-        k = split(Linear(cfg, kv_heads * dim, name="k")(x), kv_heads)
-        v = split(Linear(cfg, kv_heads * v_dim, name="v")(x), kv_heads)
-        raw = (q, v)
+        inner, tails = (state.mechanism, state.tails) if isinstance(state, ConvolvedState) else (state, None)
+        q, k, v, tails = self._projections(x, stream, tails)
+        raw, dims = (q, v), self._dims()
         if cfg.qk_norm:
             ones = nn.initializers.ones
-            q = rms_norm(q, self.param("q_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
-            k = rms_norm(k, self.param("k_norm", ones, (dim,), jnp.float32), cfg.norm_eps)
-        if cfg.position == "rope":
-            q, k = rotate(q, stream.rotary), rotate(k, stream.rotary)
+            q = rms_norm(q, self.param("q_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
+            k = rms_norm(k, self.param("k_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
+        if cfg.position == "rope" and mechanism.rotary == "applied":
+            tables = stream.rotary
+            if dims["key_dim"] != cfg.head_dim:
+                tables = rotary_tables(stream.positions, dims["key_dim"], cfg.rope_base, cfg.rope_fraction)
+            q, k = rotate(q, tables), rotate(k, tables)
         table = None
         if cfg.position == "relative":
-            table = self.param("relative", nn.initializers.zeros, (RELATIVE_BUCKETS, heads), jnp.float32)
-        bias = position_bias(cfg, table)
+            table = self.param("relative", nn.initializers.zeros, (RELATIVE_BUCKETS, cfg.num_heads), jnp.float32)
 
-        create = lambda key: mechanism.init_params(
-            key, spec, heads=heads, kv_heads=kv_heads, key_dim=dim, value_dim=v_dim
-        )
-        owns = bool(jax.tree.leaves(jax.eval_shape(create, jax.random.key(0))))
-        params = self.param("mechanism", create) if owns else {}
+        params = self._owned("mechanism", lambda key: mechanism.init_params(key, spec, **dims))
         q, v = mechanism.apply_gains(raw, q, v, stream.positions, spec=spec, params=params)
-        call = {"spec": spec, "params": params, "bias": bias, "backend": cfg.backend}
-        if mechanism.capabilities.depth:
-            above = 0 if stream.repetition is None else stream.repetition * cfg.period
-            call["depth"] = (self.layer + above, cfg.num_layers)
+        call = {"spec": spec, "params": params, "bias": position_bias(cfg, table)}
+        extra = extra_arguments(cfg, mechanism, self._depth(stream))
+        around, surround = mechanism.surround, {}
+        if around is not None:
+            surround = self._owned("surround", lambda key: around.init_params(key, spec, d_model=cfg.d_model, **dims))
+            if around.rates is not None:
+                extra["rates"] = around.rates(x, spec=spec, params=surround)
+                self.sow("capture", "rates", extra["rates"])
 
         for label, value in (("queries", q), ("keys", k), ("values", v)):
             self.sow("capture", label, value)
@@ -79,14 +92,95 @@ class Attention(nn.Module):
                 window=choice.window,
                 prefix_len=stream.prefix_len,
             )
-            o = mechanism.forward(q, k, v, vis, **call)
+            o = mechanism.forward(q, k, v, vis, backend=cfg.backend, **call, **extra)
         else:
-            o, state = mechanism.step(state, q, k, v, stream.positions, stream.segments, window=choice.window, **call)
+            window, places = choice.window, (stream.positions, stream.segments)
+            o, inner = mechanism.step(inner, q, k, v, *places, window=window, backend=cfg.backend, **call, **extra)
+            state = inner if tails is None else ConvolvedState(inner, tails)
+        if around is not None and around.finish is not None:
+            o = around.finish(o, x, spec=spec, params=surround)
         for edit in edits_of(edits, self.layer, "head"):
             o = o.at[:, :, edit.head].set(0 if edit.value is None else edit.value)
         self.sow("capture", "head_out", o)
         y = Linear(cfg, cfg.d_model, name="o")(o.reshape(*o.shape[:2], -1))
         return y, state
+
+    def _dims(self) -> dict[str, int]:
+        return layer_dims(self.cfg, self.layer)
+
+    def _projections(self, x: Array, stream: Stream, tails: Any) -> tuple[Array, Array, Array, Any]:
+        """q, k, v as heads, behind the mechanism's short convolution where it has one, and its new tails."""
+        cfg, choice, dims = self.cfg, self.cfg.mixer(self.layer), self._dims()
+        around = choice.mechanism.surround if choice.mechanism else None
+        width = around.conv(choice.spec) if around else 0
+        new, out = {}, []
+        for name, (heads, dim) in projection_shapes(dims).items():
+            y = Linear(cfg, heads * dim, name=name)(x)
+            if width:
+                conv = DepthwiseConv(width, name=f"{name}_conv")
+                y, new[name] = conv(y, stream, None if tails is None else tails[name])
+                y = jax.nn.silu(y)
+            out.append(y.reshape(*y.shape[:-1], heads, dim))
+        q, k, v = out
+        return q, k, v, new if width and tails is not None else None
+
+    def _owned(self, name: str, create: Callable[[Array], dict[str, Any]]) -> dict[str, Any]:
+        """The parameter group `name`, left out of the tree where it is empty."""
+        owns = bool(jax.tree.leaves(jax.eval_shape(create, jax.random.key(0))))
+        return self.param(name, create) if owns else {}
+
+    def _depth(self, stream: Stream) -> tuple[Any, int]:
+        above = 0 if stream.repetition is None else stream.repetition * self.cfg.period
+        return self.layer + above, self.cfg.num_layers
+
+
+@struct.dataclass
+class ConvolvedState:
+    """Decode state of a layer whose q, k and v pass a short convolution."""
+
+    mechanism: Leaf
+    tails: Leaf  # {"q", "k", "v"} -> ConvTail
+
+
+def layer_dims(cfg: ModelConfig, layer: int) -> dict[str, int]:
+    """Head counts and widths of a layer, as the mechanism's functions name them."""
+    return {
+        "heads": cfg.num_heads,
+        "kv_heads": cfg.kv_heads,
+        "key_dim": cfg.key_dim_of(layer),
+        "value_dim": cfg.v_dim,
+    }
+
+
+def projection_shapes(dims: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Heads and width of q, k and v."""
+    key, kv_heads = dims["key_dim"], dims["kv_heads"]
+    return {"q": (dims["heads"], key), "k": (kv_heads, key), "v": (kv_heads, dims["value_dim"])}
+
+
+def extra_arguments(cfg: ModelConfig, mechanism: Mechanism, depth: tuple[Any, int]) -> dict[str, Any]:
+    """What this mechanism wants to be told besides the common arguments (`_protocol`), rates aside."""
+    extra: dict[str, Any] = {"depth": depth} if mechanism.capabilities.depth else {}
+    if mechanism.rotary == "raw":
+        extra["rope"] = Rope(cfg.rope_base, cfg.rope_fraction) if cfg.position == "rope" else None
+    return extra
+
+
+def layer_state(cfg: ModelConfig, layer: int, batch: int, capacity: int) -> Any:
+    """A layer's decode state before the first token; None where it needs none."""
+    choice = cfg.mixer(layer)
+    if choice.conv:
+        return short_conv_state(cfg, choice.conv, batch)
+    if choice.mechanism is None:
+        return None
+    mechanism, dims, dtype = choice.mechanism, layer_dims(cfg, layer), jnp.dtype(cfg.dtype)
+    extra = {"depth": (None if cfg.scan_layers else layer, cfg.num_layers)} if mechanism.capabilities.depth else {}
+    state = mechanism.init_state(choice.spec, batch=batch, capacity=capacity, dtype=dtype, **dims, **extra)
+    width = mechanism.surround.conv(choice.spec) if mechanism.surround else 0
+    if not width:
+        return state
+    tail = lambda heads, dim: empty_tail(batch=batch, width=width, channels=heads * dim, dtype=dtype)
+    return ConvolvedState(state, {name: tail(*shape) for name, shape in projection_shapes(dims).items()})
 
 
 def position_bias(cfg: ModelConfig, table: Array | None) -> PositionBias | None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.attention import Attention
+from jaxattn.nn.conv import ShortConv
 from jaxattn.nn.layers import Mlp, Norm
 from jaxattn.nn.stream import Edit, Stream, edits_of
 
@@ -43,11 +44,15 @@ class Block(nn.Module):
             self.sow("capture", f"{label}_out", y)
             return y
 
-        if cfg.mixer(self.layer).mechanism is not None:
+        choice = cfg.mixer(self.layer)
+        if choice.mechanism is not None or choice.conv:
 
             def mix(y: Array) -> Array:
                 nonlocal state
-                out, state = Attention(cfg, self.layer, name="attn")(y, stream, state, edits)
+                if choice.conv:
+                    out, state = ShortConv(cfg, choice.conv, name="conv")(y, stream, state)
+                else:
+                    out, state = Attention(cfg, self.layer, name="attn")(y, stream, state, edits)
                 return edited(out, "attn")
 
             x = residual(x, mix, "attn")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxattn.models.config import ModelConfig
+from jaxattn.models.config import GATED, ModelConfig
 from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
 
@@ -38,6 +38,7 @@ class Linear(nn.Module):
     cfg: ModelConfig
     features: int
     last_of_mlp: bool = False
+    bias: bool = False  # also where the config has none
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -45,18 +46,20 @@ class Linear(nn.Module):
         init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
         kernel = self.param("kernel", init, (width, self.features), jnp.float32)
         y = linear(x.reshape(-1, width).astype(cfg.dtype), kernel.astype(cfg.dtype))
-        if cfg.use_bias:
+        if cfg.use_bias or self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(cfg.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, as the config says."""
+    """RMSNorm, SimpleRMSNorm or LayerNorm over the last axis, as the config says."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b E"]) -> Float[Array, "*b E"]:
+        if self.cfg.norm == "srmsnorm":
+            return rms_norm(x, None, self.cfg.norm_eps)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         if self.cfg.norm == "rmsnorm":
             return rms_norm(x, scale, self.cfg.norm_eps)
@@ -79,8 +82,9 @@ class Mlp(nn.Module):
             "gelu": jax.nn.gelu,
             "relu": jax.nn.relu,
             "linear": lambda y: y,
+            "sglu": lambda y: y,
         }[self.kind]
         h = Linear(cfg, width, name="up")(x)
-        gated = self.kind in ("swiglu", "geglu")
+        gated = self.kind in GATED
         h = act(Linear(cfg, width, name="gate")(x)) * h if gated else act(h)
         return Linear(cfg, cfg.d_model, last_of_mlp=True, name="down")(h)

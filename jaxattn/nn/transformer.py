@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, default_positions
 from jaxattn.models.config import ModelConfig
+from jaxattn.nn.attention import layer_state
 from jaxattn.nn.block import Block
 from jaxattn.nn.layers import Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
@@ -128,23 +129,7 @@ class Decoder(nn.Module):
     def start(self, batch: int, capacity: int) -> Any:
         """Decode states with room for `capacity` tokens; sink tokens, where the model has them, are in."""
         cfg, front = self.cfg, self.cfg.prefix_tokens
-        states = []
-        for i in range(cfg.num_layers):
-            choice = cfg.mixer(i)
-            states.append(
-                None
-                if choice.mechanism is None
-                else choice.mechanism.init_state(
-                    choice.spec,
-                    batch=batch,
-                    capacity=capacity + front,
-                    heads=cfg.num_heads,
-                    kv_heads=cfg.kv_heads,
-                    key_dim=cfg.head_dim,
-                    value_dim=cfg.v_dim,
-                    dtype=jnp.dtype(cfg.dtype),
-                )
-            )
+        states: Any = [layer_state(cfg, i, batch, capacity + front) for i in range(cfg.num_layers)]
         if cfg.scan_layers:
             stack = lambda *leaves: jnp.stack(leaves)
             per_slot = [states[i :: cfg.period] for i in range(cfg.period)]
@@ -184,6 +169,8 @@ class Decoder(nn.Module):
             x = jnp.broadcast_to(self.sink_tokens, (stream.positions.shape[0], *self.sink_tokens.shape))
         else:
             x = jnp.take(self.embed, tokens, axis=0)
+            if cfg.scale_embeddings:
+                x = x * cfg.d_model**0.5
         if cfg.position == "learned":
             x = x + jnp.take(self.position_table, stream.positions, axis=0)
         elif cfg.position == "sinusoid":

@@ -29,6 +29,8 @@ VARIANTS = {
     "widths": {"key_dim": 6, "value_dim": 10, "use_bias": True},
     "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu")},
     "no-mlp": {"mlps": ("none",), "mixers": ("softmax", "none")},
+    "conv": {"mixers": ("conv", "softmax", "conv(width=5)"), "num_layers": 3},
+    "srmsnorm-sglu": {"norm": "srmsnorm", "mlps": ("sglu",), "scale_embeddings": True},
     "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
     **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
     **{name: {"mixers": (name,)} for name in names()},
