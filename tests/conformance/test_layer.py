@@ -1,0 +1,51 @@
+"""Every mechanism inside its layer, with what it keeps around itself: causality, padding, gradients.
+
+Decoding and packing at this level are in tests/nn/test_decoder.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.mechanisms import names
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+
+MIXERS = [*names(), "conv"]
+
+
+def build(mixer):
+    cfg = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=(mixer,))
+    tokens = jax.random.randint(jax.random.key(1), (2, 14), 0, 17)
+    params = Decoder(cfg).init(jax.random.key(0), tokens)["params"]
+    # Parameters that start at zero or one would hide mistakes.
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return params, tokens, jax.jit(lambda p, *args: Decoder(cfg).apply({"params": p}, *args))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_later_token_does_not_reach_the_past(mixer):
+    params, tokens, apply = build(mixer)
+    before, after = apply(params, tokens), apply(params, tokens.at[:, 9].set((tokens[:, 9] + 5) % 17))
+    np.testing.assert_array_equal(before[:, :9], after[:, :9])
+    assert not np.allclose(before[:, 9:], after[:, 9:])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_on_either_side_changes_nothing_and_every_parameter_has_a_gradient(mixer):
+    params, tokens, apply = build(mixer)
+    segments = jnp.zeros((2, 14), jnp.int32).at[:, 3:12].set(1)
+    positions = jnp.clip(jnp.arange(14) - 3, 0)[None].repeat(2, 0)
+    alone = apply(params, tokens[:, 3:12])
+    np.testing.assert_allclose(apply(params, tokens, positions, segments)[:, 3:12], alone, atol=2e-4)
+
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, tokens)))))(params)
+    idle = {"aaren": "['q']"}.get(mixer)  # its query is learned; the layer's W_q stays unused
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(leaf)), name
+        if not (idle and idle in name):
+            assert np.any(leaf), f"{name} has no gradient"
