@@ -141,6 +141,10 @@ def _numbers(run: Run) -> dict[str, str | None]:
         "Training loss (nats)": show(_last(run, "loss")),
         "Validation loss (nats)": show(_last(run, "val_loss")),
         **{f"{name[0].upper()}{name[1:]} (nats)": show(value) for name, value in references(run)},
+        **{
+            name: None if (value := _last(run, key)) is None else show(100 * value, " %")
+            for name, key in (("Validation accuracy", "val_accuracy"), ("Whole answers right", "val_exact"))
+        },
         "Sink₁": rate("sink_rate", run.star),
         "Sink on the slot": rate("sink_rate_slot"),
         "Threshold ε, length T, sequences": ", ".join(setting) if run.sinks else None,

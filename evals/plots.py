@@ -37,7 +37,7 @@ def draw(runs: Sequence[Run]) -> dict[str, bytes]:
     """Every figure these runs have data for, {name: PNG bytes}, in reading order."""
     out: dict[str, bytes] = {}
     with in_style(len(runs)):
-        for make in (loss, sink_rate, dynamics, throughput, emergence, heads, positions, maps, extreme):
+        for make in (loss, accuracy, sink_rate, dynamics, throughput, emergence, heads, positions, maps, extreme):
             made = make(runs)
             if made is not None:
                 out[make.__name__] = png(made)
@@ -118,6 +118,18 @@ def loss(runs: Sequence[Run]) -> Figure:
         pad = 0.06 * max(high - low, 1e-3)
         ax.set_ylim(low - pad, high + pad)
     legend(ax, runs, {"training": {"lw": 0.9, "alpha": 0.6}, "validation": {"marker": "o"}})
+    return made
+
+
+def accuracy(runs: Sequence[Run]) -> Figure | None:
+    """Right answers on a task's scored positions."""
+    made = figure(4.3, 3.1)
+    ax = axes(made.subplots(), "accuracy on validation data")
+    if not any([curve(ax, run, "val_accuracy", marker="o") for run in runs]):
+        return None
+    whole = any([curve(ax, run, "val_exact", ls=DASH, marker="") for run in runs])
+    ax.set_ylim(-0.03, 1.03)
+    legend(ax, runs, {"tokens": {"marker": "o"}, "whole answers": {"ls": DASH}} if whole else {})
     return made
 
 

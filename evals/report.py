@@ -135,6 +135,7 @@ def _curves(runs: Sequence[Run], figures: Figures) -> str:
         (
             sentences,
             f'<div class="row">\n{loss}{figures.show("sink_rate", runs) or none}\n</div>',
+            figures.show("accuracy", runs),
             figures.show("dynamics", runs, _dynamics_note(runs)),
             figures.show("emergence", runs, f"At most the {MAX_ROWS} heads with the largest weight at the end."),
             figures.show("throughput", runs),

@@ -93,6 +93,10 @@ CAPTIONS = {
         "Look for the step at which validation (dots) falls below the bigram entropy: from there on the "
         "model needs attention.",
     ),
+    "accuracy": (
+        "Accuracy on the task",
+        "Look for the step at which it leaves chance: from there on the model finds its answers by attention.",
+    ),
     "sink_rate": (
         "Sink rate over training",
         "Look for the step at which the share of heads that dump on the first token leaves zero.",

@@ -50,8 +50,8 @@ def bigram_task(source: Source) -> BigramTask | None:
 
 
 def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndarray:
-    """The sequences [n, T] the metric is read on; on Bigram-Backcopy T is the training context."""
-    length = cfg.data.context if source.trigger_ids else cfg.eval.length
+    """The sequences [n, T] the metric is read on; T is the training context unless the data are text."""
+    length = cfg.data.context if source.whole else cfg.eval.length
     if text is not None:
         return source.encode_text(text, cfg.eval.sequences, length)
     return source.held_out(cfg.eval.sequences, length)
@@ -97,6 +97,8 @@ def token_label(source: Source, token: int) -> str:
     """What a person reads for one token."""
     if source.tokenizer is not None:
         return source.tokenizer.decode([token])
+    if not source.trigger_ids:  # a task's tokens have no names
+        return str(token)
     from train.data.bb_table import CHARS, START
 
     return "<s>" if token == START else CHARS[token] if token < len(CHARS) else "<d>"

@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import Mismatch, TrainingStopped
 from train.checkpoint import Checkpoints
 from train.config import RESUMABLE, RunConfig
 from train.data import Source
+from train.data.task_source import TaskSource
 from train.load import abstract_state, open_source, read_config
 from train.manifest import diff_config
 from train.mesh import data_mesh, replicate, shard_batch
@@ -217,17 +219,22 @@ def _refuse_or_skip(cfg: RunConfig, place: RunDir, at: int, row: Row, skips: int
 
 
 def _make_evaluation(cfg: RunConfig, source: Source) -> Callable[[Any], Row]:
-    """params -> val_loss, sink metrics and (on Bigram-Backcopy) risks; data prepared once."""
+    """params -> val_loss, sink metrics and, on Bigram-Backcopy, risks, on a task accuracy; data prepared once."""
     batches = source.val_batches(cfg.eval.batches)
     tokens = held_out(cfg, source)
     measure = make_measure(cfg.model, task=bigram_task(source))
     loss = jax.jit(lambda params, batch: batch_loss(cfg.model, params, batch))
+    task = source.task if isinstance(source, TaskSource) else None
+    hits = make_hits(cfg.model)
 
     def evaluate(params: Any) -> Row:
         parts = [jax.device_get(loss(params, batch)) for batch in batches]
         total = sum(float(n) for _, n in parts)
         numbers = summarise(measure(params, tokens), epsilon=cfg.eval.epsilon)
         row: Row = {"val_loss": sum(float(s) for s, _ in parts) / max(total, 1.0)}
+        if task is not None:
+            found = accuracy(hits, params, batches)
+            row |= {"val_accuracy": found["accuracy"]} | ({"val_exact": found["exact"]} if task.one_answer else {})
         row |= {k: numbers[k] for k in LOGGED_SCALARS if numbers.get(k) is not None}
         return row | {k: numbers[k] for k in LOGGED_TABLES if k in numbers}
 

@@ -51,6 +51,10 @@ class TrainingProgress:
 def evaluation_line(row: dict[str, Any]) -> str:
     """One readable line of an evaluation."""
     parts = [f"step {row['step']}: val_loss {row['val_loss']:.4f}", f"sink_rate {row['sink_rate']:.1f} %"]
+    if "val_accuracy" in row:
+        parts.insert(1, f"accuracy {100 * row['val_accuracy']:.1f} %")
+    if "val_exact" in row:
+        parts.insert(2, f"whole answers {100 * row['val_exact']:.1f} %")
     if "risk_backcopy" in row:
         most = max(max(heads) for heads in row["first_token_weight_nontrigger"])
         parts += [

@@ -17,11 +17,27 @@ from jaxattn.mechanisms import Mechanism, RowWeights
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, unstack_layers
 from jaxattn.nn.attention import extra_arguments, position_bias
+from jaxattn.nn.insertion import insert, insertion_block
+
+
+@dataclasses.dataclass(frozen=True)
+class LongStream:
+    """A layer's inputs with the landmarks that the model inserted, W places; token t is at places[:, t]."""
+
+    places: Int[Array, "B T"]
+    queries: Float[Array, "B W H D"]
+    keys: Float[Array, "B W K D"]
+    values: Float[Array, "B W K V"]
+    vis: Visibility
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionView:
-    """One attention layer of one forward pass. T counts sink tokens in front, where the model has them."""
+    """One attention layer of one forward pass. T counts sink tokens in front, where the model has them.
+
+    Inserted landmarks are in `long` alone: everything else, rows and columns of `weights` too, is of the tokens.
+    A mechanism that weighs landmarks like tokens then has rows that miss this weight.
+    """
 
     layer: int
     mechanism: Mechanism
@@ -35,14 +51,27 @@ class AttentionView:
     output_kernel: Float[Array, "H V E"]
     vis: Visibility
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    long: LongStream | None = None
 
     def weights(self, start: int | Array = 0, rows: int | None = None) -> RowWeights:
         """Dense rows [start, start + rows) of the attention matrix (all of them by default)."""
         rows = self.queries.shape[1] if rows is None else rows
-        q = jax.lax.dynamic_slice_in_dim(self.queries, start, rows, axis=1)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1)
+        all_keys = self if self.long is None else self.long
         vis = self.vis.rows(start, rows)
-        extra = self.extra | ({"v": self.values} if self.mechanism.weights_of_values else {})
-        return self.mechanism.weights(q, self.keys, vis, spec=self.spec, params=self.params, bias=self.bias, **extra)
+        if self.long is not None:
+            queries = {"q_positions": vis.q_positions, "q_segments": vis.q_segments}
+            vis = dataclasses.replace(self.long.vis, **queries, aligned=None)
+        extra = self.extra | ({"v": all_keys.values} if self.mechanism.weights_of_values else {})
+        extra |= {"queries": all_keys.queries} if self.mechanism.weights_of_queries else {}
+        call = {"spec": self.spec, "params": self.params, "bias": self.bias}
+        found = self.mechanism.weights(cut(self.queries), all_keys.keys, vis, **call, **extra)
+        if self.long is None:
+            return found
+        slots = jnp.broadcast_to(jnp.arange(found.slots), (self.queries.shape[0], found.slots))
+        columns = jnp.concatenate([slots, found.slots + self.long.places], axis=1)
+        keep = jax.vmap(lambda x, at: x[..., at])
+        return RowWeights(keep(found.values, columns), keep(found.scores, columns), found.slots)
 
     def value_norms(self) -> Float[Array, "B H T"]:
         """||W_O^h v_j||: values seen through their head's slice of the output projection."""
@@ -86,14 +115,28 @@ def look(
         pos = jnp.concatenate([default_positions(batch, front), pos], axis=1)
         seg = jnp.concatenate([jnp.full((batch, front), GLOBAL, seg.dtype), seg], axis=1)
 
+    every = insertion_block(cfg.mixers)
+    plan = insert(pos, seg, every) if every else None
+    short = plan.shorten if plan else lambda x: x
+    if plan:
+        pos, seg = plan.positions, plan.segments
+
     views, components = [], []
     for layer in range(cfg.num_layers):
-        here, choice = captured[f"layer_{layer}"], cfg.mixer(layer)
-        components.append({name: here[name][0] for name in ("attn_out", "mlp_out", "block_out") if name in here})
+        here: Any = captured[f"layer_{layer}"]
+        choice = cfg.mixer(layer)
+        names = ("attn_out", "mlp_out", "block_out")
+        components.append({name: short(here[name][0]) for name in names if name in here})
         if choice.mechanism is None:
             continue
         own: Any = params[f"layer_{layer}"]["attn"]
         seen: Any = here["attn"]
+        q, k, v = (seen[name][0] for name in ("queries", "keys", "values"))
+        vis = self_visibility(batch, pos.shape[1], positions=pos, segment_ids=seg, window=choice.window)
+        long = LongStream(plan.places, q, k, v, vis) if plan else None
+        if plan:
+            at = {"positions": short(pos), "segment_ids": short(seg), "window": choice.window}
+            q, k, v, vis = short(q), short(k), short(v), self_visibility(batch, length, **at)
         views.append(
             AttentionView(
                 layer=layer,
@@ -101,14 +144,15 @@ def look(
                 spec=choice.spec,
                 params=own.get("mechanism", {}),
                 bias=position_bias(cfg, own.get("relative")),
-                queries=seen["queries"][0],
-                keys=seen["keys"][0],
-                values=seen["values"][0],
-                heads_out=seen["head_out"][0],
+                queries=q,
+                keys=k,
+                values=v,
+                heads_out=short(seen["head_out"][0]),
                 output_kernel=own["o"]["kernel"].reshape(cfg.num_heads, cfg.v_dim, cfg.d_model),
-                vis=self_visibility(batch, length + front, positions=pos, segment_ids=seg, window=choice.window),
+                vis=vis,
                 extra=extra_arguments(cfg, choice.mechanism, (layer, cfg.num_layers))
                 | ({"rates": seen["rates"][0]} if "rates" in seen else {}),
+                long=long,
             )
         )
     residuals = jnp.stack([c["block_out"] for c in components])

@@ -19,6 +19,7 @@ Further keyword arguments, only for mechanisms that ask for them:
 - `surround` with rates: ``rates`` in the same four, what `Surround.rates` made of the layer's input;
   None there means the mechanism's own constants.
 - `weights_of_values`: ``v`` in weights, where the influence of a key depends on the values.
+- `weights_of_queries`: ``queries`` of all tokens in weights, where a row depends on other rows' queries.
 A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
 it (`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
 """
@@ -118,6 +119,7 @@ class Mechanism:
     rotary: Literal["applied", "none", "raw"] = "applied"
     surround: Surround | None = None
     weights_of_values: bool = False
+    weights_of_queries: bool = False
 
     def apply_gains(
         self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict

@@ -3,7 +3,8 @@
     w_ij = scale · exp(Σ of log decays after j, up to i) · φ(q_i)·φ(k_j),   o_i = Σ_{j<=i} w_ij v_j  (/ Σ_j w_ij)
 
 A mechanism file gives its feature map, its decay per head and whether it divides. The past is one matrix per
-head, so a decode step costs the same at any context length.
+head, so a decode step costs the same at any context length. Maps that need positions, parameters or the layer,
+or that widen q and k, are `Features`; very wide ones are built for a piece of the tokens at a time.
 
 Causal means the order of the tokens; inside a segment positions must increase with it. `GLOBAL` keys (sink
 tokens) cannot be served: a token that every document sees would have to enter every document's state, so they
@@ -12,6 +13,7 @@ count as a document of their own and nobody else sees them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -27,15 +29,19 @@ from jaxattn.types import Leaf
 from pallas_kernels.linear_scan import CHUNK, linear_scan
 
 Depth = tuple[int | Array, int]  # (layer, num_layers)
+AnyDepth = tuple[int | Array | None, int]  # layer None: whichever, they share one shape
 FeatureMap = Callable[[Array, Any], Array]  # (q or k in f32, spec) -> the same shape
-Decay = Callable[[Any, int, Depth], Array]  # (spec, heads, depth) -> log decay per token, [H]
+# (q, k, q_positions, k_positions, *, spec, params, scale, depth) -> φ(q) times scale, φ(k)
+Features = Callable[..., tuple[Array, Array]]
+Decay = Callable[[Any, int, Depth], Array | None]  # (spec, heads, depth) -> log decay per token, [H]; None: 0
+Kernel = Callable[[Array, Array, Any, float | None], tuple[Array, Array]]  # (q, k, spec, scale) -> weights, scores
 
 
 @struct.dataclass
 class RecurrentState:
     """Everything a row has seen of its current document, in a size that does not depend on how much that was."""
 
-    S: Leaf  # [B, H, D, V] in f32; V + 1 with a normaliser, whose running sum is the last column
+    S: Leaf  # [B, H, D', V] in f32, D' features; V + 1 with a normaliser, whose running sum is the last column
     segment: Leaf  # [B], the document it belongs to; 0 before the first live token
 
 
@@ -46,15 +52,27 @@ def recurrent_family(
     arxiv: str,
     equation: str,
     spec: type,
-    feature_map: FeatureMap,
+    features: Features,
+    width: Callable[[Any, int, AnyDepth], int] = lambda spec, key_dim, depth: key_dim,
+    kernel: Kernel | None = None,
+    value_map: Callable[[Array, Any], Array] = lambda v, spec: v,
     log_decay: Decay | None = None,
     normaliser_eps: Callable[[Any], float | None] = lambda spec: None,
+    init_params: Callable[..., dict] = lambda key, spec, **dims: {},
+    piece: int | None = None,
     depth: bool = False,
     variants: tuple[Any, ...] = (),
 ) -> Mechanism:
     """Build the protocol's functions for one member of the family (see the module docstring).
 
-    normaliser_eps: what is added to the row sum before dividing by it; None does not divide.
+    Args:
+      features: `elementwise` of a map that needs nothing but the spec, or a function of its own.
+      width: D', the width of the features of a key dim.
+      kernel: scale · φ(q)·φ(k) of all pairs [B,H,T,S] without features, where it has a closed form, and the
+        scores that analysis shows; the reference is made of it. None: the product of the features.
+      value_map: what values pass on their way in.
+      normaliser_eps: what is added to the row sum before dividing by it; None does not divide.
+      piece: build the features of this many tokens at a time, forward and backward; None: of all tokens.
     """
 
     def refuse(**used: bool) -> None:
@@ -70,8 +88,14 @@ def recurrent_family(
             position_bias=bias is not None,
         )
 
-    def featured(x: Array, spec: Any) -> Array:
-        return feature_map(x.astype(jnp.promote_types(x.dtype, jnp.float32)), spec)
+    def pairs(q: Array, k: Array, vis: Visibility, spec: Any, params: Any, scale: float | None, depth: Depth):
+        """Weights before decay and mask, and the scores to show, [B,H,T,S] each."""
+        if kernel is not None:
+            return kernel(_exact(q), jnp.repeat(_exact(k), q.shape[2] // k.shape[2], axis=2), spec, scale)
+        places = (vis.q_positions, vis.k_positions)
+        fq, fk = features(_exact(q), _exact(k), *places, spec=spec, params=params, scale=scale, depth=depth)
+        s = jnp.einsum("bthd,bshd->bhts", fq, jnp.repeat(fk, q.shape[2] // fk.shape[2], axis=2))
+        return s, s
 
     def decay_of(spec: Any, heads: int, depth: Depth) -> Array | None:
         return None if log_decay is None else log_decay(spec, heads, depth)
@@ -88,12 +112,10 @@ def recurrent_family(
         depth: Depth = (0, 1),
     ) -> RowWeights:
         refuse_rules(vis, bias)
-        heads = q.shape[2]
-        k = jnp.repeat(k, heads // k.shape[2], axis=2)
-        s = jnp.einsum("bthd,bshd->bhts", featured(q, spec), featured(k, spec)) * (1.0 if scale is None else scale)
+        w, s = pairs(q, k, vis, spec, params, scale, depth)
         see = visible(vis) & (vis.q_segments[:, :, None] == vis.k_segments[:, None, :])  # without GLOBAL keys
-        w = jnp.where(see[:, None], s, 0.0)
-        g = decay_of(spec, heads, depth)
+        w = jnp.where(see[:, None], w, 0.0)
+        g = decay_of(spec, q.shape[2], depth)
         if g is not None:
             # A key fades once for every later key that the query sees; rows may be a slice of all queries.
             later = jnp.cumsum(see[..., ::-1], axis=-1)[..., ::-1] - see
@@ -114,28 +136,39 @@ def recurrent_family(
         depth: Depth = (0, 1),
     ) -> Array:
         refuse(causal_cross=q.shape[1] != k.shape[1])
-        a = weights(q, k, vis, spec=spec, scale=scale, bias=bias, depth=depth).values
-        v_all = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(a.dtype)
+        a = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias, depth=depth).values
+        v_all = jnp.repeat(value_map(_exact(v), spec), q.shape[2] // v.shape[2], axis=2).astype(a.dtype)
         return jnp.einsum("bhts,bshv->bthv", a, v_all).astype(v.dtype)
 
-    def scan(q, k, v, segments, state: RecurrentState | None, spec, scale, depth, backend) -> tuple[Array, Array]:
-        """Outputs [B,T,H,V] and the final S."""
+    def scan(q, k, v, positions, segments, state: RecurrentState, spec, params, scale, depth, backend):
+        """Outputs [B,T,H,V] and the state after the last token."""
         eps = normaliser_eps(spec)
-        wide = v
-        if eps is not None:  # a column of ones collects the row sum; f32, because it is divided by
-            wide = jnp.pad(v.astype(jnp.float32), ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1.0)
-        o, last = linear_scan(
-            featured(q, spec).astype(q.dtype),
-            featured(k, spec).astype(k.dtype),
-            wide,
-            log_decay=decay_of(spec, q.shape[2], depth),
-            segments=segments,
-            initial_state=None if state is None else state.S,
-            initial_segment=None if state is None else state.segment,
-            scale=1.0 if scale is None else scale,
-            backend=backend,
-        )
-        return (o if eps is None else (o[..., :-1] / (o[..., -1:] + eps)).astype(v.dtype)), last
+        wide = value_map(_exact(v), spec)
+        if eps is None:
+            wide = wide.astype(v.dtype)
+        else:  # a column of ones collects the row sum; f32, because it is divided by
+            wide = jnp.pad(wide, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1.0)
+
+        def run(state: RecurrentState, x: tuple[Array, ...]) -> tuple[RecurrentState, Array]:
+            q, k, wide, positions, segments = x
+            places = (positions, positions)
+            fq, fk = features(_exact(q), _exact(k), *places, spec=spec, params=params, scale=scale, depth=depth)
+            if piece is None:  # features of all tokens: no wider than what they are made of
+                fq, fk = fq.astype(q.dtype), fk.astype(k.dtype)
+            o, last = linear_scan(
+                fq,
+                fk,
+                jnp.repeat(wide, fk.shape[2] // wide.shape[2], axis=2),  # features may be per query head
+                log_decay=decay_of(spec, q.shape[2], depth),
+                segments=segments,
+                initial_state=state.S,
+                initial_segment=state.segment,
+                backend=backend,
+            )
+            return RecurrentState(S=last, segment=_newest(segments, state.segment)), o
+
+        state, o = _in_pieces(run, state, (q, k, wide, positions, segments), piece)
+        return (o if eps is None else (o[..., :-1] / (o[..., -1:] + eps)).astype(v.dtype)), state
 
     def forward(
         q: Array,
@@ -152,7 +185,9 @@ def recurrent_family(
     ) -> Array:
         refuse_rules(vis, bias)
         refuse(causal_cross=q.shape[1] != k.shape[1])
-        return scan(q, k, v, vis.q_segments, None, spec, scale, depth, backend)[0]
+        sizes = {"heads": q.shape[2], "kv_heads": k.shape[2], "key_dim": q.shape[3], "value_dim": v.shape[3]}
+        state = init_state(spec, batch=q.shape[0], capacity=q.shape[1], dtype=q.dtype, depth=depth, **sizes)
+        return scan(q, k, v, vis.q_positions, vis.q_segments, state, spec, params, scale, depth, backend)[0]
 
     def init_state(
         spec: Any,
@@ -164,10 +199,10 @@ def recurrent_family(
         key_dim: int,
         value_dim: int,
         dtype: Any,
-        depth: tuple[int | None, int] = (0, 1),
+        depth: AnyDepth = (0, 1),
     ) -> RecurrentState:
-        width = value_dim + (normaliser_eps(spec) is not None)
-        zeros = jnp.zeros((batch, heads, key_dim, width), jnp.float32)
+        columns = value_dim + (normaliser_eps(spec) is not None)
+        zeros = jnp.zeros((batch, heads, width(spec, key_dim, depth), columns), jnp.float32)
         return RecurrentState(S=zeros, segment=jnp.full(batch, PADDING, jnp.int32))
 
     def step(
@@ -187,17 +222,14 @@ def recurrent_family(
         depth: Depth = (0, 1),
     ) -> tuple[Array, RecurrentState]:
         refuse(window=window is not None, position_bias=bias is not None)
-        o, last = scan(q, k, v, segment_ids, state, spec, scale, depth, backend)
-        live = segment_ids != PADDING
-        newest = segment_ids.shape[1] - 1 - jnp.argmax(live[:, ::-1], axis=1)
-        owner = jnp.take_along_axis(segment_ids, newest[:, None], axis=1)[:, 0]
-        return o, RecurrentState(S=last, segment=jnp.where(jnp.any(live, axis=1), owner, state.segment))
+        return scan(q, k, v, positions, segment_ids, state, spec, params, scale, depth, backend)
 
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
         # Per token: a row of the product inside its chunk, a read of the state and a write to it.
-        width = value_dim + (normaliser_eps(spec) is not None)
-        inside = min(CHUNK, queries) * (key_dim + width)
-        return 2.0 * batch * heads * queries * (inside + 2 * key_dim * width)
+        key_dim = width(spec, key_dim, (1, 2))  # any layer but the first, which is the one that may differ
+        columns = value_dim + (normaliser_eps(spec) is not None)
+        inside = min(CHUNK, queries) * (key_dim + columns)
+        return 2.0 * batch * heads * queries * (inside + 2 * key_dim * columns)
 
     return Mechanism(
         name=name,
@@ -208,7 +240,7 @@ def recurrent_family(
         reference=reference,
         forward=forward,
         weights=weights,
-        init_params=lambda key, spec, **dims: {},
+        init_params=init_params,
         init_state=init_state,
         step=step,
         flops=flops,
@@ -224,6 +256,45 @@ def recurrent_family(
         ),
         variants=variants,
     )
+
+
+def elementwise(feature_map: FeatureMap) -> Features:
+    """The same map for queries and keys."""
+
+    def features(q: Array, k: Array, *positions: Array, spec: Any, params: Any, scale: float | None, depth: Depth):
+        return feature_map(q, spec) * (1.0 if scale is None else scale), feature_map(k, spec)
+
+    return features
+
+
+def _exact(x: Array) -> Array:
+    """In f32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _newest(segments: Array, before: Array) -> Array:
+    """[B], the segment of each row's last token that is not padding; `before` where there is none."""
+    live = segments != PADDING
+    newest = segments.shape[1] - 1 - jnp.argmax(live[:, ::-1], axis=1)
+    owner = jnp.take_along_axis(segments, newest[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.any(live, axis=1), owner, before).astype(before.dtype)
+
+
+def _in_pieces(run: Callable, state: Any, x: tuple[Array, ...], size: int | None) -> tuple[Any, Array]:
+    """run(state, x) -> (state, o) on `size` tokens at a time; the backward pass recomputes each piece."""
+    batch, length = x[0].shape[:2]
+    state = dataclasses.replace(state, S=state.S.astype(jnp.result_type(jnp.float32, *x[:3])))
+    if size is None or length <= size:
+        return run(state, x)
+    fill = -length % size  # with padding tokens, segment 0
+
+    def cut(a: Array) -> Array:
+        a = jnp.pad(a, [(0, fill if axis == 1 else 0) for axis in range(a.ndim)])
+        return jnp.moveaxis(a.reshape(batch, -1, size, *a.shape[2:]), 1, 0)
+
+    state, o = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), state, tuple(map(cut, x)))
+    o = jnp.moveaxis(o, 0, 1)
+    return state, o.reshape(batch, -1, *o.shape[3:])[:, :length]
 
 
 FEATURES: dict[str, Callable[[Array], Array]] = {

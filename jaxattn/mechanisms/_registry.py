@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from typing import Any
 
+from jaxattn.calls import parse_call
 from jaxattn.errors import ConfigError, suggest
 from jaxattn.mechanisms._protocol import Mechanism
 
@@ -29,6 +30,10 @@ _PLACES = {
     "linear": "linear:MECHANISM",
     "lightning": "lightning:MECHANISM",
     "aaren": "aaren:MECHANISM",
+    "titans": "titans:MECHANISM",
+    "landmark": "landmark:MECHANISM",
+    "transnormer": "transnormer:MECHANISM",
+    "based": "based:MECHANISM",
 }
 
 
@@ -87,21 +92,13 @@ def resolve_mixer(text: str) -> MixerChoice:
     """
     if text == "none":
         return MixerChoice(None)
-    try:
-        node = ast.parse(text, mode="eval").body
-        call = node if isinstance(node, ast.Call) else None
-        head = call.func if call else node
-        if not isinstance(head, ast.Name) or (call and call.args):
-            raise ValueError("options are written option=value")
-        options = {} if call is None else {str(kw.arg): ast.literal_eval(kw.value) for kw in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"attention {text!r} is not NAME or NAME(option=value, ...): {error}.") from error
-    if head.id == "conv":
+    name, options = parse_call("attention", text)
+    if name == "conv":
         width = options.pop("width", 3)
         if options or not isinstance(width, int) or width < 1:
             raise ConfigError(f"{text}: conv takes width alone, a whole number of at least 1.")
         return MixerChoice(None, conv=width)
-    mechanism = get(head.id)
+    mechanism = get(name)
     window = options.pop("window", None)
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ConfigError(f"{text}: window is {window!r} but must be a whole number of at least 1.")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._recurrent import FEATURES, Depth, recurrent_family
+from jaxattn.mechanisms._recurrent import FEATURES, Depth, elementwise, recurrent_family
 from jaxattn.rope import alibi_slopes
 
 CONVENTIONS = ("official", "paper", "minimax")
@@ -60,7 +60,7 @@ MECHANISM = recurrent_family(
     arxiv="2405.17381",
     equation="λ^(i-j) φ(q)·φ(k)",
     spec=Spec,
-    feature_map=lambda x, spec: FEATURES[spec.feature](x),
+    features=elementwise(lambda x, spec: FEATURES[spec.feature](x)),
     log_decay=lambda spec, heads, depth: -head_slopes(spec, heads, depth),
     depth=True,
     variants=(Spec(slopes="paper"), Spec(slopes="minimax", feature="identity")),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._recurrent import FEATURES, recurrent_family
+from jaxattn.mechanisms._recurrent import FEATURES, elementwise, recurrent_family
 
 EPS = 1e-6
 NOT_NEGATIVE = ("elu1", "relu")
@@ -42,7 +42,7 @@ MECHANISM = recurrent_family(
     arxiv="2006.16236",
     equation="φ(q)·φ(k) / Σ",
     spec=Spec,
-    feature_map=lambda x, spec: FEATURES[spec.feature](x),
+    features=elementwise(lambda x, spec: FEATURES[spec.feature](x)),
     normaliser_eps=lambda spec: EPS if spec.normalise else None,
     variants=(
         Spec(normalise=False),

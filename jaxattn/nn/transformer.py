@@ -15,6 +15,7 @@ from jaxattn.masks import GLOBAL, default_positions
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.attention import layer_state
 from jaxattn.nn.block import Block
+from jaxattn.nn.insertion import Insertion, insert, insertion_block
 from jaxattn.nn.layers import Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
 from jaxattn.rope import rotary_tables, sinusoid
@@ -43,7 +44,10 @@ class Decoder(nn.Module):
     """A causal language model whose mixers are any registered mechanisms.
 
     Parameters are a plain nested dict: ``embed`` [N,E], ``layer_i``/..., ``final_norm``, ``unembed`` [E,N]
-    (untied), and under `scan_layers` ``layers``/``layer_i`` with a leading axis L / period.
+    (untied), ``landmark`` [1,E] where a mechanism wants landmarks, and under `scan_layers` ``layers``/``layer_i``
+    with a leading axis L / period.
+
+    Landmarks (see `jaxattn.nn.insertion`) are between embedding and final norm only: nobody outside sees them.
     """
 
     cfg: ModelConfig
@@ -56,6 +60,9 @@ class Decoder(nn.Module):
         self.embed = self.param("embed", table, (cfg.vocab_size, cfg.d_model), jnp.float32)
         if cfg.prefix_tokens:
             self.sink_tokens = self.param("sink_tokens", table, (cfg.prefix_tokens, cfg.d_model), jnp.float32)
+        self.landmark_every = insertion_block(cfg.mixers)
+        if self.landmark_every:
+            self.landmark = self.param("landmark", table, (1, cfg.d_model), jnp.float32)
         if cfg.position == "learned":
             if cfg.max_positions < 1:
                 raise ConfigError("model.max_positions is 0 but learned positions need the longest context.")
@@ -101,12 +108,14 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T E"]:
         """The residual stream after the final norm; `unembedding` turns it into logits."""
         batch, length = tokens.shape
+        if self.landmark_every and any(edit.value is not None for edit in edits):
+            raise ConfigError("edits with a value do not fit a model that inserts landmarks: leave edit.value None.")
         stream = self._stream(batch, length, positions, segment_ids, prefix_len)
-        x = self._embed(tokens, stream)
+        x, stream, plan = self._embed(tokens, stream)
         front = self.cfg.prefix_tokens
         if front:
             sink_stream = self._sink_stream(batch)
-            x = jnp.concatenate([self._embed(None, sink_stream), x], axis=1)
+            x = jnp.concatenate([self._embed_sinks(sink_stream), x], axis=1)
             join = lambda a, b: jnp.concatenate([a, b], axis=1)
             stream = dataclasses.replace(
                 stream,
@@ -114,7 +123,7 @@ class Decoder(nn.Module):
                 segments=join(sink_stream.segments, stream.segments),
             )
         x, _ = self._blocks(x, stream, None, edits)
-        return self._finish(x[:, front:])
+        return self._finish(plan.shorten(x) if plan else x[:, front:])
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T N"]:
         """hidden @ unembedding, accumulated in f32."""
@@ -129,7 +138,14 @@ class Decoder(nn.Module):
     def start(self, batch: int, capacity: int) -> Any:
         """Decode states with room for `capacity` tokens; sink tokens, where the model has them, are in."""
         cfg, front = self.cfg, self.cfg.prefix_tokens
-        states: Any = [layer_state(cfg, i, batch, capacity + front) for i in range(cfg.num_layers)]
+
+        def room(layer: int) -> int:
+            """A layer that does not know of landmarks stores them, and at worst a padding place for every token."""
+            choice = cfg.mixer(layer)
+            knows = choice.mechanism is not None and choice.mechanism.block(choice.spec) > 0
+            return 2 * capacity if self.landmark_every and not knows else capacity + front
+
+        states: Any = [layer_state(cfg, i, batch, room(i)) for i in range(cfg.num_layers)]
         if cfg.scan_layers:
             stack = lambda *leaves: jnp.stack(leaves)
             per_slot = [states[i :: cfg.period] for i in range(cfg.period)]
@@ -137,7 +153,7 @@ class Decoder(nn.Module):
         states = tuple(states)
         if front:
             stream = self._sink_stream(batch)
-            _, states = self._blocks(self._embed(None, stream), stream, states, ())
+            _, states = self._blocks(self._embed_sinks(stream), stream, states, ())
         return states
 
     def step(
@@ -150,8 +166,9 @@ class Decoder(nn.Module):
         """Logits of T new tokens given everything before them, and the states that include them."""
         batch, length = tokens.shape
         stream = self._stream(batch, length, positions, segment_ids, None)
-        x, states = self._blocks(self._embed(tokens, stream), stream, states, ())
-        return self.logits(self._finish(x)), states
+        x, stream, plan = self._embed(tokens, stream)
+        x, states = self._blocks(x, stream, states, ())
+        return self.logits(self._finish(plan.shorten(x) if plan else x)), states
 
     def _stream(self, batch, length, positions, segment_ids, prefix_len) -> Stream:
         front = self.cfg.prefix_tokens
@@ -163,19 +180,28 @@ class Decoder(nn.Module):
         pos = default_positions(batch, self.cfg.prefix_tokens)
         return Stream(pos, jnp.full_like(pos, GLOBAL))
 
-    def _embed(self, tokens: Array | None, stream: Stream) -> Array:
-        cfg = self.cfg
-        if tokens is None:
-            x = jnp.broadcast_to(self.sink_tokens, (stream.positions.shape[0], *self.sink_tokens.shape))
-        else:
-            x = jnp.take(self.embed, tokens, axis=0)
-            if cfg.scale_embeddings:
-                x = x * cfg.d_model**0.5
-        if cfg.position == "learned":
-            x = x + jnp.take(self.position_table, stream.positions, axis=0)
-        elif cfg.position == "sinusoid":
-            x = x + sinusoid(stream.positions, cfg.d_model)
-        return x.astype(cfg.dtype)
+    def _embed(self, tokens: Array, stream: Stream) -> tuple[Array, Stream, Insertion | None]:
+        """The embedded stream, with landmarks where the model inserts them, and what undoes the insertion."""
+        x, positions, plan = jnp.take(self.embed, tokens, axis=0), stream.positions, None
+        if self.landmark_every:
+            plan = insert(positions, stream.segments, self.landmark_every)
+            x, positions = plan.lengthen(x, self.landmark[0]), plan.ordinary
+            stream = dataclasses.replace(stream, positions=plan.positions, segments=plan.segments)
+        if self.cfg.scale_embeddings:
+            x = x * self.cfg.d_model**0.5
+        return self._positioned(x, positions), stream, plan
+
+    def _embed_sinks(self, stream: Stream) -> Array:
+        x = jnp.broadcast_to(self.sink_tokens, (stream.positions.shape[0], *self.sink_tokens.shape))
+        return self._positioned(x, stream.positions)
+
+    def _positioned(self, x: Array, positions: Array) -> Array:
+        """Plus the embedding of absolute positions, where the model has one; in the compute dtype."""
+        if self.cfg.position == "learned":
+            x = x + jnp.take(self.position_table, positions, axis=0)
+        elif self.cfg.position == "sinusoid":
+            x = x + sinusoid(positions, self.cfg.d_model)
+        return x.astype(self.cfg.dtype)
 
     def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
         cfg = self.cfg

@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
@@ -31,14 +30,13 @@ from evals.report import write_report
 from evals.sinks import bigram_task, held_out
 from jaxattn.errors import run_cli
 from jaxattn.nn import Decoder, Edit
+from scripts.reproduce._study import RESULTS, spread, write_rows
 from train.load import load_params, open_source, read_config
 from train.loop import run
 from train.objective import token_losses
 from train.presets import get_preset
-from train.rundir import result_environment, write_json_atomic
 
 ATTENTIONS = ("softmax", "sigmoid", "relu")
-RESULTS = Path(__file__).parent / "results"
 
 
 def zeroed_risks(folder: Path) -> list[float]:
@@ -110,7 +108,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for c in COLUMNS:
             values = [row[c] for row in mine]
             numeric = isinstance(values[0], float)
-            cells.append(f"{np.mean(values):.4f} ± {np.std(values):.4f}" if numeric else "")
+            cells.append("{:.4f} ± {:.4f}".format(*spread(values)) if numeric else "")
         lines.append("| " + " | ".join([f"**{attn}**, mean ± sd", *cells[1:]]) + " |")
     lines.append(
         "\nPaper-scale figures (card of arXiv 2410.13835, CPU runs): softmax 0.94 non-trigger, 0.000 trigger; "
@@ -148,11 +146,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     rows = [one_run(attn, seed, args.runs_dir) for attn in ATTENTIONS for seed in range(args.seeds)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        RESULTS / "sinks_bb.json",
-        {"rows": rows, "device": jax.devices()[0].device_kind, "environment": result_environment()},
-    )
+    write_rows(RESULTS / "sinks_bb.json", rows)
     (RESULTS / "sinks_bb.md").write_text(markdown(rows), encoding="utf-8")
     plot(args.runs_dir, args.seeds)
     report = write_report([args.runs_dir / f"{a}-seed0" for a in ATTENTIONS], args.runs_dir / "report.html")

@@ -43,7 +43,10 @@ def test_padding_on_either_side_changes_nothing_and_every_parameter_has_a_gradie
     np.testing.assert_allclose(apply(params, tokens, positions, segments)[:, 3:12], alone, atol=2e-4)
 
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, tokens)))))(params)
-    idle = {"aaren": "['q']"}.get(mixer)  # its query is learned; the layer's W_q stays unused
+    idle = {
+        "aaren": "['q']",  # its query is learned; the layer's W_q stays unused
+        "transnormer": "['layer_1']['attn']['mechanism']['theta']",  # LRPE acts in layer 0 alone
+    }.get(mixer)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert np.all(np.isfinite(leaf)), name

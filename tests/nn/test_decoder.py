@@ -32,6 +32,15 @@ VARIANTS = {
     "conv": {"mixers": ("conv", "softmax", "conv(width=5)"), "num_layers": 3},
     "srmsnorm-sglu": {"norm": "srmsnorm", "mlps": ("sglu",), "scale_embeddings": True},
     "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
+    "tnl-scanned": {
+        "mixers": ("transnormer",),
+        "norm": "srmsnorm",
+        "mlps": ("sglu",),
+        "scale_embeddings": True,
+        "position": "nope",
+        "scan_layers": True,
+    },
+    "based-hybrid": {"mixers": ("conv", "based(feature_dim=6)", "softmax(window=5)"), "num_layers": 3},
     **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
     **{name: {"mixers": (name,)} for name in names()},
 }

@@ -14,13 +14,14 @@ class DataConfig:
 
     source: str = "bb"
     """Where the text comes from: "bb" (the Bigram-Backcopy task, no files needed), "stdlib" (the source of
-    the running Python; "stdlib:json,email" takes some of its packages), a path, a glob or a comma-separated
+    the running Python; "stdlib:json,email" takes some of its packages), a synthetic task ("mqar", "passkey",
+    "copy", "selective_copy", with options like "mqar(pairs=[4, 8], vocab=512)"; see evals/tasks), a path, a glob or a comma-separated
     list of txt, md, py, jsonl or parquet files, or "hf:NAME[:SPLIT]" for a HuggingFace dataset or local
     dataset folder."""
 
     tokenizer: str = "bpe"
     """"bpe" (trained on the corpus, then cached), "bytes", the path of a tokenizer.json or of a folder that
-    holds one, or "hf:NAME" from the HuggingFace hub. Not used by "bb"."""
+    holds one, or "hf:NAME" from the HuggingFace hub. Not used by "bb" and tasks."""
 
     vocab_size: int = 2048
     """Entries of the BPE that is trained here, at least 257 (256 bytes and the end-of-text token)."""
@@ -78,7 +79,7 @@ def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1)
         if not ok:
             raise ConfigError(f"data.{field}={getattr(cfg, field)!r} is not possible: {remedy}.")
 
-    need(cfg.source.strip() != "", "source", "give 'bb', 'stdlib', a path, a glob or 'hf:NAME'")
+    need(cfg.source.strip() != "", "source", "give 'bb', 'stdlib', a task, a path, a glob or 'hf:NAME'")
     need(cfg.tokenizer.strip() != "", "tokenizer", "give 'bpe', 'bytes', a path or 'hf:NAME'")
     need(cfg.tokenizer != "bpe" or cfg.vocab_size >= 257, "vocab_size", "a byte-level BPE needs at least 257")
     need(cfg.context >= 2, "context", "a sequence needs at least 2 tokens")

@@ -2,7 +2,7 @@
 
 "concat" text: documents in a shuffled order, joined and cut every T tokens -> rows, by number -> shuffled
 anew each epoch, without end -> batch. "best_fit" text: document pieces of up to T tokens -> shuffled anew
-each epoch -> Grain's best-fit packing -> batch. Bigram-Backcopy: sequences, by number -> batch.
+each epoch -> Grain's best-fit packing -> batch. Bigram-Backcopy: sequences, by number -> batch. Tasks likewise.
 
 Every process follows the same stream of GLOBAL batches and keeps its own block of rows: process p of P holds
 rows [p * b, (p + 1) * b) of the batch of B = P * b rows that one process alone would see. Rows that have a
@@ -24,6 +24,7 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
+from evals.tasks import Example, Task
 from train.data.bb import PERTURB, generate, stream_rng
 from train.data.bb_table import BigramTable
 from train.data.guard import Guarded
@@ -243,6 +244,42 @@ def bb_batches(table: BigramTable, layout: Layout, *, seed: int, stream: int, un
     """Endless batches of Bigram-Backcopy; with `unique` > 0 that many sequences repeat."""
     order = _endless(unique, seed) if unique else None
     return _by_step(_Sequences(table, order, layout, seed, stream), layout)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Step number -> this process's batch of a task's sequences."""
+
+    task: Task
+    order: grain.MapDataset | None
+    """Which sequences repeat; None draws fresh ones for ever."""
+    layout: Layout
+    seed: int
+    stream: int
+
+    def __call__(self, step: int) -> dict:
+        b, T = self.layout.local, self.layout.context
+        examples = [self._example(number) for number in self.layout.numbers(step)]
+        tokens, targets, mask = (np.stack(part) for part in zip(*examples, strict=True))
+        batch = {
+            "tokens": tokens,
+            "targets": targets,
+            "positions": np.tile(np.arange(T, dtype=np.int32), (b, 1)),
+            "segment_ids": np.ones((b, T), np.int32),
+            "loss_mask": mask,
+        }
+        return _prefix(batch, self.layout)
+
+    def _example(self, number: int) -> Example:
+        index = number if self.order is None else self.order[number]
+        assert index is not None
+        return self.task.sample(self.layout.context, seed=self.seed, stream=self.stream, index=index)
+
+
+def task_batches(task: Task, layout: Layout, *, seed: int, stream: int, unique: int = 0) -> grain.IterDataset:
+    """Endless batches of a task; with `unique` > 0 that many sequences repeat."""
+    order = _endless(unique, seed) if unique else None
+    return _by_step(_Examples(task, order, layout, seed, stream), layout)
 
 
 def iterate(batches: grain.IterDataset, layout: Layout, identity: dict) -> grain.DatasetIterator:

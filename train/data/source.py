@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,11 @@ class Source(ABC):
     perturb: Perturbation | None = field(repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     trigger_ids: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether a sequence means something only as a whole, at the training context; text can be cut."""
+        return self.tokenizer is None
 
     def layout(self, batch_size: int | None = None) -> Layout:
         """Shape of this process's batches.
@@ -95,7 +101,7 @@ class Source(ABC):
         """n held-out sequences [n, length] int32, the same on every call, without a start token for text.
 
         Text: each lies inside one document; the documents' beginnings first, then random places.
-        Bigram-Backcopy: fresh sequences from <s>. The configured perturbation is applied unless `perturbed`
+        Bigram-Backcopy and tasks: fresh sequences. The configured perturbation is applied unless `perturbed`
         is False.
 
         Raises:
@@ -115,7 +121,7 @@ class Source(ABC):
         """unigram_nats, bigram_nats, bigram_heldout_nats per token (see `entropy.text_entropies`).
 
         Bigram-Backcopy: the exact values for this context, and oracle_trigger_nats, oracle_non_trigger_nats,
-        oracle_nats, trigger_fraction of a perfect model (queries t >= 1).
+        oracle_nats, trigger_fraction of a perfect model (queries t >= 1). Tasks: unigram_nats and oracle_nats alone.
         """
 
 
@@ -134,6 +140,12 @@ def make_source(cfg: DataConfig, *, seed: int, process_index: int = 0, process_c
         from train.data.bb_source import bigram_backcopy
 
         return bigram_backcopy(cfg, place)
+    from evals.tasks import is_task  # which reads train.data.bb
+
+    if is_task(cfg.source) and not os.path.exists(cfg.source):
+        from train.data.task_source import task_source
+
+        return task_source(cfg, place)
     from train.data.text_source import text_source
 
     return text_source(cfg, place)

@@ -1,0 +1,179 @@
+"""`python -m evals.length RUN_DIR [--lengths 256,512,1024] [--attn=...] [--json OUT]`: loss beyond the training length.
+
+The same held-out text is read in windows of every length: n sequences of the longest length L, cut into L / l
+windows for each l. So every length is scored on the same tokens, and only the context differs. Reported per length:
+the mean loss, the mean over the last quarter of the window (where the context is longest), and the loss by position.
+Writes length.json and plots/length.png into the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evals.plot_style import DASH, GREY, INK, figure, in_style, png
+from evals.trained import Trained, open_trained, write_result
+from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder, logits_in_chunks
+from train.objective import token_losses
+
+POINTS = 32  # of the curve over positions
+LOGITS = 1024  # tokens whose logits exist at one time
+
+
+def make_losses(model: ModelConfig, chunked: bool = False) -> Any:
+    """Build ``losses(params, windows [b, T + 1]) -> [b, T]``: -log p of each token given those before it.
+
+    chunked: read through the decode state, as attention that retrieves has to be.
+    """
+    if chunked:
+        read = lambda params, x: logits_in_chunks(model, params, x[:, :-1])[0]
+        return lambda params, windows: token_losses(read(params, jnp.asarray(windows)), jnp.asarray(windows[:, 1:]))
+
+    @jax.jit
+    def losses(params: Any, windows: Any) -> Any:
+        def read(decoder: Decoder) -> Any:
+            hidden, targets = decoder.hidden(windows[:, :-1]), windows[:, 1:]
+            parts = range(0, hidden.shape[1], LOGITS)
+            cut = lambda x, i: x[:, i : i + LOGITS]
+            return jnp.concatenate(
+                [token_losses(decoder.logits(cut(hidden, i)), cut(targets, i)) for i in parts], axis=1
+            )
+
+        return Decoder(model).apply({"params": params}, method=read)
+
+    return losses
+
+
+def cut_windows(text: np.ndarray, length: int) -> np.ndarray:
+    """[n, L + 1] tokens -> [n · L / length, length + 1]: every target once."""
+    n, longest = text.shape[0], text.shape[1] - 1
+    starts = np.arange(0, longest, length)
+    return np.stack([text[:, s : s + length + 1] for s in starts], axis=1).reshape(n * len(starts), length + 1)
+
+
+def loss_by_length(trained: Trained, text: np.ndarray, lengths: list[int]) -> list[dict[str, Any]]:
+    """One JSON-able row per length; `text` is [n, longest + 1]."""
+    losses, rows = make_losses(trained.model, trained.retrieves), []
+    for length in lengths:
+        windows = cut_windows(text, length)
+        size = max(1, text.shape[1] // length)  # tokens at once: those of one longest sequence
+        found = [np.asarray(losses(trained.params, windows[i : i + size])) for i in range(0, len(windows), size)]
+        by_position = np.concatenate(found).astype(np.float64).mean(0)
+        edges = np.linspace(0, length, min(POINTS, length) + 1).astype(int)
+        rows.append(
+            {
+                "length": length,
+                "windows": len(windows),
+                "loss": float(by_position.mean()),
+                "loss_last_quarter": float(by_position[-max(1, length // 4) :].mean()),
+                "positions": [float(a + b - 1) / 2 for a, b in pairwise(edges)],
+                "by_position": [float(by_position[a:b].mean()) for a, b in pairwise(edges)],
+            }
+        )
+    return rows
+
+
+def choose_lengths(text: str | None, trained_length: int) -> list[int]:
+    """The lengths as given, or the training context times 1, 2, 4, 8.
+
+    Raises:
+      ConfigError: no numbers, too short, or one that does not divide the longest.
+    """
+    if text is None:
+        return [trained_length * 2**i for i in range(4)]
+    try:
+        lengths = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--lengths is {text!r} but must be numbers like 256,512,1024.") from None
+    for length in lengths:
+        if length < 2 or lengths[-1] % length:
+            near = next(d for d in range(max(length, 2), lengths[-1] + 1) if lengths[-1] % d == 0)
+            raise ConfigError(
+                f"--lengths has {length}, which must be at least 2 and divide the longest, {lengths[-1]}: use {near}."
+            )
+    return lengths
+
+
+def plot(rows: list[dict[str, Any]], attn: str, trained_length: int) -> bytes:
+    """Loss by length, and by position inside the longest window."""
+    with in_style():
+        made = figure(8.6, 3.0)
+        left, right = made.subplots(1, 2)
+        x = [row["length"] for row in rows]
+        left.plot(x, [row["loss"] for row in rows], "o-", color="#0072b2", label="all positions")
+        left.plot(x, [row["loss_last_quarter"] for row in rows], "o--", color="#d55e00", label="last quarter")
+        left.set_xscale("log", base=2)
+        left.set_xticks(x, [str(n) for n in x])
+        left.set(xlabel="window (tokens)", ylabel="loss (nats per token)")
+        left.legend()
+        right.plot(rows[-1]["positions"], rows[-1]["by_position"], color="#0072b2")
+        right.axvline(trained_length, color=GREY, lw=0.8, ls=DASH)
+        right.set(xlabel=f"position in a window of {x[-1]}", ylabel="loss (nats per token)")
+        for ax in (left, right):
+            ax.grid(True)
+        made.suptitle(f"{attn}, trained at {trained_length} tokens".replace("$", r"\$"), fontsize=8.5, color=INK)
+        return png(made)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.length", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="directory of a training run on text")
+    parser.add_argument("--lengths", help="tokens, each a divisor of the longest (default: 1, 2, 4, 8 x the context)")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of the longest length (default 8)")
+    parser.add_argument("--attn", help="attention of the layers, for options that keep the parameters")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here instead of the run directory")
+    args = parser.parse_args()
+    if args.sequences < 1:
+        raise ConfigError(f"--sequences is {args.sequences} but must be at least 1.")
+
+    from train.load import open_source
+
+    trained = open_trained(args.run_dir, args.attn, args.step)
+    context = trained.cfg.data.context
+    lengths = choose_lengths(args.lengths, context)
+    trained.check_length(lengths[-1])
+    source, _ = open_source(trained.cfg)
+    if source.whole:
+        raise ConfigError(
+            f"{args.run_dir} was trained on {source.name!r}, which is no text: measure other lengths of a task with "
+            f"python -m evals.tasks {args.run_dir} --task='{source.name}(context={lengths[-1]})'."
+        )
+    rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths)
+    result = {
+        "attn": trained.attn,
+        "step": trained.step,
+        "source": source.name,
+        "sequences": args.sequences,
+        "trained_context": context,
+        "lengths": rows,
+    }
+    print(f"{trained.attn} at step {trained.step}, trained at {context} tokens, {source.name}")
+    for row in rows:
+        print(
+            f"  {row['length']:>8} tokens: loss {row['loss']:.4f}, last quarter {row['loss_last_quarter']:.4f}"
+            f"  ({row['windows']} windows)"
+        )
+    write_result(args.json or args.run_dir / "length.json", result)
+    if args.json is None:
+        path = args.run_dir / "plots" / "length.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(plot(rows, trained.attn, context))
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give --json for another place.") from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

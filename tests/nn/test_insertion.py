@@ -1,0 +1,302 @@
+"""Landmarks that the model inserts: where they go, that nobody outside sees them, and reading in chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evals.measure import attention_maps, make_measure
+from jaxattn.analysis import look
+from jaxattn.errors import ConfigError
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder, Edit, Stream, logits_in_chunks, stack_layers, unstack_layers
+from jaxattn.nn.insertion import insert, insertion_block, landmark_labels
+
+BASE = {
+    "vocab_size": 17,
+    "num_layers": 2,
+    "d_model": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_positions": 14,
+    "mixers": ("landmark(block=3)",),
+}
+
+
+def build(**fields):
+    cfg = ModelConfig(**(BASE | fields))
+    tokens = jax.random.randint(jax.random.key(1), (2, 14), 0, 17)
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    return cfg, params, tokens
+
+
+@partial(jax.jit, static_argnames=("cfg", "method"))
+def apply(cfg, params, *args, method="__call__"):
+    return Decoder(cfg).apply({"params": params}, *args, method=method)
+
+
+def start(cfg, params, capacity):
+    return Decoder(cfg).apply({"params": params}, 2, capacity, method="start")
+
+
+def test_where_landmarks_go():
+    """f = 2: a document of five tokens, one of two, padding at the end and (second row) in front."""
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 0], [0, 0, 0, 1, 2, 3, 0, 1]])
+    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0], [0, 0, 3, 3, 3, 3, 4, 4]])
+    plan = insert(positions, segments, 2)
+    np.testing.assert_array_equal(plan.places, [[0, 1, 3, 4, 6, 7, 8, 10], [0, 1, 2, 3, 5, 6, 8, 9]])
+    np.testing.assert_array_equal(
+        plan.source, [[0, 1, 8, 2, 3, 8, 4, 5, 6, 8, 7, 9], [0, 1, 2, 3, 8, 4, 5, 8, 6, 7, 8, 9]]
+    )
+    np.testing.assert_array_equal(
+        plan.positions, [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 0, 1, 2, 0]]
+    )
+    np.testing.assert_array_equal(
+        plan.segments, [[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 3, 4, 4, 4, 0]]
+    )
+    np.testing.assert_array_equal(
+        plan.ordinary, [[0, 1, 1, 2, 3, 3, 4, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 2, 3, 3, 0, 1, 1, 0]]
+    )
+    x = jnp.arange(1.0, 17).reshape(2, 8, 1)
+    long = plan.lengthen(x, jnp.array([-1.0]))
+    np.testing.assert_array_equal(long[0, :, 0], [1, 2, -1, 3, 4, -1, 5, 6, 7, -1, 8, 0])
+    np.testing.assert_array_equal(plan.shorten(long), x)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 50])
+def test_every_l_th_position_is_a_landmark_wherever_a_document_begins(every):
+    """Also in pieces that start inside a block, as decoding sees them."""
+    for first in range(2 * every):
+        plan = insert(first + jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32), every)
+        source, at = np.asarray(plan.source[0]), np.asarray(plan.positions[0])
+        used = source < 10
+        assert bool(plan.fits[0])
+        assert len(source) == 9 + -(-9 // every)
+        assert set(source[used]) >= set(range(9))
+        np.testing.assert_array_equal(source[used] == 9, at[used] % (every + 1) == every)
+        np.testing.assert_array_equal(np.diff(at[used]), 1)
+
+
+def test_landmarks_that_do_not_fit_are_never_dropped_in_silence():
+    """Three documents a row, all starting at the end of a block, want more places than any usual row."""
+    plan = insert(jnp.full((1, 3), 4), jnp.array([[1, 2, 3]]), 5)
+    assert not bool(plan.fits[0])
+    assert np.all(np.isnan(plan.lengthen(jnp.ones((1, 3, 2)), jnp.ones(2))))
+
+
+def test_labels_of_files_with_landmarks():
+    """The token in front of a landmark (9) is asked for the one behind it; 0 is end of text."""
+    tokens = jnp.array([[3, 4, 9, 5, 0, 9, 6, 7, 9]])
+    labels, mask = landmark_labels(tokens, 9, ignore=(0,))
+    np.testing.assert_array_equal(mask, [[1, 1, 0, 1, 0, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(np.where(mask, labels, -1), [[4, 5, -1, 0, -1, -1, 7, -1, -1]])
+    labels, mask = landmark_labels(tokens[:, :7], 9)
+    np.testing.assert_array_equal(np.where(mask, labels, -1), [[4, 5, -1, 0, 6, -1, -1]])
+
+
+VARIANTS = {
+    "rope": {},
+    "f1": {"mixers": ("landmark(block=1)",)},
+    "learned": {"position": "learned"},
+    "sinusoid": {"position": "sinusoid", "scale_embeddings": True},
+    "nope-post": {"position": "nope", "norm_position": "post"},
+    "mixed": {"mixers": ("landmark(block=3)", "softmax", "lightning", "conv"), "num_layers": 4},
+    "scanned": {"scan_layers": True, "num_layers": 4, "mixers": ("landmark(block=3)", "sigmoid")},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_decoding_equals_the_forward_pass(fields):
+    """Room for exactly the tokens, with pieces that end anywhere in a block."""
+    cfg, params, tokens = build(**fields)
+    logits = apply(cfg, params, tokens)
+    assert logits.shape == (2, 14, 17)
+    states, outputs, at = start(cfg, params, 14), [], 0
+    for n in (5, 5, 1, 1, 1, 1):
+        positions = jnp.arange(at, at + n)[None].repeat(2, 0)
+        out, states = apply(cfg, params, states, tokens[:, at : at + n], positions, method="step")
+        outputs.append(out)
+        at += n
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_packed_documents_equal_separate_ones(fields):
+    cfg, params, tokens = build(**fields)
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7), jnp.zeros(2, int)])[None].repeat(2, 0)
+    segments = jnp.array([1] * 5 + [2] * 7 + [0] * 2)[None].repeat(2, 0)
+    together = apply(cfg, params, tokens, positions, segments)
+    np.testing.assert_allclose(together[:, :5], apply(cfg, params, tokens[:, :5]), atol=2e-4)
+    np.testing.assert_allclose(together[:, 5:12], apply(cfg, params, tokens[:, 5:12]), atol=2e-4)
+
+
+def test_capacity_is_counted_in_tokens():
+    cfg, params, tokens = build()
+    assert start(cfg, params, 14)[0].slots == 14 + 4
+    step = lambda states, a, b: Decoder(cfg).apply(
+        {"params": params}, states, tokens[:, a:b], jnp.arange(a, b)[None].repeat(2, 0), method="step"
+    )
+    _, states = step(start(cfg, params, 13), 0, 13)
+    with pytest.raises(ConfigError, match="raise the capacity"):
+        step(states, 13, 14)
+
+
+def test_the_model_is_the_one_with_landmarks_written_out_by_hand():
+    cfg, params, tokens = build()
+    embedded = np.asarray(params["embed"])[np.asarray(tokens)]
+    rows = [np.concatenate([e, params["landmark"]]) if t % 3 == 2 else e[:]
+            for t in range(14) for e in [embedded[0, t : t + 1]]]  # fmt: skip
+    x = jnp.asarray(np.concatenate(rows))[None]
+    assert x.shape[1] == 18
+
+    def by_hand(decoder, x):
+        at = jnp.arange(18, dtype=jnp.int32)[None]
+        hidden, _ = decoder._blocks(x, Stream(at, jnp.ones_like(at)), None, ())
+        return decoder.logits(decoder._finish(hidden))
+
+    logits = Decoder(cfg).apply({"params": params}, x, method=by_hand)
+    ordinary = np.arange(18) % 4 != 3
+    np.testing.assert_allclose(apply(cfg, params, tokens)[0], logits[0, ordinary], atol=1e-5)
+
+
+def test_the_landmark_is_learned_and_scan_and_remat_change_nothing():
+    cfg, params, tokens = build(num_layers=4, scan_layers=True, remat=True, mixers=("landmark(block=3)", "softmax"))
+    flat_cfg, flat = dataclasses.replace(cfg, scan_layers=False, remat=False), unstack_layers(params, cfg)
+    loss = lambda c: jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(Decoder(c).apply({"params": p}, tokens)))))
+    (value, grad), (flat_value, flat_grad) = loss(cfg)(params), loss(flat_cfg)(flat)
+    np.testing.assert_allclose(value, flat_value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grad, stack_layers(flat_grad, cfg))
+    assert float(jnp.linalg.norm(grad["landmark"])) > 1e-3
+
+
+def test_a_model_without_the_mechanism_has_no_landmark():
+    assert "landmark" not in build(mixers=("softmax",))[1]
+    assert insertion_block(("softmax", "none", "conv")) == 0
+    assert insertion_block(("softmax", "landmark(block=7)", "landmark(block=7, retrieve=2)")) == 7
+
+
+def test_what_a_model_that_inserts_refuses():
+    with pytest.raises(ConfigError, match=r"insert landmarks after 7 and 3 tokens.* give all of them block=3"):
+        build(mixers=("landmark(block=7)", "landmark(block=3)"))
+    with pytest.raises(ConfigError, match="position 'alibi' cannot be used"):
+        build(position="alibi")
+    with pytest.raises(ConfigError, match="cannot see sink tokens"):
+        build(mixers=("landmark(block=3)", "sink_token"))
+    cfg, params, tokens = build()
+    run = lambda edit: Decoder(cfg).apply({"params": params}, tokens, edits=(edit,))
+    with pytest.raises(ConfigError, match=r"leave edit.value None"):
+        run(Edit(0, "attn", value=jnp.zeros((2, 14, 16))))
+    assert not np.allclose(run(Edit(0, "attn")), apply(cfg, params, tokens))
+
+
+@pytest.mark.parametrize("mixers", [("landmark(block=3)",), ("landmark(block=3)", "k_bias")], ids=["alone", "mixed"])
+def test_views_show_tokens_only(mixers):
+    """Rows times values are the heads' outputs, which could not be if a row or column were a landmark's."""
+    cfg, params, tokens = build(mixers=mixers)
+    view = look(cfg, params, tokens)
+    np.testing.assert_allclose(view.logits, apply(cfg, params, tokens), atol=1e-5)
+    assert view.residuals.shape == (2, 2, 14, 16)
+    assert all(x.shape == (2, 14, 16) for part in view.components for x in part.values())
+    first, second = view.attention
+    assert first.queries.shape == first.heads_out.shape == (2, 14, 4, 4)
+    assert first.value_norms().shape == (2, 4, 14)
+    rows = first.weights()
+    assert rows.values.shape == rows.scores.shape == (2, 4, 14, 14)
+    np.testing.assert_allclose(jnp.sum(rows.values, -1), 1.0, atol=1e-5)
+    values = jnp.repeat(first.values, 2, axis=2)
+    np.testing.assert_allclose(jnp.einsum("bhts,bshv->bthv", rows.values, values), first.heads_out, atol=1e-5)
+    some = first.weights(5, 4)
+    np.testing.assert_allclose(some.values, rows.values[:, :, 5:9], atol=1e-6)
+    if len(mixers) > 1:  # a constant key in front, and landmarks that count as keys
+        rows = second.weights()
+        assert rows.values.shape == (2, 4, 14, 1 + 14)
+        total = jnp.sum(rows.values, -1)
+        np.testing.assert_allclose(total[:, :, :3], 1.0, atol=1e-5)
+        assert np.all(total[:, :, 3:] < 1.0)
+
+
+def test_the_sink_study_reads_such_a_model():
+    cfg, params, tokens = build(position="learned", scan_layers=True)
+    found = make_measure(cfg)(params, np.asarray(tokens))
+    assert found["alpha"].shape == (2, 2, 4, 14)
+    assert all(np.all(np.isfinite(x)) for x in found.values())
+    # The first query has one key, so its column's mean weight is at least 1 / 14.
+    assert np.all(found["alpha"][..., 0] >= 1 / 14)
+    maps, extra = attention_maps(cfg, params, np.asarray(tokens))
+    assert (maps.shape, extra) == ((2, 2, 4, 14, 14), 0)
+    np.testing.assert_allclose(maps.astype(np.float32).sum(-1), 1.0, atol=5e-3)
+
+
+# --- reading in chunks
+
+
+def retrieving(cfg, text):
+    return dataclasses.replace(cfg, mixers=(text,))
+
+
+@pytest.mark.parametrize("select", ["per_token_and_head", "max_over_heads", "max_over_tokens"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_chunks_with_all_blocks_fetched_equal_one_shot(select, scan):
+    """Card 3 through the whole model: trained parameters, another `retrieve`."""
+    if scan and select != "max_over_heads":
+        pytest.skip("one mode is enough under scan")
+    cfg, params, _ = build(scan_layers=scan)
+    tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 17)
+    one_shot = apply(cfg, params, tokens)
+    text = f"landmark(block=3, retrieve=12, select='{select}')"
+    logits, states = logits_in_chunks(retrieving(cfg, text), params, tokens[:, :38], chunk=9)
+    np.testing.assert_allclose(logits, one_shot[:, :38], atol=1e-5)
+    logits, _ = logits_in_chunks(retrieving(cfg, text), params, tokens[:, :38], chunk=9, capacity=40)
+    states = logits_in_chunks(retrieving(cfg, text), params, tokens[:, :38], capacity=40)[1]
+    for t in (38, 39):
+        at = jnp.full((2, 1), t)
+        out, states = apply(retrieving(cfg, text), params, states, tokens[:, t : t + 1], at, method="step")
+        np.testing.assert_allclose(out[:, 0], one_shot[:, t], atol=1e-5)
+
+
+def test_the_gate_matters():
+    cfg, params, _ = build()
+    tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 17)
+    gated, bare = (
+        logits_in_chunks(retrieving(cfg, f"landmark(block=3, retrieve=12, gate={gate})"), params, tokens, chunk=9)[0]
+        for gate in (True, False)
+    )
+    assert float(jnp.max(jnp.abs(gated - bare))) > 1e-2
+
+
+def test_a_text_longer_than_the_context_reads_at_constant_cost():
+    """The state of 20 blocks is the same for any length, and so is every step."""
+    cfg, params, _ = build()
+    cfg = retrieving(cfg, "landmark(block=3, retrieve=2, context=30, cache_blocks=20)")
+    tokens = jax.random.randint(jax.random.key(3), (2, 300), 0, 17)
+    logits, states = logits_in_chunks(cfg, params, tokens)
+    assert np.all(np.isfinite(logits))
+    assert states[0].keys.shape == (2, 21 * 4, 2, 4)
+    np.testing.assert_allclose(logits_in_chunks(cfg, params, tokens[:, :200])[0], logits[:, :200], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [
+        (24, "allows 21 tokens: use at most 21"),
+        (20, "multiple of landmark.block 3: use 18"),
+        (2, "multiple of landmark.block 3: use 3"),
+        (-1, "chunk is -1"),
+    ],
+)
+def test_chunks_that_retrieval_does_not_allow(chunk, message):
+    """context 30: 40 positions, of which 3 blocks of 4 are for retrieval: 28 positions, 21 tokens."""
+    cfg, params, tokens = build()
+    with pytest.raises(ConfigError, match=message):
+        logits_in_chunks(retrieving(cfg, "landmark(block=3, retrieve=2, context=30)"), params, tokens, chunk=chunk)
+
+
+def test_other_mechanisms_read_in_chunks_too():
+    cfg, params, tokens = build(mixers=("softmax", "lightning"))
+    np.testing.assert_allclose(logits_in_chunks(cfg, params, tokens, chunk=4)[0], apply(cfg, params, tokens), atol=2e-4)
