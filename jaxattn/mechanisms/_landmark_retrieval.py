@@ -142,10 +142,10 @@ def _refuse(state: LandmarkCache, positions: Array, segment_ids: Array, start: A
 
 def _past(state: LandmarkCache, total: Array, blocks: Array, length: int) -> Past:
     """Block c of the document lies at place c mod N; the newest `blocks` of them count."""
-    batch, places = state.keys.shape[0], state.slots // length
-    fold = lambda x: jnp.moveaxis(x.reshape(batch, places, length, *x.shape[2:]), 3, 1)
+    batch, ring = state.keys.shape[0], state.slots // length
+    fold = lambda x: jnp.moveaxis(x.reshape(batch, ring, length, *x.shape[2:]), 3, 1)
     newest = (total - 1)[:, None]
-    number = newest - (newest - jnp.arange(places)) % places
+    number = newest - (newest - jnp.arange(ring)) % ring
     return Past(fold(state.keys), fold(state.values), number - (total - blocks)[:, None], blocks)
 
 
@@ -155,9 +155,12 @@ def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, turn: 
     batch, length, heads, dim = q.shape
     rows = min(ROWS, length)
     pad = -length % rows
-    fold = lambda x: jnp.moveaxis(jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))).reshape(
-        batch, -1, rows, *x.shape[2:]
-    ), 1, 0)  # fmt: skip
+
+    def fold(x: Array) -> Array:
+        """[B, T, ...] -> [T / rows, B, rows, ...]"""
+        x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, rows, *x.shape[2:]), 1, 0)
+
     parts = (fold(q.astype(kind)), fold(live))
 
     back = spec.length - 1  # of a landmark in its block
@@ -166,10 +169,10 @@ def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, turn: 
     marks = turn(marks, slot * spec.length + back).astype(kind)  # [B, N, K, D]
 
     def chances(q: Array, live: Array) -> Array:
-        """The gate over all blocks, [B, t, H, N]; 0 for padding and where there is no block."""
+        """Log of the gate over all blocks, [B, t, H, N], which still ranks where the gate itself underflows."""
         s = jnp.einsum("btkgd,bnkd->btkgn", q.reshape(batch, rows, marks.shape[2], -1, dim), marks) * scale
         s = jnp.where((past.order >= 0)[:, None, None, None], s, NEVER).reshape(batch, rows, heads, -1)
-        return jnp.where(live[:, :, None, None], jax.nn.softmax(s, axis=-1), 0.0)
+        return jnp.where(live[:, :, None, None], jax.nn.log_softmax(s, axis=-1), NEVER)
 
     def fetch(chance: Array) -> tuple[Choice, Array, Array]:
         choice = choose(chance, past, spec.retrieve)
@@ -196,7 +199,7 @@ def choose(chance: Array, past: Past, retrieve: int) -> Choice:
     """The likeliest blocks of every row of `chance` [B,t,H,N], in time order, with their slots."""
     order = past.order[:, None, None]
     there = order >= 0
-    _, place = jax.lax.top_k(jnp.where(there, chance, -1.0), min(retrieve, chance.shape[-1]))
+    _, place = jax.lax.top_k(jnp.where(there, chance, -jnp.inf), min(retrieve, chance.shape[-1]))
     pick = lambda x, at: jnp.take_along_axis(jnp.broadcast_to(x, (*at.shape[:3], x.shape[-1])), at, axis=-1)
     never = jnp.iinfo(jnp.int32).max
     place = pick(place, jnp.argsort(pick(jnp.where(there, order, never), place), axis=-1))

@@ -333,12 +333,10 @@ MECHANISM = Mechanism(
         position_bias=False,
         state="recurrent",
     ),
-    variants=(
-        Spec(form="mac", segment=32),
-        Spec(form="mag", attention_window=12),
-        Spec(form="mal", attention_window=12),
-        Spec(depth=1, chunk=64, momentum=False),
-        Spec(depth=3, width=1, chunk=5, decay=False, read_after_write=False),
+    variants=(  # the forms, with a linear and a three-layer memory among them
+        Spec(form="mac"),
+        Spec(form="mag", depth=3, width=1, chunk=5, attention_window=12, decay=False, read_after_write=False),
+        Spec(form="mal", depth=1, chunk=64, attention_window=12, momentum=False),
     ),
     rotary="raw",
     surround=Surround(init_params=surround_params, rates=rates, finish=finish, conv=lambda spec: int(spec.conv)),

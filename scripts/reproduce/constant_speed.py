@@ -20,6 +20,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -115,7 +116,7 @@ def decoding_step(model: ModelConfig, length: int, count: int) -> tuple[Callable
     start: Any = lambda: decoder.apply({"params": params}, 1, length, method="start")
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(start)))
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0)
     def step(states: Any, token: Any, position: Any) -> Any:
         out: Any = decoder.apply({"params": params}, states, token, position, method="step")
         logits, states = out

@@ -114,11 +114,11 @@ class Scale:
 SCALES = {
     "cpu": Scale(
         length=64, pairs=16, vocab=256, width=64, batch=64, steps=800,
-        windows=(8, 16, 32), feature_dims=(2, 4, 8), key_dims=(8, 16, 48),
+        windows=(8, 16, 32), feature_dims=(4, 6, 8), key_dims=(15, 28, 45),
     ),
     "gpu": Scale(
         length=256, pairs=64, vocab=8192, width=64, batch=256, steps=20_000,
-        windows=(16, 64, 128), feature_dims=(8, 16, 24), key_dims=(48, 160, 336),
+        windows=(16, 64, 128), feature_dims=(8, 16, 24), key_dims=(45, 153, 325),
     ),
 }  # fmt: skip
 

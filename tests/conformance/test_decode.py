@@ -12,7 +12,6 @@ from jaxattn.masks import default_positions, self_visibility
 from jaxattn.rope import Alibi, alibi_slopes
 from tests.conformance.cases import CASES, DEFAULTS, able, close, inputs
 
-every = pytest.mark.parametrize("case", CASES, ids=str)
 default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 
 
@@ -47,8 +46,12 @@ def decode(case, q, k, v, pieces, *, capacity=None, window=None, positions=None,
     return jnp.concatenate(outputs, axis=1)
 
 
-@every
-@pytest.mark.parametrize("pieces", [[1] * 20, [20], [13, 7], [9, 1, 1, 9]], ids=["steps", "one", "two", "mixed"])
+PIECES = {"steps": [1] * 20, "one": [20], "two": [13, 7], "mixed": [9, 1, 1, 9]}
+# Every way to cut on the default settings; the variants once, in a way that holds long pieces and single steps.
+CUTS = [(case, name) for case in CASES for name in (PIECES if case in DEFAULTS else ["mixed"])]
+
+
+@pytest.mark.parametrize(("case", "pieces"), [(c, PIECES[n]) for c, n in CUTS], ids=[f"{c}-{n}" for c, n in CUTS])
 def test_steps_equal_forward(case, pieces):
     q, k, v = inputs(20, value_dim=8)
     close(decode(case, q, k, v, pieces, capacity=29), case.forward(q, k, v))

@@ -13,13 +13,12 @@ import jaxattn
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import Capabilities, get, names, resolve_mixer
-from tests.conformance.cases import CASES, DEFAULTS, close, inputs
+from tests.conformance.cases import DEFAULTS, close, inputs
 
-every = pytest.mark.parametrize("case", CASES, ids=str)
 default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 
 
-@every
+@default
 def test_jit_and_vmap_change_nothing(case):
     q, k, v = inputs(40)
     plain = case.forward(q, k, v)
@@ -28,7 +27,7 @@ def test_jit_and_vmap_change_nothing(case):
     close(jax.vmap(one)(q, k, v), plain, rtol=1e-5)
 
 
-@every
+@default
 def test_second_call_does_not_recompile(case):
     traces = 0
 

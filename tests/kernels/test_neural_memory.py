@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from itertools import pairwise
 
@@ -13,9 +14,9 @@ import pytest
 from jaxattn.errors import ConfigError
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.neural_memory import MemoryState, empty_memory, memory_rows, mlp
-from pallas_kernels.neural_memory import neural_memory as plain
+from pallas_kernels.neural_memory import neural_memory as unchecked
 
-neural_memory = jax.jit(plain, static_argnames=("chunk", "read_after_write", "tangents", "backend"))
+neural_memory = jax.jit(unchecked, static_argnames=("chunk", "read_after_write", "tangents", "backend"))
 RATES = ("eta", "theta", "alpha")
 # Three documents a row, padding in front, between and behind.
 SEGMENTS = np.zeros((2, 45), np.int32)
@@ -74,8 +75,9 @@ def entered(start, batch, seed=7):
     return empty_memory(batch, start, start[0].dtype).replace(M=M, S=S, frozen=M, segment=jnp.ones((batch,), jnp.int32))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize(("length", "chunk"), [(45, 16), (23, 5), (40, 64)])
+@pytest.mark.parametrize(
+    ("depth", "length", "chunk"), [(1, 45, 16), (1, 23, 5), (2, 45, 16), (2, 40, 64), (3, 23, 5), (4, 17, 16)]
+)
 def test_sequential_is_materialised_scan_is_closed_form_in_f64(depth, length, chunk):
     """Card 1, ragged T, a state in and out."""
     with jax.enable_x64(True):
@@ -89,8 +91,10 @@ def test_sequential_is_materialised_scan_is_closed_form_in_f64(depth, length, ch
             np.testing.assert_array_equal(last.count, [length, length])
 
 
-@pytest.mark.parametrize("read_after_write", [True, False])
-@pytest.mark.parametrize(("depth", "chunk"), [(1, 16), (2, 5), (3, 64), (2, 1)])
+@pytest.mark.parametrize(
+    ("depth", "chunk", "read_after_write"),
+    [(1, 16, True), (1, 5, False), (2, 5, True), (2, 1, False), (3, 64, True), (3, 7, False)],
+)
 def test_packed_values_and_gradients_equal_the_reference_in_f64(depth, chunk, read_after_write):
     """Also through the final state; the gradient passes through the inner gradient steps."""
     with jax.enable_x64(True):
@@ -260,7 +264,7 @@ def test_large_chunks_are_another_model():
     assert float(jnp.max(jnp.abs(small - large))) > 1e-2
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_rows_are_the_weights_of_the_prediction_errors(depth):
     """y_i = β_i h_i M_0^last + Σ A_ij (v_j - v̂_j), every right-hand term from a loop over tokens."""
     with jax.enable_x64(True):
@@ -294,6 +298,7 @@ def test_bf16_inputs_keep_an_f32_state():
 
 def test_bad_calls_are_refused():
     (q, k, v), rest = setting(10)
+    plain = inspect.unwrap(unchecked)  # as users call it, without the tests' shape checker
     with pytest.raises(ConfigError, match="chunk 0"):
         plain(q, k, v, **rest, chunk=0)
     with pytest.raises(ConfigError, match="must agree"):

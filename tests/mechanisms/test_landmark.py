@@ -281,14 +281,16 @@ def test_a_ring_of_blocks_has_a_size_of_its_own_and_forgets_the_oldest():
     assert not np.allclose(before[:, 40:64], changed[:, 40:64], atol=1e-3)
 
 
-def test_left_padding_and_padding_between_are_stepped_over():
+@pytest.mark.parametrize("select", ["per_token_and_head", "max_over_tokens"])
+def test_left_padding_and_padding_between_are_stepped_over(select):
     q, k, v = inputs(30)
-    spec = Spec(block=3, retrieve=2)
+    spec = Spec(block=3, retrieve=2, select=select)
     live = np.ones((2, 30), int)
-    live[0, :6], live[0, 15:18], live[1, 12:21] = 0, 0, 0
+    live[0, :6], live[0, 27:], live[1, 22:28] = 0, 0, 0
     segments = jnp.asarray(live, jnp.int32)
     positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    o = decode(spec, q, k, v, [10, 10, 10], positions=positions, segments=segments)
+    loud = jnp.where(segments[..., None, None] == 0, 20 * q, q)  # padding that would have its say in a choice
+    o = decode(spec, loud, k, v, [10, 10, 10], positions=positions, segments=segments)
     assert not np.any(np.asarray(o)[live == 0])
     for b in range(2):
         alone = [x[b : b + 1, live[b] == 1] for x in (q, k, v)]

@@ -48,7 +48,7 @@ def test_flags(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'based'"):
         study.pick(["based", "linear"], "basd", str)
     monkeypatch.setattr(sys, "argv", ["constant_speed", "--longest=1024"])
-    with pytest.raises(ConfigError, match="--longest is 1024 .* use 2048"):
+    with pytest.raises(ConfigError, match=r"--longest is 1024 .* use 2048"):
         constant_speed.main()
 
 
@@ -110,7 +110,7 @@ def test_passkey_expectations():
     lengths = (scale.context, scale.context * scale.multiples[-1])
 
     def rows(**changes: float) -> list[study.Row]:
-        far = {fetch: 0.97, "landmark, all blocks": 0.5, "landmark, gate removed": 0.2, window: 0.11} | changes
+        far = {fetch: 0.97, "landmark, all blocks": 0.5, "landmark, gate removed": 0.2, window: 0.3} | changes
         near = far | {"landmark, all blocks": 0.99}
         return [
             {"attention": a, "length": n, "digits": x, "whole keys": x**2}
@@ -121,7 +121,7 @@ def test_passkey_expectations():
     assert failing(passkey.expect(rows(), scale)) == []
     assert len(failing(passkey.expect(rows(**{fetch: 0.85}), scale))) == 1
     assert len(failing(passkey.expect(rows(**{"landmark, gate removed": 0.8}), scale))) == 1
-    assert len(failing(passkey.expect(rows(**{window: 0.5}), scale))) == 1
+    assert len(failing(passkey.expect(rows(**{window: 0.6}), scale))) == 1
 
 
 def test_length_expectations():
@@ -200,7 +200,6 @@ def test_every_preset_is_a_possible_run(module, preset, tmp_path):
 
             make_source(cfg.data, seed=0)
     if module is passkey:
-        for attn, tests in scale.models().values():
-            assert attn in tests.values()
+        for _, tests in scale.models().values():
             for other in tests.values():
                 dataclasses.replace(cfg, attn=other).resolved()
