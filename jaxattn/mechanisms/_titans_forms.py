@@ -91,7 +91,7 @@ class Inputs:
 
     def tokens(self) -> context.Tokens:
         tables = context.rotary(self.attention["rope"], self.positions, self.q.shape[-1])
-        return context.Tokens(self.q, self.k, self.v, *(self.rates[name] for name in STARTS), tables)
+        return context.Tokens(q=self.q, k=self.k, v=self.v, tables=tables, **self.rates)
 
     def window(self) -> dict[str, Any]:
         return {"window": int(self.spec.attention_window), "params": self.params, **self.attention}
@@ -127,12 +127,12 @@ def run(x: Inputs, state: TitansState | None, *, backend: str, tangents: bool = 
     if state is None:
         dims = {"heads": x.q.shape[2], "key_dim": x.q.shape[3], "value_dim": x.v.shape[3]}
         state = empty_state(x.spec, batch=x.q.shape[0], dtype=x.v.dtype, **dims)
-        state = state.replace(window=None)
+        state = dataclasses.replace(state, window=None)
     common: dict[str, Any] = {"start": x.start, "backend": backend, "tangents": tangents}
 
     def remember(q: Array, k: Array, v: Array) -> tuple[Array, MemoryState]:
-        call = {"state": state.memory, "segments": x.segments, "read_after_write": x.spec.read_after_write}
-        return neural_memory(q, k, v, **x.rates, **call, chunk=int(x.spec.chunk), **common)
+        call: dict[str, Any] = {"segments": x.segments, "read_after_write": x.spec.read_after_write, **x.rates}
+        return neural_memory(q, k, v, state=state.memory, chunk=int(x.spec.chunk), **call, **common)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
         way = "reference" if tangents else backend  # the fast one has no forward-mode derivative
@@ -175,8 +175,8 @@ def rows(x: Inputs) -> tuple[Float[Array, "B H T PT"], Float[Array, "B H T PT"],
         case "mag":
             q, k = x.q, x.k
         case _:
-            call = {"start": x.start, "segments": x.segments, "read_after_write": x.spec.read_after_write}
-            y, _ = neural_memory(*x.for_memory(), **x.rates, **call, chunk=int(x.spec.chunk))
+            more: dict[str, Any] = {"segments": x.segments, "read_after_write": x.spec.read_after_write, **x.rates}
+            y, _ = neural_memory(*x.for_memory(), start=x.start, chunk=int(x.spec.chunk), **more)
             q, k, _ = x.maps("attention", y, y, y)
     return *windowed_rows(q, k, x.positions, x.segments, **x.window()), slots
 

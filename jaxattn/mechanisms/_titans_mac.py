@@ -186,8 +186,8 @@ def _group(
     values = jnp.concatenate([found.h_values, found.values, h_values, x.v], axis=1)
     y = attention(rotated[0], keys, values, see, params, sizes.scale)
 
-    heads = tuple(jnp.swapaxes(a, 1, 2) for a in memory_input(y, params))
-    memory, m, _ = advance(memory, *heads, c, group.live)
+    mq, mk, mv = (jnp.swapaxes(a, 1, 2) for a in memory_input(y, params))
+    memory, m, _ = advance(memory, mq, mk, mv, c, group.live)
     newest = jnp.max(jnp.where(group.live, order, -1), axis=1)
     last = jnp.take_along_axis(group.document, jnp.maximum(newest, 0)[:, None], axis=1)
     place = jnp.where(group.live & (group.document == last), group.rank % sizes.segment, sizes.segment)
@@ -231,7 +231,7 @@ def mac_reference(
         at = (jnp.arange(sizes.segment) == place[:, None]) & live[:, None]
         put = lambda old, new: jnp.where(at[:, :, None, None], new, old)
         h_key, h_value = retrieve(retriever, x, params)
-        now = SegmentState(
+        new = SegmentState(
             retriever,
             put(old.keys, k),
             put(old.values, x.v),
@@ -240,15 +240,15 @@ def mac_reference(
         )
         seen = (jnp.arange(sizes.segment) <= place[:, None])[:, None]
         recalls = (found.count >= sizes.segment)[:, None, None]
-        keys = jnp.concatenate([now.h_keys, now.keys], axis=1)
-        values = jnp.concatenate([now.h_values, now.values], axis=1)
+        keys = jnp.concatenate([new.h_keys, new.keys], axis=1)
+        values = jnp.concatenate([new.h_values, new.values], axis=1)
         y = attention(q, keys, values, jnp.concatenate([seen & recalls, seen], axis=-1), params, sizes.scale)
         mq, mk, mv = (a[:, 0] for a in memory_input(y, params))
         rates = (x.eta[:, 0], x.theta[:, 0], x.alpha[:, 0])
         _, after = token_step(memory, mk, mv, *rates, segment, start, sizes.chunk)
         m = jax.vmap(jax.vmap(mlp))((after if sizes.read_after_write else found).M, mq)
         o = gate(y, m[:, None], params)[:, 0]
-        return (after, now), jnp.where(live[:, None, None], o, 0)
+        return (after, new), jnp.where(live[:, None, None], o, 0)
 
     state, o = jax.lax.scan(token, state, (tokens, segments.T))
     return jnp.moveaxis(o, 0, 1), state

@@ -162,9 +162,9 @@ def block_table(vis: Visibility, block: int) -> Table:
     rank = jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1
 
     def row(new: Array, live: Array, rank: Array) -> tuple[Array, Array]:
-        keys = new.shape[0]
-        first = jnp.zeros(keys, jnp.int32).at[jnp.where(new, rank, keys)].set(jnp.arange(keys, dtype=jnp.int32), mode="drop")
-        return first, jnp.zeros(keys, jnp.int32).at[jnp.where(live, rank, keys)].add(1, mode="drop")
+        keys, zeros = new.shape[0], jnp.zeros(new.shape, jnp.int32)
+        first = zeros.at[jnp.where(new, rank, keys)].set(jnp.arange(keys, dtype=jnp.int32), mode="drop")
+        return first, zeros.at[jnp.where(live, rank, keys)].add(1, mode="drop")
 
     return Table(order, *jax.vmap(row)(new, live, rank), jnp.sum(new, axis=1, dtype=jnp.int32))
 

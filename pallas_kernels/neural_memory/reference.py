@@ -93,8 +93,8 @@ def neural_memory_reference(
 
     @jax.checkpoint
     def token(state: MemoryState, now: tuple[Array, ...]) -> tuple[MemoryState, Array]:
-        q, *write, segment = now
-        found, after = token_step(state, *write, segment, start, chunk)
+        q, k, v, eta, theta, alpha, segment = now
+        found, after = token_step(state, k, v, eta, theta, alpha, segment, start, chunk)
         y = jax.vmap(jax.vmap(mlp))((after if read_after_write else found).M, q)
         return after, jnp.where((segment != PADDING)[:, None, None], y, 0)
 

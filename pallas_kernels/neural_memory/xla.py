@@ -169,7 +169,7 @@ def _visit_backward(work: Callable[..., Any], saved: tuple[Any, Any, Any, Group]
     shared, total, x, group = saved
 
     def run() -> tuple[Any, ...]:
-        return jax.vjp(lambda *args: _run(work, *args, group), shared, total, x)[1](out)
+        return jax.vjp(lambda shared, total, x: _run(work, shared, total, x, group), shared, total, x)[1](out)
 
     zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     return *jax.lax.cond(jnp.any(group.live), run, lambda: (zeros(shared), out, zeros(x))), None
@@ -308,7 +308,8 @@ def _cut_all(
     live = segments != PADDING
     # Zeroed padding neither reads nor writes, even where it holds nan.
     heads = tuple(jnp.swapaxes(cut(jnp.where(live[..., None, None], x, 0), size), 2, 3) for x in tokens)
-    c = coefficients(*(cut(x, size) for x in rates), cut(live, size), begins, read_after_write)
+    eta, theta, alpha = (cut(x, size) for x in rates)
+    c = coefficients(eta, theta, alpha, cut(live, size), begins, read_after_write)
     return groups, (heads, c), count, segment
 
 
@@ -339,6 +340,6 @@ def memory_rows(
     h, a = jnp.split(jnp.moveaxis(tops[:, :length], 2, 1), 2, axis=-1)
     live, document = documents(segments, nobody)
     begins = live & (document != jnp.pad(document[:, :-1], ((0, 0), (1, 0))))
-    whole = coefficients(*(x[None] for x in rates), live[None], begins[None], read_after_write)
+    whole = coefficients(eta[None], theta[None], alpha[None], live[None], begins[None], read_after_write)
     rows = 2 * whole.G[0, ..., 1:] * jnp.matmul(h, jnp.swapaxes(a, -1, -2))
     return jnp.where(live[:, None, :, None], rows, 0)

@@ -97,7 +97,7 @@ class Scale:
 SCALES = {
     "cpu": Scale(
         context=128, block=15, retrieve=2, window=64, digits=2, vocab=64, layers=2, width=64, heads=2, batch=32,
-        steps=800, lr=3e-3, multiples=(1, 2, 4, 8), sequences=128,
+        steps=600, lr=3e-3, multiples=(1, 2, 4, 8), sequences=64,
     ),
     "gpu": Scale(
         context=512, block=50, retrieve=4, window=256, digits=5, vocab=1024, layers=12, width=1024, heads=8, batch=128,
