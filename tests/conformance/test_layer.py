@@ -14,7 +14,8 @@ from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 
-MIXERS = [*names(), "conv"]
+SHORT = {"landmark": "landmark(block=4)"}  # a default block is longer than these sequences
+MIXERS = [*(SHORT.get(name, name) for name in names()), "conv"]
 
 
 def build(mixer):
