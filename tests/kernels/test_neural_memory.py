@@ -75,9 +75,7 @@ def entered(start, batch, seed=7):
     return empty_memory(batch, start, start[0].dtype).replace(M=M, S=S, frozen=M, segment=jnp.ones((batch,), jnp.int32))
 
 
-@pytest.mark.parametrize(
-    ("depth", "length", "chunk"), [(1, 45, 16), (1, 23, 5), (2, 45, 16), (2, 40, 64), (3, 23, 5), (4, 17, 16)]
-)
+@pytest.mark.parametrize(("depth", "length", "chunk"), [(1, 23, 5), (2, 40, 64), (3, 23, 5), (4, 17, 16)])
 def test_sequential_is_materialised_scan_is_closed_form_in_f64(depth, length, chunk):
     """Card 1, ragged T, a state in and out."""
     with jax.enable_x64(True):
@@ -92,8 +90,7 @@ def test_sequential_is_materialised_scan_is_closed_form_in_f64(depth, length, ch
 
 
 @pytest.mark.parametrize(
-    ("depth", "chunk", "read_after_write"),
-    [(1, 16, True), (1, 5, False), (2, 5, True), (2, 1, False), (3, 64, True), (3, 7, False)],
+    ("depth", "chunk", "read_after_write"), [(1, 5, False), (2, 5, True), (2, 1, False), (3, 64, True)]
 )
 def test_packed_values_and_gradients_equal_the_reference_in_f64(depth, chunk, read_after_write):
     """Also through the final state; the gradient passes through the inner gradient steps."""
