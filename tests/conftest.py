@@ -38,6 +38,18 @@ def cache_root() -> Path:
     return CACHE
 
 
+SMALL = ("conformance", "nn")  # folders whose tests compile much and run little
+
+
+@pytest.fixture(autouse=True)
+def small_programs_compile_fast(request: pytest.FixtureRequest):
+    """Without LLVM's costly passes: two thirds of the time of these tests is compilation."""
+    small = Path(request.path).parent.name in SMALL
+    jax.config.update("jax_disable_most_optimizations", small)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 MAPPINGS = Path("/proc/self/maps")
 MAPPINGS_ALLOWED = 20_000  # of the kernel's 65,530 a process
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ class Case:
         ]
         return "-".join([self.mechanism.name, *changed])
 
+    @functools.cache  # noqa: B019 (cases live as long as the session)
     def params(self, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
         params = self.mechanism.init_params(
             jax.random.key(7), self.spec, heads=heads, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
@@ -34,22 +36,31 @@ class Case:
         def away(x: jax.Array) -> jax.Array:
             """From small or zero initial values, so that a forgotten parameter shows."""
             x = 10 * x if x.ndim == 2 and min(x.shape) < 8 else x
-            noise = 0.3 * jax.random.normal(jax.random.key(8), x.shape)
-            return jnp.where(jnp.any(x != 0), x, noise)
+            return x if np.any(x) else jnp.asarray(0.3 * normal(8, x.shape), x.dtype)
 
         return jax.tree.map(away, params)
 
     def forward(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
-        vis = self_visibility(*q.shape[:2]) if vis is None else vis
+        """The forward, compiled: op by op these tests would take several times as long."""
         params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
-        q, v = self.gained(q, v, vis, params)
-        return self.mechanism.forward(q, k, v, vis, spec=self.spec, params=params, **options)
+        return self._compiled("forward", q, k, v, vis, params, **options)
 
     def reference(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
-        vis = self_visibility(*q.shape[:2]) if vis is None else vis
         params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        return self._compiled("reference", q, k, v, vis, params, **options)
+
+    def op_by_op(self, q, k, v):
+        """The forward as a caller without `jax.jit` gets it."""
+        return self._run("forward", q, k, v, None, self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="backend")
+    def _compiled(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
+        return self._run(which, q, k, v, vis, params, **options)
+
+    def _run(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
+        vis = self_visibility(*q.shape[:2]) if vis is None else vis
         q, v = self.gained(q, v, vis, params)
-        return self.mechanism.reference(q, k, v, vis, spec=self.spec, params=params, **options)
+        return getattr(self.mechanism, which)(q, k, v, vis, spec=self.spec, params=params, **options)
 
     def gained(self, q, v, vis: Visibility, params: Any):
         """q and v behind the mechanism's factors per token, as its callers apply them."""
@@ -67,12 +78,14 @@ def able(*capabilities: str) -> list[Case]:
 
 def inputs(length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0):
     """q, k, v with unit-variance entries."""
-    ks = jax.random.split(jax.random.key(seed), 3)
     keys = length if keys is None else keys
-    q = jax.random.normal(ks[0], (batch, length, heads, dim), dtype)
-    k = jax.random.normal(ks[1], (batch, keys, kv_heads, dim), dtype)
-    v = jax.random.normal(ks[2], (batch, keys, kv_heads, value_dim), dtype)
-    return q, k, v
+    shapes = ((length, heads, dim), (keys, kv_heads, dim), (keys, kv_heads, value_dim))
+    return tuple(jnp.asarray(normal(3 * seed + i, (batch, *shape)), dtype) for i, shape in enumerate(shapes))
+
+
+def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers from NumPy, which compiles no program for each new shape."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def close(actual, expected, *, rtol: float = 2e-5) -> None:

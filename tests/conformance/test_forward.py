@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from jaxattn.masks import Visibility, default_positions, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, alibi_slopes
-from tests.conformance.cases import CASES, DEFAULTS, able, close, inputs, packed
+from tests.conformance.cases import CASES, DEFAULTS, able, close, inputs, normal, packed
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
 default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -29,13 +31,13 @@ SHAPES = [  # T, heads, kv_heads, D, V
 GRID = [(case, shape) for case in CASES for shape in (SHAPES if case in DEFAULTS else SHAPES[1:2])]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradients(run, q, k, v, vis, params):
     """Value and all gradients of a scalar that weighs every output differently."""
 
     def scalar(q, k, v, params):
         o = run(q, k, v, vis, params).astype(jnp.float32)
-        weights = jax.random.normal(jax.random.key(3), o.shape)
-        return jnp.sum(jnp.sin(o) * weights)
+        return jnp.sum(jnp.sin(o) * normal(3, o.shape))
 
     return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3))(q, k, v, params)
 
@@ -114,7 +116,7 @@ def test_the_future_does_not_reach_the_past(case):
     q, k, v = inputs(150)
     before = case.forward(q, k, v)
     at = 70
-    change = lambda x: x.at[:, at:].set(jax.random.normal(jax.random.key(9), x[:, at:].shape))
+    change = lambda x: x.at[:, at:].set(normal(9, x[:, at:].shape))
     after = case.forward(change(q), change(k), change(v))
     np.testing.assert_array_equal(before[:, :at], after[:, :at])
     assert not np.allclose(before[:, at:], after[:, at:])
@@ -181,7 +183,7 @@ def test_extreme_logits_stay_finite_and_equal_reference(case, size):
     o, expected = case.forward(q, k, v), case.reference(q, k, v)
     assert np.all(np.isfinite(expected))
     close(o, expected, rtol=1e-4)
-    grad = jax.grad(lambda *x: jnp.sum(case.forward(*x)), argnums=(0, 1, 2))(q, k, v)
+    grad = jax.jit(jax.grad(lambda *x: jnp.sum(case.forward(*x)), argnums=(0, 1, 2)))(q, k, v)
     assert all(np.all(np.isfinite(g)) for g in grad)
 
 
@@ -204,7 +206,7 @@ def test_heads_and_batch_rows_do_not_mix(case):
     o = case.forward(q, k, v, None, params)
     rows = jnp.array([2, 0, 1])
     close(case.forward(q[rows], k[rows], v[rows], None, params), o[rows], rtol=1e-6)
-    other = lambda x: x.at[:, :, 2].set(jax.random.normal(jax.random.key(9), x[:, :, 2].shape))
+    other = lambda x: x.at[:, :, 2].set(normal(9, x[:, :, 2].shape))
     changed = case.forward(other(q), other(k), other(v), None, params)
     rest = jnp.array([0, 1, 3])
     np.testing.assert_array_equal(changed[:, :, rest], o[:, :, rest])

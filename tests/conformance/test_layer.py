@@ -5,6 +5,8 @@ Decoding and packing at this level are in tests/nn/test_decoder.py.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +15,19 @@ import pytest
 from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from tests.conformance.cases import normal
 
 SHORT = {"landmark": "landmark(block=4)"}  # a default block is longer than these sequences
 MIXERS = [*(SHORT.get(name, name) for name in names()), "conv"]
 
 
+@functools.cache
 def build(mixer):
     cfg = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=(mixer,))
-    tokens = jax.random.randint(jax.random.key(1), (2, 14), 0, 17)
-    params = Decoder(cfg).init(jax.random.key(0), tokens)["params"]
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 14)), jnp.int32)
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
     # Parameters that start at zero or one would hide mistakes.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    params = jax.tree.map(lambda x: x + 0.1 * normal(x.size, x.shape), params)
     return params, tokens, jax.jit(lambda p, *args: Decoder(cfg).apply({"params": p}, *args))
 
 

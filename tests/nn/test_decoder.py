@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,25 @@ VARIANTS = {
 
 
 def build(**fields):
-    cfg = ModelConfig(**(BASE | fields))
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 17)
-    params = Decoder(cfg).init(jax.random.key(0), tokens)["params"]
-    # Parameters that start at zero or one would hide mistakes.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    return cfg, params, tokens
+    return _build(tuple(fields.items()))
 
 
+@functools.cache  # several tests ask for the same model
+def _build(fields):
+    cfg = ModelConfig(**(BASE | dict(fields)))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 12)), jnp.int32)
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
+    return cfg, jax.tree.map(nudged, params), tokens
+
+
+def nudged(x):
+    """Parameters that start at zero or one would hide mistakes."""
+    return x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def apply(cfg, params, *args, **kwargs):
+    """Compiled: op by op these tests would take several times as long."""
     return Decoder(cfg).apply({"params": params}, *args, **kwargs)
 
 
@@ -65,7 +76,7 @@ def test_decoding_equals_the_forward_pass(fields):
     logits = apply(cfg, params, tokens)
     assert logits.shape == (2, 12, 17)
     assert logits.dtype == jnp.float32
-    states = apply(cfg, params, 2, 15, method="start")
+    states = Decoder(cfg).apply({"params": params}, 2, 15, method="start")
     outputs, at = [], 0
     for n in (5, 4, 1, 1, 1):
         positions = jnp.arange(at, at + n)[None].repeat(2, 0)
@@ -94,13 +105,13 @@ def test_scanned_layers_are_the_unrolled_ones(mixers, remat):
     flat_cfg = dataclasses.replace(cfg, scan_layers=False, remat=False)
     flat = unstack_layers(params, cfg)
     loss = lambda c: lambda p: jnp.sum(jnp.sin(apply(c, p, tokens)))
-    value, grad = jax.value_and_grad(loss(cfg))(params)
-    flat_value, flat_grad = jax.value_and_grad(loss(flat_cfg))(flat)
+    value, grad = jax.jit(jax.value_and_grad(loss(cfg)))(params)
+    flat_value, flat_grad = jax.jit(jax.value_and_grad(loss(flat_cfg)))(flat)
     np.testing.assert_allclose(value, flat_value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grad, stack_layers(flat_grad, cfg))
     jax.tree.map(np.testing.assert_array_equal, stack_layers(flat, cfg), params)
     with pytest.raises(ConfigError, match="scan_layers=False"):
-        apply(cfg, params, tokens, edits=(Edit(0, "attn"),))
+        Decoder(cfg).apply({"params": params}, tokens, edits=(Edit(0, "attn"),))
 
 
 def test_rope_rotates_by_position_and_depends_on_distance_only():
