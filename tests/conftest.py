@@ -38,13 +38,16 @@ def cache_root() -> Path:
     return CACHE
 
 
-SMALL = ("conformance", "nn")  # folders whose tests compile much and run little
+SMALL = ("analysis", "conformance", "kernels", "mechanisms", "nn")  # folders whose tests compile much and run little
 
 
 @pytest.fixture(autouse=True)
 def small_programs_compile_fast(request: pytest.FixtureRequest):
-    """Without LLVM's costly passes: two thirds of the time of these tests is compilation."""
-    small = Path(request.path).parent.name in SMALL
+    """Without LLVM's costly passes: two thirds of the time of these tests is compilation.
+
+    A test that reads the compiled program (its memory, its text) is marked `optimised` and sees what users run.
+    """
+    small = Path(request.path).parent.name in SMALL and request.node.get_closest_marker("optimised") is None
     jax.config.update("jax_disable_most_optimizations", small)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -83,6 +83,7 @@ def test_blockwise_alpha_equals_the_dense_definition(attn):
         np.testing.assert_allclose(alpha_of(layer, block=7), expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.optimised
 def test_alpha_at_long_lengths_needs_no_square_array():
     cfg, params, _ = model(num_layers=1)
     length = 8192

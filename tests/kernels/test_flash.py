@@ -36,8 +36,8 @@ def test_many_blocks_and_chunks_equal_the_reference(score, aligned):
     positions, segments = packed([200, 1, 250], 501, batch=1)
     vis = self_visibility(1, 501, positions=positions, segment_ids=segments)
     vis = vis if aligned else dataclasses.replace(vis, aligned=None)
-    run = lambda fn, **kw: jax.value_and_grad(
-        lambda *x: jnp.sum(jnp.sin(fn(*x, vis, score, scale=0.3, **kw))), argnums=(0, 1, 2)
+    run = lambda fn, **kw: jax.jit(
+        jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fn(*x, vis, score, scale=0.3, **kw))), argnums=(0, 1, 2))
     )(q, k, v)
     ours = run(flash_xla, block_q=13, chunk_k=60)  # 39 blocks: groups of three, scanned
     theirs = run(flash_reference)
@@ -45,6 +45,7 @@ def test_many_blocks_and_chunks_equal_the_reference(score, aligned):
 
 
 @pytest.mark.parametrize("backend", ["xla"])
+@pytest.mark.optimised
 def test_temporary_memory_is_linear_in_length(backend):
     """Forward and backward at 8 times the length need about 8 times the memory, not 64 times."""
 

@@ -175,6 +175,7 @@ def test_bf16_is_within_the_official_tolerances():
 
 
 @pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.optimised
 def test_memory_grows_with_length_not_with_its_square(block):
     """One [T, T] array of f32 at T = 8192 would be 268 MB."""
 

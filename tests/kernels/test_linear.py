@@ -26,6 +26,7 @@ def test_value_and_gradients_equal_the_plain_product(shape, dtype):
         close(ours, theirs, rtol=1e-5 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.optimised
 def test_only_the_cpu_turns_its_operand():
     """Other platforms choose their own layouts: an explicit transpose would cost them a copy."""
     x, g = jnp.ones((8, 4)), jnp.ones((8, 6))

@@ -220,6 +220,7 @@ def test_bf16_in_f32_inside():
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.optimised
 def test_memory_of_forward_and_backward_is_linear_in_the_length(decay):
     """Temporaries of the compiled gradient: four times the tokens, about four times the bytes."""
 

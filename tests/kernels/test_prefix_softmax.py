@@ -209,6 +209,7 @@ def test_gradients_of_padding_are_zero_and_finite(backend):
         assert not np.any(np.asarray(g)[PACKED == 0])
 
 
+@pytest.mark.optimised
 def test_temporary_memory_is_linear_in_length():
     """Forward, and forward with backward, at 4 times the length need about 4 times the memory, not 16 times."""
 

@@ -152,6 +152,7 @@ def test_the_state_holds_sums_of_features(map):
     close(held.S[..., 5], fk.sum(1))
 
 
+@pytest.mark.optimised
 def test_memory_is_linear_in_the_length_without_the_features_of_all_tokens():
     """The compiled core and its gradient at the paper's head width: temporaries, and the largest array of all."""
 

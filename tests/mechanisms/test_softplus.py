@@ -255,6 +255,7 @@ def test_gradient_is_the_slope():
             assert abs(slope - along) < 1e-6 * max(1.0, abs(slope))
 
 
+@pytest.mark.optimised
 def test_temporary_memory_is_not_quadratic():
     def bytes_at(length):
         q, k, v = (jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32) for _ in range(3))
