@@ -1,7 +1,8 @@
 """jaxattn: attention research in JAX.
 
-`attend(name, q, k, v, ...)` runs any parameter-free mechanism; `mechanisms` lists and documents them.
-Both load on first use, so that tools which only read files need not start JAX.
+`attend(name, q, k, v, ...)` runs any parameter-free mechanism; `mechanisms` lists and documents them;
+`generate(model, params, tokens, ...)` continues prompts. They load on first use, so that tools which only
+read files need not start JAX.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxattn import mechanisms
     from jaxattn._attend import attend
+    from jaxattn._generate import generate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attend", "mechanisms"]
+__all__ = ["__version__", "attend", "generate", "mechanisms"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from jaxattn._attend import attend
 
         return attend
+    if name == "generate":
+        from jaxattn._generate import generate
+
+        return generate
     if name == "mechanisms":
         return importlib.import_module("jaxattn.mechanisms")
     raise AttributeError(f"module 'jaxattn' has no attribute {name!r}")

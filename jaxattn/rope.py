@@ -8,33 +8,133 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from jaxattn.errors import ConfigError
 from jaxattn.types import Leaf
 
 PositionBias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "b h T S"]]
 
 
+Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary angles are stretched beyond the context a model was trained at.
+
+    linear   every angle / factor (position interpolation, arXiv 2306.15595)
+    dynamic  a larger base once a sequence is longer than `original_length`, by its length ("NTK-aware")
+    yarn     slow pairs / factor, fast pairs as they are, a ramp between; cos and sin times
+             `attention_factor` (arXiv 2309.00071)
+    llama3   slow pairs / factor, fast pairs as they are, smooth between (Llama 3.1)
+    """
+
+    kind: Scaling = "none"
+    """none, linear, dynamic, yarn or llama3."""
+    factor: float = 1.0
+    """How many times longer the context becomes."""
+    original_length: int = 0
+    """Context (tokens) of the pretraining; dynamic, yarn and llama3 need it."""
+    low_freq_factor: float = 1.0
+    """llama3: pairs that turn fewer times than this over `original_length` are slow."""
+    high_freq_factor: float = 4.0
+    """llama3: pairs that turn more often than this are fast."""
+    beta_fast: float = 32.0
+    """yarn: turns over `original_length` from which a pair is fast."""
+    beta_slow: float = 1.0
+    """yarn: turns below which a pair is slow."""
+    attention_factor: float = 0.0
+    """yarn: factor of cos and sin; 0 means 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """yarn: round the ends of the ramp outwards to whole pairs."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in typing.get_args(Scaling):
+            raise ConfigError(
+                f"rope_scaling.kind is {self.kind!r} but must be one of {', '.join(typing.get_args(Scaling))}."
+            )
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise ConfigError(f"rope_scaling.factor is {self.factor} but must be a finite number of at least 1.")
+        if self.kind in ("dynamic", "yarn", "llama3") and self.original_length < 1:
+            raise ConfigError(
+                f"rope_scaling.original_length is {self.original_length} but {self.kind} needs the context of "
+                "the pretraining in tokens."
+            )
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"rope_scaling.low_freq_factor is {self.low_freq_factor} but must be positive and below "
+                f"high_freq_factor {self.high_freq_factor}."
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ConfigError(
+                f"rope_scaling.beta_slow is {self.beta_slow} but must be positive and below beta_fast {self.beta_fast}."
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """The factor of cos and sin."""
+        if self.kind != "yarn":
+            return 1.0
+        return self.attention_factor or 0.1 * math.log(self.factor) + 1.0
+
+
+def frequencies(head_dim: int, base: float, fraction: float = 1.0, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Angle per position of each rotated pair, f64 [R]; what `dynamic` adds depends on the sequence."""
+    half = int(head_dim * fraction) // 2
+    plain = base ** (-np.arange(half) / max(half, 1))
+    if scaling is None or scaling.kind in ("none", "dynamic"):
+        return plain
+    slow = plain / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_length * plain / (2 * math.pi)
+    if scaling.kind == "llama3":
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:  # pair index at which a pair makes `beta` turns, then linear between the two
+        pair = lambda beta: half * math.log(scaling.original_length / (beta * 2 * math.pi)) / math.log(base)
+        low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        keep = 1 - (np.arange(half) - low) / max(high - low, 1e-3)
+    keep = np.clip(keep, 0, 1)
+    return keep * plain + (1 - keep) * slow
+
+
 def rotary_tables(
-    positions: Int[Array, "B T"], head_dim: int, base: float, fraction: float = 1.0
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    base: float,
+    fraction: float = 1.0,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
     """cos and sin of the rotary angles in f32, R = rotated dims / 2 (arXiv 2104.09864, Eq. 34).
 
     Args:
       base: theta; pair m of R turns by position · base^(-m/R).
       fraction: share of the head dim that is rotated (the first dims), rounded down to an even count.
+      scaling: for contexts beyond the pretraining's. `dynamic` takes the largest position of the call as the length.
     """
-    half = int(head_dim * fraction) // 2
-    freq = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
+    freq = jnp.asarray(frequencies(head_dim, base, fraction, scaling), jnp.float32)
+    if scaling is not None and scaling.kind == "dynamic" and freq.size > 1:
+        length = jnp.maximum(jnp.max(positions) + 1, scaling.original_length).astype(jnp.float32)
+        stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        half = freq.size  # the new base is base · stretch^(R/(R-1))
+        freq = freq * stretch ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
     # A loop of two steps, because XLA's CPU backend fuses (and repeats) cosines into whatever reads them.
     cos, sin = jax.lax.map(lambda odd: jnp.where(odd, jnp.sin(angle), jnp.cos(angle)), jnp.array([False, True]))
-    return cos, sin
+    amplitude = 1.0 if scaling is None else scaling.amplitude
+    return (cos, sin) if amplitude == 1.0 else (amplitude * cos, amplitude * sin)
 
 
 def rotate(
@@ -61,9 +161,14 @@ class Rope:
 
     base: float
     fraction: float = 1.0
+    scaling: RopeScaling = RopeScaling()
+
+    def tables(self, positions: Int[Array, "B T"], head_dim: int) -> tuple[Array, Array]:
+        """cos and sin, see `rotary_tables`."""
+        return rotary_tables(positions, head_dim, self.base, self.fraction, self.scaling)
 
     def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
-        return rotate(x, rotary_tables(positions, x.shape[-1], self.base, self.fraction))
+        return rotate(x, self.tables(positions, x.shape[-1]))
 
 
 def sinusoid(positions: Int[Array, "B T"], dim: int, base: float = 10_000.0) -> Float[Array, "B T E"]:

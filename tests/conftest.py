@@ -38,7 +38,15 @@ def cache_root() -> Path:
     return CACHE
 
 
-SMALL = ("analysis", "conformance", "kernels", "mechanisms", "nn")  # folders whose tests compile much and run little
+SMALL = (
+    "analysis",
+    "conformance",
+    "convert",
+    "generate",
+    "kernels",
+    "mechanisms",
+    "nn",
+)  # folders whose tests compile much and run little
 
 
 @pytest.fixture(autouse=True)

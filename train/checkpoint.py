@@ -121,6 +121,19 @@ class Checkpoints:
         """Newest committed step (not yet verified), None if there is none."""
         return max(self.steps(), default=None)
 
+    def leaves(self, step: int | None = None) -> dict[str, mf.Leaf]:
+        """Names, dtypes and shapes of what `step` holds, or the newest step with a sound manifest.
+
+        Raises `CheckpointError` if there is none.
+        """
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            try:
+                return mf.read(self.path(candidate)).leaves
+            except (Corrupt, Incomplete):
+                if step is not None:
+                    raise
+        raise Incomplete(f"{self.directory} holds no step with a sound manifest; restore a copy.")
+
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 

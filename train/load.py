@@ -15,6 +15,7 @@ from jaxattn.models import ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data import Source, make_source
+from train.leaf_io import name_of
 from train.step import init_state
 
 
@@ -75,8 +76,12 @@ def abstract_state(cfg: RunConfig, sharding: Any = None) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
-def load_params(folder: Path, cfg: RunConfig, step: int | None = None) -> tuple[Any, int]:
+def load_params(
+    folder: Path, cfg: RunConfig, step: int | None = None, dtype: str | None = "float32"
+) -> tuple[Any, int]:
     """Parameters of the newest valid checkpoint (or of `step`), and its step.
+
+    A converted checkpoint holds parameters alone, in the dtype of its source; they come as `dtype` (None: as they are).
 
     Raises:
       CheckpointError: there is none, or none verifies.
@@ -84,5 +89,14 @@ def load_params(folder: Path, cfg: RunConfig, step: int | None = None) -> tuple[
     checkpoints = Checkpoints(folder / "checkpoints", config={}, read_only=True)
     if checkpoints.latest() is None:
         raise Incomplete(f"{folder} has no checkpoint yet; train longer or lower --checkpoint.every.")
-    restored = checkpoints.restore(abstract_state(cfg), step=step)
+    wanted, saved = abstract_state(cfg), checkpoints.leaves(step)
+    if all(name.startswith("params/") for name in saved):
+        wanted = {"params": wanted["params"]}
+
+    def retyped(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+        leaf = saved.get(f"params/{name_of(path)}")
+        return jax.ShapeDtypeStruct(x.shape, dtype or (leaf.dtype if leaf else x.dtype), sharding=x.sharding)
+
+    wanted["params"] = jax.tree_util.tree_map_with_path(retyped, wanted["params"])
+    restored = checkpoints.restore(wanted, step=step, allow_cast=True)
     return restored.state["params"], restored.step

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.masks import PADDING
 from jaxattn.mechanisms._titans_parts import gate, mapped
 from jaxattn.mechanisms.softplus import unit
-from jaxattn.rope import Rope, rotary_tables, rotate
+from jaxattn.rope import Rope, rotate
 from jaxattn.types import Leaf
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.flash.reference import NEVER
@@ -318,4 +318,4 @@ def as_written(
 
 def rotary(rope: Rope | None, positions: Int[Array, "B T"], dim: int) -> tuple[Array, Array] | None:
     """The tables of `Tokens`."""
-    return None if rope is None else rotary_tables(positions, dim, rope.base, rope.fraction)
+    return None if rope is None else rope.tables(positions, dim)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
+from jaxattn.rope import Rope, RopeScaling
 
 Norm = Literal["rmsnorm", "layernorm", "srmsnorm"]
 NormPosition = Literal["pre", "post", "hybrid"]
@@ -55,10 +56,14 @@ class ModelConfig:
     """Theta of the rotary angles."""
     rope_fraction: float = 1.0
     """Share of the head dim that is rotated."""
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    """Stretching of the rotary angles for contexts beyond the pretraining's."""
     max_positions: int = 0
     """Rows of a learned position table; 0 takes the data's context."""
     use_bias: bool = False
     """Bias vectors in every linear map."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    """Bias vectors in the attention's maps alone: q, k and v (Qwen2), or all four."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(E)."""
     tie_embeddings: bool = False
@@ -92,6 +97,8 @@ class ModelConfig:
                 f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}; "
                 "change one of them or set model.key_dim."
             )
+        if not (self.rope_base > 0 and math.isfinite(self.rope_base)):
+            raise ConfigError(f"model.rope_base is {self.rope_base} but must be positive and finite.")
         if not 0 < self.rope_fraction <= 1:
             raise ConfigError(f"model.rope_fraction is {self.rope_fraction} but must be in (0, 1].")
         if not self.mixers or not self.mlps:
@@ -119,6 +126,11 @@ class ModelConfig:
             raise ConfigError(f"{text} needs model.value_dim {self.v_dim} to be the key dim {self.head_dim}.")
         if self.prefix_tokens and not can.prefix:
             raise ConfigError(f"{text} cannot see sink tokens: do not mix it with sink_token in one model.")
+
+    @property
+    def rope(self) -> Rope | None:
+        """The rotary encoding, where the model has one."""
+        return Rope(self.rope_base, self.rope_fraction, self.rope_scaling) if self.position == "rope" else None
 
     @property
     def kv_heads(self) -> int:

@@ -24,9 +24,7 @@ from jaxattn.rope import (
     PositionBias,
     RawRelativeBias,
     RelativeBias,
-    Rope,
     alibi_slopes,
-    rotary_tables,
     rotate,
 )
 from jaxattn.types import Leaf
@@ -62,10 +60,11 @@ class Attention(nn.Module):
             ones = nn.initializers.ones
             q = rms_norm(q, self.param("q_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
             k = rms_norm(k, self.param("k_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
-        if cfg.position == "rope" and mechanism.rotary == "applied":
+        rope = cfg.rope
+        if rope is not None and mechanism.rotary == "applied":
             tables = stream.rotary
             if dims["key_dim"] != cfg.head_dim:
-                tables = rotary_tables(stream.positions, dims["key_dim"], cfg.rope_base, cfg.rope_fraction)
+                tables = rope.tables(stream.positions, dims["key_dim"])
             q, k = rotate(q, tables), rotate(k, tables)
         table = None
         if cfg.position == "relative":
@@ -102,7 +101,7 @@ class Attention(nn.Module):
         for edit in edits_of(edits, self.layer, "head"):
             o = o.at[:, :, edit.head].set(0 if edit.value is None else edit.value)
         self.sow("capture", "head_out", o)
-        y = Linear(cfg, cfg.d_model, name="o")(o.reshape(*o.shape[:2], -1))
+        y = Linear(cfg, cfg.d_model, bias=cfg.attention_bias == "qkvo", name="o")(o.reshape(*o.shape[:2], -1))
         return y, state
 
     def _dims(self) -> dict[str, int]:
@@ -115,7 +114,7 @@ class Attention(nn.Module):
         width = around.conv(choice.spec) if around else 0
         new, out = {}, []
         for name, (heads, dim) in projection_shapes(dims).items():
-            y = Linear(cfg, heads * dim, name=name)(x)
+            y = Linear(cfg, heads * dim, bias=cfg.attention_bias != "none", name=name)(x)
             if width:
                 conv = DepthwiseConv(width, name=f"{name}_conv")
                 y, new[name] = conv(y, stream, None if tails is None else tails[name])
@@ -162,7 +161,7 @@ def extra_arguments(cfg: ModelConfig, mechanism: Mechanism, depth: tuple[Any, in
     """What this mechanism wants to be told besides the common arguments (`_protocol`), rates aside."""
     extra: dict[str, Any] = {"depth": depth} if mechanism.capabilities.depth else {}
     if mechanism.rotary == "raw":
-        extra["rope"] = Rope(cfg.rope_base, cfg.rope_fraction) if cfg.position == "rope" else None
+        extra["rope"] = cfg.rope
     return extra
 
 

@@ -18,7 +18,7 @@ from jaxattn.nn.block import Block
 from jaxattn.nn.insertion import Insertion, insert, insertion_block
 from jaxattn.nn.layers import Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
-from jaxattn.rope import rotary_tables, sinusoid
+from jaxattn.rope import sinusoid
 
 
 class _Period(nn.Module):
@@ -164,11 +164,26 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T N"], Any]:
         """Logits of T new tokens given everything before them, and the states that include them."""
+        hidden, states = self._advance(states, tokens, positions, segment_ids)
+        return self.logits(hidden), states
+
+    def last_step(
+        self,
+        states: Any,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B N"], Any]:
+        """`step` with the logits of the last token alone, all that a prefill needs."""
+        hidden, states = self._advance(states, tokens, positions, segment_ids)
+        return self.logits(hidden[:, -1:])[:, 0], states
+
+    def _advance(self, states: Any, tokens: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Any]:
         batch, length = tokens.shape
         stream = self._stream(batch, length, positions, segment_ids, None)
         x, stream, plan = self._embed(tokens, stream)
         x, states = self._blocks(x, stream, states, ())
-        return self.logits(self._finish(plan.shorten(x) if plan else x)), states
+        return self._finish(plan.shorten(x) if plan else x), states
 
     def _stream(self, batch, length, positions, segment_ids, prefix_len) -> Stream:
         front = self.cfg.prefix_tokens
@@ -205,9 +220,8 @@ class Decoder(nn.Module):
 
     def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
         cfg = self.cfg
-        if cfg.position == "rope":
-            tables = rotary_tables(stream.positions, cfg.head_dim, cfg.rope_base, cfg.rope_fraction)
-            stream = dataclasses.replace(stream, rotary=tables)
+        if cfg.rope is not None:
+            stream = dataclasses.replace(stream, rotary=cfg.rope.tables(stream.positions, cfg.head_dim))
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")

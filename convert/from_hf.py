@@ -1,0 +1,168 @@
+"""`python -m convert.from_hf SRC DST`: a HuggingFace folder, GGUF file or hub name becomes a jaxattn checkpoint.
+
+DST is a run folder like those of `train.pretrain`: `config.json`, one Orbax checkpoint (step 0) with only the
+parameters, the tokenizer and the source's own JSON files under `hf/`, and `provenance.json` (files, sha256, versions).
+It exists only once it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from convert import hf_config, rules
+from convert.sources import Source, open_source
+from jaxattn.errors import Mismatch, UserError, run_cli
+from jaxattn.models import ModelConfig
+from train.checkpoint import Checkpoints
+from train.config import EvalConfig, RunConfig
+from train.data import DataConfig
+from train.manifest import hash_file
+from train.rundir import versions, write_json_atomic
+
+SIDE = "hf"  # folder of the source's own files
+DTYPES = ("source", "float32", "bfloat16")
+TIED = "lm_head.weight"
+
+
+def read_params(
+    source: Source, model: ModelConfig, *, dtype: str = "source", shardings: Any = None, progress: Any = None
+) -> tuple[dict[str, Any], set[str]]:
+    """Parameters as our tree, tensor by tensor onto their shardings, and the dtypes the source had.
+
+    The host holds one tensor at a time besides what has been placed.
+
+    Args:
+      dtype: "source" keeps each tensor's, else "float32" or "bfloat16".
+      shardings: path -> sharding; default: the first device.
+
+    Raises:
+      UserError: a tensor is missing, unknown, of another shape, not finite or of an unsupported dtype.
+    """
+    wanted = rules.pairs(model)
+    shapes = source.shapes()
+    rules.check_names(shapes, wanted, source.origin, also=(TIED,) if model.tie_embeddings else ())
+    for name, pair in wanted.items():
+        rules.check_shape(pair, shapes[name], source.origin)
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    flat: dict[str, Any] = {}
+    dtypes: set[str] = set()
+    twin = None
+    for name, array in source.read_all():
+        if name == TIED and model.tie_embeddings:
+            twin = array
+            continue
+        if name not in wanted:
+            continue  # computed from the configuration: `rules.COMPUTED`
+        pair = wanted[name]
+        dtypes.add(array.dtype.name)
+        ours = pair.ours(array)
+        if dtype != "source":
+            ours = ours.astype(jnp.dtype(dtype))
+        place = default if shardings is None else shardings[pair.path]
+        flat[pair.path] = jax.device_put(np.ascontiguousarray(ours), place)
+        if progress is not None:
+            progress(math.prod(pair.shape))
+    if twin is not None and not np.array_equal(twin, np.asarray(flat["embed"])):
+        raise Mismatch(
+            f"{source.origin} says tie_word_embeddings but its {TIED} is not the embedding; "
+            "set it to false in config.json."
+        )
+    return rules.nested(flat), dtypes
+
+
+def run_config(model: ModelConfig, folder: Path) -> RunConfig:
+    """What `evals` and `train.finetune` read of a converted checkpoint."""
+    tokenizer = folder / SIDE / "tokenizer.json"
+    return RunConfig(
+        attn=", ".join(model.mixers),
+        preset="converted",
+        steps=1,
+        model=model,
+        data=DataConfig(
+            source="stdlib",
+            tokenizer=str(tokenizer) if tokenizer.exists() else "bytes",
+            context=min(512, model.max_positions),
+        ),
+        eval=EvalConfig(length=64, sequences=32),
+    )
+
+
+def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
+    """Convert SRC to DST and return DST.
+
+    Raises:
+      UserError: naming what is wrong; DST is then as it was.
+    """
+    if dst.exists():
+        raise UserError(f"{dst} exists already; choose another folder, or remove it first.")
+    source = open_source(text)
+    raw = source.config()
+    model = hf_config.parse(raw, f"{source.origin} (config.json)")
+    partial = dst.with_name(f".{dst.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / SIDE).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{dst} cannot be written ({error.strerror}); choose another folder.") from error
+    try:
+        _write(source, model, partial, dst, dtype)
+        partial.rename(dst)
+    except OSError as error:
+        raise UserError(f"{dst} cannot be written ({error.strerror}); nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return dst
+
+
+def _write(source: Source, model: ModelConfig, folder: Path, dst: Path, dtype: str) -> None:
+    total = sum(math.prod(pair.shape) for pair in rules.pairs(model).values())
+    with Progress() as bar:
+        task = bar.add_task(f"reading {model.num_layers} layers", total=total)
+        params, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
+    source.save_side_files(folder / SIDE)
+    cfg = run_config(model, folder)
+    cfg = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, tokenizer=cfg.data.tokenizer.replace(str(folder), str(dst)))
+    )
+    write_json_atomic(folder / "config.json", cfg.to_dict())
+    with Checkpoints(folder / "checkpoints", config=cfg.to_dict(), async_save=False) as checkpoints:
+        checkpoints.save(0, {"params": params})
+    write_json_atomic(
+        folder / "provenance.json",
+        {
+            "source": source.origin,
+            "kind": source.kind,
+            "dtypes": sorted(dtypes),
+            "kept_as": dtype,
+            "layout": source.layout(),
+            "files": {path.name: dataclasses.asdict(hash_file(path)) for path in source.files()},
+            "versions": versions(),
+        },
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.from_hf", description=__doc__)
+    parser.add_argument("src", help="HuggingFace folder, .gguf file, or hub name")
+    parser.add_argument("dst", type=Path, help="folder to create")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="source", help="of the kept parameters (default: the source's)"
+    )
+    args = parser.parse_args()
+    folder = convert(args.src, args.dst, dtype=args.dtype)
+    print(f"converted: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

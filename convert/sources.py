@@ -1,0 +1,167 @@
+"""Where weights come from: a HuggingFace folder, a GGUF file, or a name on the HuggingFace hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from convert import safetensors_files as st
+from convert import strict_json
+from convert.gguf_files import GgufFile
+from convert.gguf_tokenizer import save as save_gguf_tokenizer
+from jaxattn.errors import Incomplete, UserError
+
+# Kept beside the weights, byte for byte, and written back on export.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    st.INDEX,
+)
+MOST_SIDE_BYTES = 128 << 20
+
+
+class Source(Protocol):
+    """A checkpoint to convert; `config`, `shapes` and `layout` read no weights."""
+
+    origin: str
+    kind: str
+
+    def config(self) -> dict[str, Any]: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def layout(self) -> dict[str, str]: ...
+    def read_all(self) -> Iterator[tuple[str, np.ndarray]]: ...
+    def save_side_files(self, folder: Path) -> None: ...
+    def files(self) -> list[Path]: ...
+
+
+@dataclasses.dataclass
+class Folder:
+    """A HuggingFace folder of safetensors; links may lead into `root` only (the hub's cache consists of links)."""
+
+    path: Path
+    root: Path | None = None
+    kind = "huggingface"
+
+    def __post_init__(self) -> None:
+        self.origin = str(self.path)
+        self._entries: dict[str, st.Entry] | None = None
+
+    @property
+    def entries(self) -> dict[str, st.Entry]:
+        if self._entries is None:
+            self._entries = st.entries(self.path, self.root)
+        return self._entries
+
+    def config(self) -> dict[str, Any]:
+        self._guard(self.path / "config.json")
+        return strict_json.read(self.path / "config.json")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def layout(self) -> dict[str, str]:
+        return {name: entry.file.name for name, entry in self.entries.items()}
+
+    def read_all(self) -> Iterator[tuple[str, np.ndarray]]:
+        return st.read_all(self.entries)
+
+    def save_side_files(self, folder: Path) -> None:
+        for name in SIDE_FILES:
+            path = self.path / name
+            if not path.is_file():
+                continue
+            self._guard(path)
+            if path.stat().st_size > MOST_SIDE_BYTES:
+                raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
+            shutil.copyfile(path, folder / name)
+
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self.entries.values()})
+
+    def _guard(self, path: Path) -> None:
+        if path.exists():
+            st.inside(path, (self.root or self.path).resolve())
+
+
+@dataclasses.dataclass
+class Gguf:
+    """A GGUF file."""
+
+    path: Path
+    kind = "gguf"
+
+    def __post_init__(self) -> None:
+        self.origin = str(self.path)
+        self.opened = GgufFile(self.path)
+
+    def config(self) -> dict[str, Any]:
+        return self.opened.config()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.opened.shapes()
+
+    def layout(self) -> dict[str, str]:
+        return dict.fromkeys(self.shapes(), st.SINGLE)
+
+    def read_all(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.opened.read_all()
+
+    def save_side_files(self, folder: Path) -> None:
+        from train.rundir import write_json_atomic
+
+        save_gguf_tokenizer(self.opened.fields, folder, self.origin)
+        write_json_atomic(folder / "config.json", self.config())
+
+    def files(self) -> list[Path]:
+        return [self.path]
+
+
+def open_source(text: str) -> Source:
+    """A path or a hub name.
+
+    Raises:
+      UserError: nothing of that name is there.
+    """
+    path = Path(text)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is no .gguf file; give the folder of a HuggingFace checkpoint, or a GGUF file.")
+        return Gguf(path)
+    if path.is_dir():
+        return Folder(path)
+    if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        raise Incomplete(f"{text} does not exist; give a folder, a GGUF file, or a hub name like Qwen/Qwen3-0.6B.")
+    return _download(text)
+
+
+def _download(name: str) -> Source:
+    """The snapshot of a hub repository: JSON, tokenizer and safetensors files alone."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise UserError(f"{name!r} is no path here, and hub names need: pip install 'jaxattn[hf]'.") from error
+    patterns = ["*.safetensors", *SIDE_FILES]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is neither a path nor a hub name ({error}).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name!r} is no path here and could not be downloaded ({str(error).splitlines()[0][:160]}); "
+            "check the name, the network and HF_TOKEN."
+        ) from error
+    return Folder(folder, root=folder.parent.parent)

@@ -1,0 +1,149 @@
+"""`python -m convert.to_hf SRC DST`: a jaxattn checkpoint becomes a HuggingFace folder of safetensors.
+
+SRC is a converted checkpoint or a run whose architecture HuggingFace has (softmax layers, RMSNorm, SwiGLU, rotary
+positions). A converted one that was not changed comes back byte for byte: same names, dtypes, files and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert import hf_config, rules, strict_json
+from convert import safetensors_files as st
+from convert.from_hf import SIDE, TIED
+from convert.sources import SIDE_FILES
+from jaxattn.errors import CheckpointError, Unsupported, UserError, run_cli
+from jaxattn.models import ModelConfig
+from train.load import load_params, read_config
+
+MOST_BYTES = 5 << 30  # of one file
+FLOATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = None) -> Path:
+    """Write DST and return it.
+
+    Raises:
+      UserError: no checkpoint, an architecture HuggingFace does not have, or DST exists; DST is then as it was.
+    """
+    if dst.exists():
+        raise UserError(f"{dst} exists already; choose another folder, or remove it first.")
+    cfg = read_config(src)
+    params, _ = load_params(src, cfg, step, dtype=None)
+    flat = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    wanted = rules.pairs(cfg.model)
+    tensors = {}
+    for name, pair in wanted.items():
+        array = pair.theirs(np.asarray(flat[pair.path]))
+        tensors[name] = np.ascontiguousarray(array if dtype == "source" else array.astype(np.dtype(dtype)))
+    layout = _layout(src, tensors, cfg.model)
+    if TIED in layout and cfg.model.tie_embeddings:
+        tensors[TIED] = tensors["model.embed_tokens.weight"]
+    kept = _side_files(src, cfg.model, dtype)
+    if "config.json" not in kept:
+        kept["config.json"] = _json(hf_config.write(cfg.model, _common_dtype(tensors)))
+    partial = dst.with_name(f".{dst.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_files(partial, tensors, layout, kept)
+        partial.rename(dst)
+    except OSError as error:
+        raise UserError(f"{dst} cannot be written ({error.strerror}); nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return dst
+
+
+def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> dict[str, str]:
+    """Tensor -> file: the source's own if it names the same tensors, else files of at most `MOST_BYTES`."""
+    path = src / "provenance.json"
+    if path.exists():
+        layout = strict_json.read(path).get("layout", {})
+        kept = {name: file for name, file in layout.items() if not any(r.fullmatch(name) for r in rules.COMPUTED)}
+        names = set(tensors) | ({TIED} if model.tie_embeddings and TIED in kept else set())
+        plain = all(isinstance(f, str) and st.FILE_NAME.fullmatch(f) for f in kept.values())
+        if set(kept) == names and plain:
+            return kept
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, array in tensors.items():
+        if groups[-1] and size + array.nbytes > MOST_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += array.nbytes
+    if len(groups) == 1:
+        return dict.fromkeys(tensors, st.SINGLE)
+    of = len(groups)
+    return {name: f"model-{i:05d}-of-{of:05d}.safetensors" for i, group in enumerate(groups, 1) for name in group}
+
+
+def _side_files(src: Path, model: ModelConfig, dtype: str) -> dict[str, bytes]:
+    """The source's own files; its config.json only if it still describes the model."""
+    folder = src / SIDE
+    kept = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    if "config.json" in kept:
+        try:
+            same = hf_config.parse(strict_json.loads(kept["config.json"], "config.json")) == model
+        except CheckpointError:
+            same = False
+        if not same or dtype != "source":
+            del kept["config.json"]
+    if dtype != "source":
+        kept.pop(st.INDEX, None)
+    return kept
+
+
+def _write_files(folder: Path, tensors: dict[str, np.ndarray], layout: dict[str, str], kept: dict[str, bytes]) -> None:
+    from safetensors.numpy import save_file
+
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for name in tensors:
+        files.setdefault(layout[name], {})[name] = tensors[name]
+    for name, group in files.items():
+        save_file(group, folder / name, metadata={"format": "pt"})
+    if len(files) == 1:
+        kept = {name: raw for name, raw in kept.items() if name != st.INDEX}
+    elif st.INDEX not in kept:
+        total = sum(x.nbytes for x in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(layout.items()))}
+        kept = {**kept, st.INDEX: _json(index)}
+    for name, raw in kept.items():
+        (folder / name).write_bytes(raw)
+
+
+def _common_dtype(tensors: dict[str, np.ndarray]) -> str:
+    names = {x.dtype.name for x in tensors.values()}
+    if not names <= set(FLOATS):
+        raise Unsupported(f"parameters of dtype {', '.join(sorted(names))} cannot be exported; use --dtype.")
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m convert.to_hf", description=__doc__)
+    parser.add_argument("src", type=Path, help="converted checkpoint or run folder")
+    parser.add_argument("dst", type=Path, help="folder to create")
+    parser.add_argument("--dtype", choices=("source", *FLOATS), default="source", help="of the written tensors")
+    parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
+    args = parser.parse_args()
+    folder = export(args.src, args.dst, dtype=args.dtype, step=args.step)
+    print(f"exported: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

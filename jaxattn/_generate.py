@@ -1,0 +1,222 @@
+"""Generation with any mechanism's decode state: chunked prefill, a decode loop on the device.
+
+Shapes are bucketed: prompts are padded on the left to whole prefill chunks, the room for tokens to a power of two
+times `BUCKET`, so a second prompt of about the same length compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array
+
+from jaxattn.errors import ConfigError
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.sampling import Sampling, sample
+from jaxattn.types import Leaf
+
+CHUNK = 128  # tokens of a prefill step
+BLOCK = 16  # tokens decoded per call of the device
+BUCKET = 256  # smallest room for tokens
+GREEDY = Sampling()
+
+
+class Generated(NamedTuple):
+    """tokens [B, N]: the new tokens, `pad_id` behind a row's end; lengths [B]: how many are its own, stop included."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+@struct.dataclass
+class Cursor:
+    """Everything between two decode steps."""
+
+    states: Leaf  # decode states of the model
+    logits: Leaf  # [B, N] of the next token
+    positions: Leaf  # [B] of the next token
+    done: Leaf  # [B]
+    keys: Leaf  # [B] PRNG keys
+
+
+def cast_params(params: Any, dtype: Any) -> Any:
+    """Matrices in the compute dtype, once, instead of at every step; vectors (norms, biases) stay as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+
+
+def room_for(tokens: int) -> int:
+    """The bucket that holds this many tokens."""
+    room = BUCKET
+    while room < tokens:
+        room *= 2
+    return room
+
+
+def left_aligned(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded rows [B, T] with their lengths, moved to the right end; and which places hold tokens.
+
+    Raises:
+      ConfigError: no prompt, or a length that is not from 1 to T.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
+        raise ConfigError(f"tokens are {tokens.dtype}{list(tokens.shape)} but must be integers [B, T], none of them 0.")
+    batch, length = tokens.shape
+    lengths = np.full(batch, length) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
+        raise ConfigError(f"lengths are {lengths.tolist()} but must be {batch} numbers from 1 to {length}.")
+    live = np.arange(length) >= length - lengths[:, None]
+    moved = np.stack([np.roll(row, length - n) for row, n in zip(tokens, lengths, strict=True)])
+    return np.where(live, moved, 0).astype(np.int32), live
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill_chunk(model: ModelConfig, params: Any, states: Any, tokens: Array, positions: Array, live: Array) -> Any:
+    out: Any = Decoder(model).apply({"params": params}, states, tokens, positions, live, method="last_step")
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(model: ModelConfig, batch: int, room: int, params: Any) -> Any:
+    return Decoder(model).apply({"params": params}, batch, room, method="start")
+
+
+def prefill(model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
+    """Read prompts [B, T] whose `live` places are at the right end, `CHUNK` tokens at a time."""
+    batch, length = tokens.shape
+    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    pad = -length % chunk
+    tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
+    positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
+    states, logits = _start(model, batch, room, params), None
+    for at in range(0, length + pad, chunk):
+        cut = [jnp.asarray(x[:, at : at + chunk]) for x in (tokens, positions, live.astype(np.int32))]
+        logits, states = _prefill_chunk(model, params, states, *cut)
+    ends = jnp.asarray(live.sum(1), jnp.int32)
+    return Cursor(states, logits, ends, jnp.zeros(batch, bool), keys)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def decode_block(
+    model: ModelConfig, how: Sampling, stop: tuple[int, ...], count: int, params: Any, cursor: Cursor, pad_id: Array
+) -> tuple[Array, Array, Cursor]:
+    """`count` tokens a row [B, count], whether each is the row's own, and the cursor behind them."""
+
+    def one(cursor: Cursor, _: None) -> tuple[Cursor, tuple[Array, Array]]:
+        split = jax.vmap(lambda k: jax.random.split(k, 2))(cursor.keys)
+        token = sample(cursor.logits, split[:, 1], how)
+        live = ~cursor.done
+        token = jnp.where(live, token, pad_id)
+        done = cursor.done
+        if stop:
+            done = done | jnp.isin(token, jnp.asarray(stop))
+        out: Any = Decoder(model).apply(
+            {"params": params},
+            cursor.states,
+            token[:, None],
+            cursor.positions[:, None],
+            live[:, None].astype(jnp.int32),
+            method="step",
+        )
+        logits, states = out
+        return Cursor(states, logits[:, 0], cursor.positions + live, done, split[:, 0]), (token, live)
+
+    cursor, (tokens, live) = jax.lax.scan(one, cursor, None, length=count)
+    return tokens.T, live.T, cursor
+
+
+def stream(
+    model: ModelConfig,
+    params: Any,
+    tokens: Any,
+    *,
+    max_new_tokens: int,
+    key: Array | None = None,
+    how: Sampling = GREEDY,
+    lengths: Any | None = None,
+    stop_tokens: Sequence[int] = (),
+    pad_id: int = 0,
+    block: int = BLOCK,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """New tokens [B, n] as they come, n <= block, and which of them are a row's own; ends when every row has ended.
+
+    Args: see `generate`.
+
+    Raises:
+      ConfigError: an impossible argument, or prompt and new tokens exceed the positions the model knows.
+    """
+    tokens, live = left_aligned(tokens, lengths)
+    batch, length = tokens.shape
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1.")
+    if tokens.min() < 0 or tokens.max() >= model.vocab_size:
+        raise ConfigError(
+            f"token {tokens.min() if tokens.min() < 0 else tokens.max()} is not in 0..{model.vocab_size - 1}."
+        )
+    longest = int(live.sum(1).max())
+    if model.max_positions and longest + max_new_tokens > model.max_positions:
+        raise ConfigError(
+            f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
+            f"the model was trained on; ask for at most {max(0, model.max_positions - longest)} new ones."
+        )
+    if key is None:
+        if how.temperature:
+            raise ConfigError(
+                f"temperature is {how.temperature} but no PRNG key was given: pass key=jax.random.key(seed)."
+            )
+        key = jax.random.key(0)
+    params = cast_params(params, model.dtype)
+    room = room_for(length + (-length % CHUNK) + max_new_tokens + block)
+    cursor = prefill(model, params, tokens, live, room, jax.random.split(key, batch))
+    made = 0
+    while made < max_new_tokens:
+        new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, params, cursor, jnp.int32(pad_id))
+        count = min(block, max_new_tokens - made)
+        made += count
+        yield np.asarray(new)[:, :count], np.asarray(own)[:, :count]
+        if bool(np.all(np.asarray(cursor.done))):
+            return
+
+
+def generate(
+    model: ModelConfig,
+    params: Any,
+    tokens: Any,
+    *,
+    max_new_tokens: int,
+    key: Array | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    lengths: Any | None = None,
+    stop_tokens: Sequence[int] = (),
+    pad_id: int = 0,
+) -> Generated:
+    """Continue prompts with any model of this library.
+
+    Args:
+      tokens: prompts, integers [B, T], padded on the right where `lengths` [B] says so.
+      key: PRNG key, needed where temperature > 0; every row draws from its own split of it.
+      temperature, top_k, top_p, min_p: see `jaxattn.sampling.Sampling`; temperature 0 is greedy.
+      stop_tokens: a row ends with the first of these that it makes.
+      pad_id: stands behind a row's end.
+
+    Raises:
+      ConfigError: an impossible argument, or more positions than the model knows.
+    """
+    how = Sampling(temperature, top_k, top_p, min_p)
+    parts = list(
+        stream(
+            model, params, tokens, max_new_tokens=max_new_tokens, key=key, how=how, lengths=lengths,
+            stop_tokens=stop_tokens, pad_id=pad_id,
+        )
+    )  # fmt: skip
+    return Generated(np.concatenate([t for t, _ in parts], 1), np.concatenate([own for _, own in parts], 1).sum(1))

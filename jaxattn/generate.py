@@ -1,0 +1,55 @@
+"""`python -m jaxattn.generate CKPT --prompt "..."`: continue a text with a converted checkpoint or a trained run.
+
+Text streams to stdout as it is made; what was read and the time it took go to stderr. Only a command: the library
+function is `jaxattn.generate(model, params, tokens, ...)`, and importing this module would hide it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from jaxattn.errors import ConfigError, run_cli
+from jaxattn.sampling import Sampling
+from jaxattn.text import load, stream_text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jaxattn.generate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="converted checkpoint or run folder")
+    parser.add_argument("--prompt", required=True, help="text to continue; with --chat, the user's message")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the checkpoint's chat template")
+    parser.add_argument("--system", help="system message (with --chat)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
+    parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
+    args = parser.parse_args()
+    if args.system and not args.chat:
+        raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
+    how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages.append({"role": "user", "content": args.prompt})
+    ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
+    if not args.chat:
+        print(args.prompt, end="", flush=True)
+    begin, first = time.perf_counter(), None
+    for piece in stream_text(loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop):
+        first = first or time.perf_counter() - begin
+        print(piece, end="", flush=True)
+    print()
+    seconds = time.perf_counter() - begin
+    print(f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all]", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,120 @@
+"""HuggingFace -> ours -> HuggingFace gives the same bytes, and what we write loads in transformers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from convert import hf_config
+from convert.from_hf import convert
+from convert.to_hf import export
+from jaxattn.errors import UserError
+from jaxattn.models import ModelConfig
+from jaxattn.rope import RopeScaling
+from tests.convert.families import FAMILIES, build
+
+torch = pytest.importorskip("torch", reason="the oracle")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_way_back_gives_the_same_bytes_and_logits(name, tmp_path):
+    import transformers
+
+    oracle = build(name, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"kept": "as it is"}')
+    convert(str(tmp_path / "hf"), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    files = sorted(p.name for p in (tmp_path / "hf").iterdir())
+    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == files
+    assert len(files) > 4 or "sharded" not in name
+    for file in files:
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
+    ids = torch.arange(20)[None] * 3 % 97
+    (tmp_path / "back" / "tokenizer_config.json").unlink()
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, oracle(ids).logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_written_by_us_is_read_as_the_same_model(name, tmp_path):
+    build(name, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    model = hf_config.parse(raw)
+    written = json.loads(json.dumps(hf_config.write(model, "float32")))
+    assert hf_config.parse(written) == model
+    # The oracle reads it as what it wrote itself.
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(**written)
+    for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(theirs, field) == raw[field], field
+
+
+def test_both_places_of_the_rotary_base_are_read_and_none_is_guessed():
+    raw = hf_config.write(_model(rope_base=500_000.0), "float32")
+    old = {k: v for k, v in raw.items() if k != "rope_parameters"}
+    new = {k: v for k, v in raw.items() if k != "rope_theta"}
+    assert hf_config.parse(old).rope_base == hf_config.parse(new).rope_base == 500_000.0
+    with pytest.raises(UserError, match="no rotary base"):
+        hf_config.parse({k: v for k, v in old.items() if k != "rope_theta"})
+    with pytest.raises(UserError, match="differ"):
+        hf_config.parse(raw | {"rope_theta": 10_000.0})
+
+
+def test_the_old_name_of_the_scaling_type_is_read():
+    raw = hf_config.write(_model(rope_scaling=RopeScaling("linear", 2.0)), "float32")
+    del raw["rope_parameters"]
+    raw["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    assert hf_config.parse(raw).rope_scaling == RopeScaling("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm": "layernorm"}, "norm is 'layernorm'"),
+        ({"mlps": ("gelu",)}, "mlps"),
+        ({"position": "alibi"}, "position is 'alibi'"),
+        ({"mixers": ("sigmoid",)}, "attention 'sigmoid'"),
+        ({"mixers": ("softmax(row_sum=0.5)",)}, "row_sum"),
+        ({"mixers": ("softmax(window=4)", "softmax")}, "needs a Qwen"),
+        ({"value_dim": 4}, "value_dim"),
+    ],
+)
+def test_models_that_huggingface_does_not_have_are_not_exported(fields, message):
+    with pytest.raises(UserError, match=message):
+        hf_config.write(_model(**fields), "float32")
+
+
+def _model(**fields) -> ModelConfig:
+    base = {"vocab_size": 97, "num_layers": 2, "d_model": 32, "num_heads": 4, "d_ff": 48, "max_positions": 64}
+    return ModelConfig(**(base | fields))
+
+
+def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    from jaxattn.nn import Decoder
+    from train.checkpoint import Checkpoints
+    from train.config import RunConfig
+    from train.rundir import write_json_atomic
+
+    model = _model(num_kv_heads=2)
+    cfg = RunConfig(model=model)
+    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    (tmp_path / "run").mkdir()
+    write_json_atomic(tmp_path / "run" / "config.json", cfg.to_dict())
+    with Checkpoints(tmp_path / "run" / "checkpoints", config=cfg.to_dict()) as checkpoints:
+        checkpoints.save(0, {"params": params})
+    export(tmp_path / "run", tmp_path / "hf")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    ids = np.arange(20, dtype=np.int32)[None]
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(ids, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(Decoder(model).apply({"params": params}, jnp.asarray(ids)), theirs, atol=1e-5)

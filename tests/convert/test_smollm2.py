@@ -1,0 +1,126 @@
+"""The real model: SmolLM2-135M-Instruct from its GGUF file, against transformers reading the same file."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from convert.from_hf import convert
+from convert.to_hf import export
+from jaxattn.nn import Decoder
+from jaxattn.sampling import Sampling
+from jaxattn.text import load, stream_text
+from scripts.get_smollm2 import default_folder, fetch
+
+torch = pytest.importorskip("torch", reason="the oracle")
+pytestmark = pytest.mark.smollm2
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+    "The three primary colours are red,",
+    "E = mc^2 was published by",
+    "import numpy as np\n\nx = np.",
+    "1, 2, 3, 4, 5,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The mitochondria is the",
+    "To be, or not to be, that is",
+    "In 1969, humans first",
+    "Q: What is the largest planet?\nA:",
+    "Der schnelle braune Fuchs",
+    "SELECT name FROM users WHERE",
+    "The recipe needs flour, eggs and 250",
+    "HTTP status code 404 means",
+    "Ünïcödé and 数学 and 🙂 are",
+    "A",
+    "The following is a list of countries in South America:\n- Argentina\n- Brazil\n-",
+)
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    """The oracle with its tokenizer, and our converted checkpoint."""
+    import transformers
+
+    path = fetch(default_folder())
+    call = {"gguf_file": path.name}
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **call).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **call)
+    return oracle, tokenizer, convert(str(path), tmp_path_factory.mktemp("smol") / "ours")
+
+
+@pytest.fixture(scope="module")
+def loaded(smol):
+    return load(smol[2])
+
+
+def test_logits_of_twenty_prompts_equal_transformers(smol, loaded):
+    oracle = smol[0]
+    run = jax.jit(lambda params, *x: Decoder(loaded.model).apply({"params": params}, *x))
+    worst, longest = 0.0, max(len(loaded.encode(p)) for p in PROMPTS)
+    for prompt in PROMPTS:
+        ids = np.asarray(loaded.encode(prompt), np.int32)[None]
+        n = ids.shape[1]
+        pad = longest - n  # one shape; the segment of padding is 0
+        padded = np.pad(ids, ((0, 0), (0, pad)))
+        segments, at = (np.arange(n + pad) < n).astype(np.int32)[None], np.arange(n + pad, dtype=np.int32)[None]
+        ours = np.asarray(run(loaded.params, *map(jnp.asarray, (padded, at, segments))))[0, :n]
+        with torch.no_grad():
+            theirs = oracle(torch.tensor(ids, dtype=torch.long)).logits[0].numpy()
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+        np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1), err_msg=prompt)
+    assert worst < 1e-3
+
+
+def test_sixty_four_greedy_tokens_equal_transformers_for_prompts_alone_and_together(smol, loaded):
+    oracle = smol[0]
+    prompts = [loaded.encode(p) for p in PROMPTS]
+    longest = max(map(len, prompts))
+    rows = np.stack([np.pad(np.asarray(p, np.int32), (0, longest - len(p))) for p in prompts])
+    together = jaxattn.generate(
+        loaded.model, loaded.params, rows, lengths=[len(p) for p in prompts], max_new_tokens=64
+    ).tokens
+    with torch.no_grad():
+        out = oracle.generate(
+            torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+            max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    np.testing.assert_array_equal(together, out[:, longest:].numpy())
+    alone = jaxattn.generate(loaded.model, loaded.params, rows[:1, : len(prompts[0])], max_new_tokens=64).tokens
+    np.testing.assert_array_equal(alone[0], together[0])
+
+
+def test_it_knows_the_capital_of_france(loaded):
+    pieces = stream_text(loaded, loaded.encode(PROMPTS[0]), max_new_tokens=4, how=Sampling(), stop=["\n"])
+    assert "".join(pieces) == " Paris."
+
+
+def test_text_is_cut_into_the_tokens_of_the_models_own_tokenizer(smol, loaded):
+    theirs = smol[1]
+    for prompt in PROMPTS:
+        assert loaded.encode(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"], prompt
+        assert loaded.tokenizer.decode(loaded.encode(prompt)) == prompt
+
+
+def test_chat_uses_the_template_of_the_checkpoint(smol, loaded):
+    messages = [{"role": "user", "content": "Name a colour."}]
+    theirs = smol[1].apply_chat_template(messages, add_generation_prompt=True)
+    theirs = theirs["input_ids"] if hasattr(theirs, "keys") else theirs
+    assert loaded.chat(messages) == list(theirs)
+
+
+def test_our_export_loads_in_transformers_with_the_same_logits(smol, tmp_path):
+    import transformers
+
+    oracle, _, ours = smol
+    export(ours, tmp_path / "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, oracle(ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("hello world 42")["input_ids"]

@@ -1,0 +1,119 @@
+"""Text streams, stop strings, chat templates and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxattn.chat import read_template, render
+from jaxattn.errors import Corrupt, UserError
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.text import TextStream, load
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data import DataConfig
+from train.data.tokenizer import byte_tokenizer
+from train.rundir import write_json_atomic
+
+
+def pieces(text: str, stop=()):
+    out = TextStream(byte_tokenizer(), stop)
+    given = []
+    for byte in text.encode():
+        given.append(out.add([byte]))
+        if out.stopped:
+            return given
+    return [*given, out.add((), last=True)]
+
+
+def test_half_a_character_is_held_back():
+    assert pieces("aé🙂b") == ["a", "", "é", "", "", "", "🙂", "b", ""]
+
+
+def test_text_ends_before_a_stop_string_and_its_beginning_is_held_back():
+    assert "".join(pieces("one two END three", ["END"])) == "one two "
+    assert "".join(pieces("one two EN", ["END"])) == "one two EN"
+    assert pieces("aEb", ["END"]) == ["a", "", "Eb", ""]
+
+
+def test_broken_text_at_the_end_is_given_out():
+    out = TextStream(byte_tokenizer())
+    assert out.add([0xF0]) == ""
+    assert out.add((), last=True) == "\ufffd"
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>{{ eos_token }}"
+
+
+def test_a_template_is_rendered_with_the_special_tokens(tmp_path):
+    config = {"chat_template": TEMPLATE, "eos_token": {"content": "</s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert render(*read_template(tmp_path), [{"role": "user", "content": "hi"}]) == "<user>hi<assistant></s>"
+    (tmp_path / "chat_template.jinja").write_text("x{{ bos_token }}")
+    assert render(*read_template(tmp_path), []) == "x"
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", UserError, "roles must alternate"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", Corrupt, "cannot be used"),
+        ("{{ ''.__class__.__base__.__subclasses__() }}", Corrupt, "cannot be used"),
+        ("{% for %}", Corrupt, "cannot be used"),
+        ("{{ messages[0]['content']['x']['y'] }}", UserError, "does not fit"),
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(template, kind, message):
+    with pytest.raises(kind, match=message):
+        render(template, {}, [{"role": "user", "content": "hi"}])
+
+
+def test_a_folder_without_a_template_is_named(tmp_path):
+    with pytest.raises(UserError, match="has no chat template"):
+        read_template(tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of bytes with random weights."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words to train on, over and over. " * 40)
+    model = ModelConfig(vocab_size=257, num_layers=1, d_model=16, num_heads=2)
+    cfg = RunConfig(model=model, data=DataConfig(source=str(text), tokenizer="bytes", context=16, val_fraction=0.0))
+    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    (tmp_path / "run").mkdir()
+    write_json_atomic(tmp_path / "run" / "config.json", cfg.to_dict())
+    with Checkpoints(tmp_path / "run" / "checkpoints", config=cfg.to_dict()) as checkpoints:
+        checkpoints.save(3, {"params": params})
+    return tmp_path / "run"
+
+
+def command(*args):
+    return subprocess.run([sys.executable, "-m", "jaxattn.generate", *args], capture_output=True, text=True)
+
+
+def test_the_command_continues_a_text_and_refuses_bad_input(run, tmp_path):
+    done = command(str(run), "--prompt", "some", "--max-new-tokens", "5", "--temperature", "0.7", "--top-k", "9")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("some")
+    assert "4 prompt tokens" in done.stderr
+    for args, message in (
+        ((str(run), "--prompt", "x", "--top-p", "7"), "top_p is 7.0"),
+        ((str(run), "--prompt", "x", "--chat"), "has no chat template"),
+        ((str(run), "--prompt", "x", "--system", "y"), "there is no --chat"),
+        ((str(tmp_path / "none"), "--prompt", "x"), "holds no run"),
+    ):
+        done = command(*args)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text(run):
+    assert load(run).encode("") == [256]
