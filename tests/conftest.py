@@ -38,15 +38,8 @@ def cache_root() -> Path:
     return CACHE
 
 
-SMALL = (
-    "analysis",
-    "conformance",
-    "convert",
-    "generate",
-    "kernels",
-    "mechanisms",
-    "nn",
-)  # folders whose tests compile much and run little
+# Folders whose tests compile much and run little.
+SMALL = ("analysis", "conformance", "convert", "generate", "kernels", "mechanisms", "nn")
 
 
 @pytest.fixture(autouse=True)

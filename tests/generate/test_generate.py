@@ -148,5 +148,5 @@ def test_impossible_calls_are_refused(call, message):
 def test_positions_beyond_the_trained_ones_are_refused():
     cfg, params = build(("softmax",), max_positions=12)
     assert jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=3).tokens.shape == (3, 3)
-    with pytest.raises(ConfigError, match="exceed the 12 positions .* at most 3 new ones"):
+    with pytest.raises(ConfigError, match=r"exceed the 12 positions .* at most 3 new ones"):
         jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=4)
