@@ -95,7 +95,7 @@ def weights(
     scale: float | None = None,
     bias: PositionBias | None = None,
 ) -> RowWeights:
-    _check(q, k, k, vis, bias)
+    _check(k, k, k, vis, bias)  # q may be any of the rows, and their content does not matter
     s = jnp.moveaxis(_scores(k, params, scale), 1, 2)[:, :, None, :]
     s = jnp.broadcast_to(s, (*s.shape[:2], q.shape[1], s.shape[3]))
     see = visible(vis) & (vis.q_segments[:, :, None] == vis.k_segments[:, None, :])  # without GLOBAL keys

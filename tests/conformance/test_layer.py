@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evals.measure import make_measure
+from jaxattn.analysis import look
 from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
@@ -21,9 +23,13 @@ SHORT = {"landmark": "landmark(block=4)"}  # a default block is longer than thes
 MIXERS = [*(SHORT.get(name, name) for name in names()), "conv"]
 
 
+def config(mixer):
+    return ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=(mixer,))
+
+
 @functools.cache
 def build(mixer):
-    cfg = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=(mixer,))
+    cfg = config(mixer)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 14)), jnp.int32)
     params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
     # Parameters that start at zero or one would hide mistakes.
@@ -57,3 +63,18 @@ def test_padding_on_either_side_changes_nothing_and_every_parameter_has_a_gradie
         assert np.all(np.isfinite(leaf)), name
         if not (idle and idle in name):
             assert np.any(leaf), f"{name} has no gradient"
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "conv"])
+def test_weights_are_read_row_by_row_and_the_sink_study_can_measure_them(mixer):
+    """What training does every few steps: a mechanism that refuses a slice of rows cannot be trained."""
+    params, tokens, _ = build(mixer)
+    cfg = config(mixer)
+    for layer in look(cfg, params, tokens).attention:
+        whole = layer.weights()
+        part = layer.weights(5, 3)
+        np.testing.assert_allclose(part.values, whole.values[:, :, 5:8], atol=1e-5)
+        assert part.slots == whole.slots
+        assert not np.any(np.triu(whole.values[0, 0, :, whole.slots :], 1)), "no weight on later tokens"
+    found = make_measure(cfg)(params, np.asarray(tokens))
+    assert all(np.all(np.isfinite(x)) for x in found.values())
