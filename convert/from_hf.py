@@ -80,21 +80,15 @@ def read_params(
     return rules.nested(flat), dtypes
 
 
-def run_config(model: ModelConfig, folder: Path) -> RunConfig:
-    """What `evals` and `train.finetune` read of a converted checkpoint."""
-    tokenizer = folder / SIDE / "tokenizer.json"
-    return RunConfig(
-        attn=", ".join(model.mixers),
-        preset="converted",
-        steps=1,
-        model=model,
-        data=DataConfig(
-            source="stdlib",
-            tokenizer=str(tokenizer) if tokenizer.exists() else "bytes",
-            context=min(512, model.max_positions),
-        ),
-        eval=EvalConfig(length=64, sequences=32),
+def run_config(model: ModelConfig, tokenizer: bool) -> RunConfig:
+    """What `evals` reads of a converted checkpoint; `train.load.read_config` knows that paths are inside its folder."""
+    data = DataConfig(
+        source="stdlib:json,email",
+        tokenizer=f"{SIDE}/tokenizer.json" if tokenizer else "bytes",
+        context=min(512, model.max_positions),
     )
+    evaluation = EvalConfig(length=min(64, model.max_positions), sequences=32)
+    return RunConfig(attn=", ".join(model.mixers), preset="converted", steps=1, model=model, data=data, eval=evaluation)
 
 
 def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
@@ -115,7 +109,7 @@ def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
     except OSError as error:
         raise UserError(f"{dst} cannot be written ({error.strerror}); choose another folder.") from error
     try:
-        _write(source, model, partial, dst, dtype)
+        _write(source, model, partial, dtype)
         partial.rename(dst)
     except OSError as error:
         raise UserError(f"{dst} cannot be written ({error.strerror}); nothing was left behind.") from error
@@ -124,16 +118,13 @@ def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
     return dst
 
 
-def _write(source: Source, model: ModelConfig, folder: Path, dst: Path, dtype: str) -> None:
+def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None:
     total = sum(math.prod(pair.shape) for pair in rules.pairs(model).values())
     with Progress() as bar:
         task = bar.add_task(f"reading {model.num_layers} layers", total=total)
         params, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
     source.save_side_files(folder / SIDE)
-    cfg = run_config(model, folder)
-    cfg = dataclasses.replace(
-        cfg, data=dataclasses.replace(cfg.data, tokenizer=cfg.data.tokenizer.replace(str(folder), str(dst)))
-    )
+    cfg = run_config(model, (folder / SIDE / "tokenizer.json").exists())
     write_json_atomic(folder / "config.json", cfg.to_dict())
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict(), async_save=False) as checkpoints:
         checkpoints.save(0, {"params": params})

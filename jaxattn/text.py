@@ -29,6 +29,8 @@ class Loaded:
     tokenizer: Any
     stop_tokens: tuple[int, ...]
     folder: Path
+    context: int
+    """Tokens of the longest sequence that was trained."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the start token where the model was trained with one.
@@ -70,7 +72,8 @@ def load(
         tokenizer = open_source(trained.cfg)[0].tokenizer
     if tokenizer is None:
         raise UserError(f"{folder} was trained on {trained.cfg.data.source!r}, which is no text: nothing to generate.")
-    return Loaded(model, trained.params, tokenizer, _stop_tokens(folder, tokenizer), folder)
+    context = model.max_positions or trained.cfg.data.context
+    return Loaded(model, trained.params, tokenizer, _stop_tokens(folder, tokenizer), folder, context)
 
 
 def _stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -32,7 +32,11 @@ def read_config(folder: Path) -> RunConfig:
         raw = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
-    return config_from_dict(RunConfig, raw, str(path))
+    cfg = config_from_dict(RunConfig, raw, str(path))
+    own = folder / cfg.data.tokenizer  # a converted checkpoint brings its tokenizer, wherever it is moved
+    if cfg.preset == "converted" and own.is_file():
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(own)))
+    return cfg
 
 
 def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any:

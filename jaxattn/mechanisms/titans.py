@@ -18,6 +18,8 @@ Choices where the paper is silent, or where it cannot be followed:
   0.02, with which a linear memory stays stable even if all keys of a chunk of 16 are alike.
 - M has no biases, GELU between the layers, hidden width `width` · D, and starts from a learned M_0; S_0 = 0. All
   documents start from there. With grouped keys every query head has a memory of its own.
+- "Gating with a linear layer" is norm(y) · silu(W x), as in the gated models the paper follows; without the SiLU
+  (`gate=linear`) a gate starts with mean zero over tokens and recall hardly begins to be learnt.
 - x ⊗ m = norm(x) · silu(norm(m)), both with a learned vector per head.
 - q, k and v pass one short convolution and SiLU together (in this order) and serve memory and attention; where both
   need them ("mag", "mal", "mac") the second user has maps per head, so that heads stay apart.
@@ -63,6 +65,7 @@ from jaxattn.norms import rms_norm
 from jaxattn.rope import PositionBias, Rope
 
 FORMS = ("lmm", "mac", "mag", "mal", "mac_as_written")
+GATES = ("silu", "linear")
 RANGES = {
     "depth": (1, 4),
     "width": (1, 64),
@@ -81,7 +84,8 @@ class Spec:
 
     chunk: tokens between two renewals of the weights that gradients are taken at. segment: C of "mac".
     persistent: N_p slots. conv: width of the short convolution, 0 = none. max_lr: largest θ.
-    momentum, decay: False sets η or α to 0. The paper gives depth 1 to 4 and no other number.
+    momentum, decay: False sets η or α to 0. gate: of the output, silu or linear in the layer's input. The paper
+    gives depth 1 to 4 and no other number.
     """
 
     form: str = "lmm"
@@ -96,6 +100,7 @@ class Spec:
     momentum: bool = True
     decay: bool = True
     read_after_write: bool = True
+    gate: str = "silu"
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -114,6 +119,8 @@ class Spec:
                 f"titans.segment is {self.segment} but must be a multiple of titans.chunk {self.chunk}; "
                 f"the nearest is {near}."
             )
+        if self.gate not in GATES:
+            raise ConfigError(f"titans.gate is {self.gate!r} but must be one of {', '.join(GATES)}.")
         if not (self.max_lr > 0 and math.isfinite(self.max_lr)):
             raise ConfigError(f"titans.max_lr is {self.max_lr} but must be positive and finite, such as 0.1.")
 
@@ -165,8 +172,9 @@ def rates(x: Float[Array, "B T E"], *, spec: Spec, params: dict) -> dict[str, Fl
 def finish(
     o: Float[Array, "B T H V"], x: Float[Array, "B T E"], *, spec: Spec, params: dict
 ) -> Float[Array, "B T H V"]:
-    """Normalised per head and times a linear gate."""
+    """Normalised per head and times the gate."""
     opened = jnp.einsum("bte,ehv->bthv", x.astype(jnp.float32), params["gate"])
+    opened = jax.nn.silu(opened) if spec.gate == "silu" else opened
     return (rms_norm(o.astype(jnp.float32), None, EPS) * params["scale"] * opened).astype(o.dtype)
 
 

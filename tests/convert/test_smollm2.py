@@ -124,3 +124,20 @@ def test_our_export_loads_in_transformers_with_the_same_logits(smol, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(ids).logits, oracle(ids).logits)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("hello world 42")["input_ids"]
+
+
+def test_the_sink_rate_is_that_of_torchs_attention_weights(smol, loaded):
+    """Sink_1^0.3 of 2410.10781, from the oracle's own matrices."""
+    from evals.measure import make_measure, summarise
+
+    text = " ".join(PROMPTS)
+    ids = np.asarray(loaded.encode(text)[:192], np.int32).reshape(3, 64)
+    smol[0].set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = smol[0](torch.tensor(ids, dtype=torch.long), output_attentions=True).attentions
+    alpha = np.stack([a[..., 0].mean(-1).numpy() for a in attentions], 1)  # [n, L, H], over all queries
+    theirs = 100 * float((alpha > 0.3).mean())
+    raw = make_measure(loaded.model)(loaded.params, ids)
+    np.testing.assert_allclose(raw["alpha"][..., 0], alpha, atol=1e-3)
+    assert summarise(raw, epsilon=0.3)["sink_rate"] == pytest.approx(theirs, abs=0.1)
+    assert theirs > 20, "a pretrained model has sinks"

@@ -6,20 +6,13 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxattn.chat import read_template, render
 from jaxattn.errors import Corrupt, UserError
-from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
 from jaxattn.text import TextStream, load
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
-from train.data import DataConfig
+from tests.generate.helpers import byte_run
 from train.data.tokenizer import byte_tokenizer
-from train.rundir import write_json_atomic
 
 
 def pieces(text: str, stop=()):
@@ -81,17 +74,7 @@ def test_a_folder_without_a_template_is_named(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of bytes with random weights."""
-    text = tmp_path / "text.txt"
-    text.write_text("some words to train on, over and over. " * 40)
-    model = ModelConfig(vocab_size=257, num_layers=1, d_model=16, num_heads=2)
-    cfg = RunConfig(model=model, data=DataConfig(source=str(text), tokenizer="bytes", context=16, val_fraction=0.0))
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    (tmp_path / "run").mkdir()
-    write_json_atomic(tmp_path / "run" / "config.json", cfg.to_dict())
-    with Checkpoints(tmp_path / "run" / "checkpoints", config=cfg.to_dict()) as checkpoints:
-        checkpoints.save(3, {"params": params})
-    return tmp_path / "run"
+    return byte_run(tmp_path)
 
 
 def command(*args):

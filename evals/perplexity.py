@@ -1,0 +1,172 @@
+"""`python -m evals.perplexity CKPT --text FILE [--context N] [--stride S] [--token-by-token]`
+
+How well a text is predicted.
+
+Windows of `context` tokens move on by `stride`; a token is scored once, in the first window that holds it, so with
+stride < context it has at least context - stride tokens before it. stride = context (the default) cuts the text into
+separate pieces. `--token-by-token` reads those pieces through the decode state, one token at a time: slow, and the
+same numbers if the mechanism's decoding is right. Printed and written with --json: nats per token, perplexity, bits
+per byte of the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from evals.trained import write_result
+from jaxattn.errors import ConfigError, DataError, run_cli
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.text import Loaded, load
+from train.objective import token_losses
+
+BATCH = 4  # windows at once
+
+
+class Window(NamedTuple):
+    """tokens [context + 1], padded on the right; targets [first, last) of it are scored."""
+
+    tokens: np.ndarray
+    length: int
+    first: int
+
+
+def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+    """Windows that score every token but the first once."""
+    done = 0  # targets scored so far; target t is ids[t + 1]
+    for start in range(0, max(1, len(ids) - 1), stride):
+        piece = ids[start : start + context + 1]
+        last = start + len(piece) - 1
+        if last > done:
+            yield Window(np.pad(piece, (0, context + 1 - len(piece))), len(piece), done - start)
+            done = last
+        if last >= len(ids) - 1:
+            return
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
+    """-log p [b, T] of tokens[:, 1:] given those before."""
+    live = (jnp.arange(tokens.shape[1] - 1) < lengths[:, None] - 1).astype(jnp.int32)
+    logits: Any = Decoder(model).apply({"params": params}, tokens[:, :-1], None, live)
+    return token_losses(logits, tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses_by_steps(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
+    """The same, one token at a time through the decode state."""
+    batch, length = tokens.shape[0], tokens.shape[1] - 1
+    decoder, variables = Decoder(model), {"params": params}
+
+    def one(states: Any, at: Any) -> tuple[Any, Any]:
+        token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
+        position = jnp.full((batch, 1), at, jnp.int32)
+        live = (at < lengths[:, None] - 1).astype(jnp.int32)
+        out: Any = decoder.apply(variables, states, token, position, live, method="step")
+        return out[1], token_losses(out[0], jax.lax.dynamic_slice_in_dim(tokens, at + 1, 1, 1))[:, 0]
+
+    states = decoder.apply(variables, batch, length, method="start")
+    return jax.lax.scan(one, states, jnp.arange(length))[1].T
+
+
+def losses(
+    model: ModelConfig,
+    params: Any,
+    ids: np.ndarray,
+    *,
+    context: int,
+    stride: int,
+    by_steps: bool = False,
+    show: bool = False,
+) -> np.ndarray:
+    """-log p (nats) of every token but the first, f64 [len(ids) - 1].
+
+    Raises:
+      ConfigError: impossible context or stride.
+    """
+    limit = model.max_positions
+    if context < 2 or (limit and context > limit):
+        raise ConfigError(f"--context is {context} but must be from 2 to {limit or 'any number'}.")
+    if not 1 <= stride <= context:
+        raise ConfigError(f"--stride is {stride} but must be from 1 to --context {context}.")
+    if by_steps and stride != context:
+        raise ConfigError(f"--stride is {stride} but --token-by-token reads separate pieces: leave it at {context}.")
+    found, cut = [], list(windows(np.asarray(ids, np.int32), context, stride))
+    run = _losses_by_steps if by_steps else _losses
+    groups = range(0, len(cut), BATCH)
+    for i in track(groups, "reading", transient=True) if show else groups:
+        group = cut[i : i + BATCH]
+        filled = group + [group[0]] * (BATCH - len(group))  # one shape
+        tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length for w in filled])
+        out = np.asarray(run(model, params, jnp.asarray(tokens), jnp.asarray(lengths)), np.float64)
+        found += [row[w.first : w.length - 1] for row, w in zip(out, group, strict=False)]
+    return np.concatenate(found)
+
+
+def perplexity(loaded: Loaded, text: str, *, context: int, stride: int, by_steps: bool = False) -> dict[str, Any]:
+    """What the command prints.
+
+    Raises:
+      DataError: fewer than two tokens.
+      ConfigError: impossible context or stride.
+    """
+    ids = loaded.tokenizer.encode(text)
+    if len(ids) < 2:
+        raise DataError(f"the text has {len(ids)} tokens, but a prediction needs at least 2.")
+    values = losses(
+        loaded.model, loaded.params, np.asarray(ids), context=context, stride=stride, by_steps=by_steps, show=True
+    )
+    mean = float(values.mean())
+    first = len(loaded.tokenizer.decode(ids[:1]).encode())
+    return {
+        "tokens": len(values),
+        "context": context,
+        "stride": stride,
+        "token_by_token": by_steps,
+        "nats_per_token": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": float(values.sum()) / math.log(2) / max(1, len(text.encode()) - first),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evals.perplexity", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="converted checkpoint or run of text")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    parser.add_argument("--context", type=int, help="tokens per window (default: what was trained, at most 1024)")
+    parser.add_argument("--stride", type=int, help="tokens from window to window (default: the context)")
+    parser.add_argument("--token-by-token", action="store_true", help="through the decode state")
+    parser.add_argument("--max-tokens", type=int, help="only the beginning of the text")
+    parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    args = parser.parse_args()
+    try:
+        text = args.text.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
+    loaded = load(args.checkpoint, attn=args.attn)
+    if args.max_tokens is not None:
+        if args.max_tokens < 2:
+            raise ConfigError(f"--max-tokens is {args.max_tokens} but must be at least 2.")
+        text = loaded.tokenizer.decode(loaded.tokenizer.encode(text)[: args.max_tokens])
+    context = args.context or min(1024, loaded.context)
+    result = perplexity(loaded, text, context=context, stride=args.stride or context, by_steps=args.token_by_token)
+    if args.json:
+        write_result(args.json, result)
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
