@@ -126,6 +126,7 @@ def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None
     source.save_side_files(folder / SIDE)
     cfg = run_config(model, (folder / SIDE / "tokenizer.json").exists())
     write_json_atomic(folder / "config.json", cfg.to_dict())
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n', "utf-8")  # what a report begins with
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict(), async_save=False) as checkpoints:
         checkpoints.save(0, {"params": params})
     write_json_atomic(

@@ -1,7 +1,8 @@
 """`python -m evals.sinks RUN_DIR [--text FILE] [--json OUT]`: the sink study of one trained run.
 
 Reads the newest valid checkpoint, measures sinks and extreme tokens on held-out sequences (or on a text
-file), writes `sinks.json` and `maps.npz` into the run directory and prints a table.
+file), writes `sinks.json` and `maps.npz` into the run directory and prints a table. A converted checkpoint also gets
+its `report.html` with the heat maps.
 """
 
 from __future__ import annotations
@@ -177,6 +178,10 @@ def main() -> int:
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json.") from error
     print(table(result))
+    if cfg.preset == "converted" and not args.text:  # a trained run has its report already
+        from evals.report import write_report
+
+        print(f"report: {write_report([args.run_dir], args.run_dir / 'report.html')}")
     return 0
 
 

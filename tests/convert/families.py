@@ -29,6 +29,7 @@ BASE = {
     "initializer_range": 0.3,
 }
 rope = lambda kind, **more: {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **more}}
+EXTRA = {"llama-bytes": Family("Llama", {"vocab_size": 257})}  # for byte tokens; not in the matrix
 FAMILIES = {
     "llama": Family("Llama", {}),
     "llama-tied": Family("Llama", {"tie_word_embeddings": True}),
@@ -59,7 +60,7 @@ def build(name: str, folder: Path) -> Any:
     import torch
     import transformers
 
-    family = FAMILIES[name]
+    family = (FAMILIES | EXTRA)[name]
     config = getattr(transformers, f"{family.kind}Config")(**(BASE | family.fields))
     torch.manual_seed(0)
     model = getattr(transformers, f"{family.kind}ForCausalLM")(config).to(getattr(torch, family.dtype))

@@ -55,6 +55,28 @@ def test_a_configuration_written_by_us_is_read_as_the_same_model(name, tmp_path)
         assert getattr(theirs, field) == raw[field], field
 
 
+def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path):
+    """Also after the folder was moved: its tokenizer is found inside it."""
+    import subprocess
+    import sys
+
+    from train.data.tokenizer import byte_tokenizer
+    from train.load import read_config
+
+    build("llama-bytes", tmp_path / "hf")
+    byte_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
+    convert(str(tmp_path / "hf"), tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert read_config(tmp_path / "moved").data.tokenizer == str(tmp_path / "moved" / "hf" / "tokenizer.json")
+    done = subprocess.run(
+        [sys.executable, "-m", "evals.sinks", str(tmp_path / "moved")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Sink_1" in done.stdout
+    report = (tmp_path / "moved" / "report.html").read_text()
+    assert report.count("<img") >= 4
+
+
 def test_both_places_of_the_rotary_base_are_read_and_none_is_guessed():
     raw = hf_config.write(_model(rope_base=500_000.0), "float32")
     old = {k: v for k, v in raw.items() if k != "rope_parameters"}
