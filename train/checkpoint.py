@@ -128,7 +128,7 @@ class Checkpoints:
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
-                return mf.read(self.path(candidate)).leaves
+                return mf.read(self._existing(candidate)).leaves
             except (Corrupt, Incomplete):
                 if step is not None:
                     raise
@@ -348,11 +348,15 @@ class Checkpoints:
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise Corrupt(f"no checkpoint in {self.directory} can be used ({reasons})")
 
-    def _restore_one(self, step: int, abstract: Any, data: Any, verify: bool, allow_cast: bool) -> Any:
+    def _existing(self, step: int) -> Path:
         folder = self.path(step)
         if not folder.is_dir():
             known = ", ".join(map(str, self.steps())) or "none"
             raise Incomplete(f"{folder} does not exist: the finished steps are {known}.")
+        return folder
+
+    def _restore_one(self, step: int, abstract: Any, data: Any, verify: bool, allow_cast: bool) -> Any:
+        folder = self._existing(step)
         manifest = orbax_io.check(folder, verify)
         wanted = leaf_io.named(jax.tree.map(leaf_io.abstract, abstract))
         mf.compare_leaves(folder, manifest, wanted, allow_cast=allow_cast)

@@ -16,7 +16,7 @@ from jaxattn.text import load, stream_text
 from scripts.get_smollm2 import default_folder, fetch
 
 torch = pytest.importorskip("torch", reason="the oracle")
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.smollm2, pytest.mark.optimised]  # 135 million weights: running costs more than compiling
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -76,22 +76,25 @@ def test_logits_of_twenty_prompts_equal_transformers(smol, loaded):
     assert worst < 1e-3
 
 
-def test_sixty_four_greedy_tokens_equal_transformers_for_prompts_alone_and_together(smol, loaded):
+@pytest.mark.parametrize(
+    ("prompts", "count"), [(PROMPTS[:4], 12), pytest.param(PROMPTS, 64, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_greedy_tokens_equal_transformers_for_prompts_alone_and_together(prompts, count, smol, loaded):
     oracle = smol[0]
-    prompts = [loaded.encode(p) for p in PROMPTS]
+    prompts = [loaded.encode(p) for p in prompts]
     longest = max(map(len, prompts))
     rows = np.stack([np.pad(np.asarray(p, np.int32), (0, longest - len(p))) for p in prompts])
     together = jaxattn.generate(
-        loaded.model, loaded.params, rows, lengths=[len(p) for p in prompts], max_new_tokens=64
+        loaded.model, loaded.params, rows, lengths=[len(p) for p in prompts], max_new_tokens=count
     ).tokens
     with torch.no_grad():
         out = oracle.generate(
             torch.tensor([[0] * (longest - len(p)) + p for p in prompts]),
             attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
-            max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0,
+            max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
     np.testing.assert_array_equal(together, out[:, longest:].numpy())
-    alone = jaxattn.generate(loaded.model, loaded.params, rows[:1, : len(prompts[0])], max_new_tokens=64).tokens
+    alone = jaxattn.generate(loaded.model, loaded.params, rows[:1, : len(prompts[0])], max_new_tokens=count).tokens
     np.testing.assert_array_equal(alone[0], together[0])
 
 
@@ -130,8 +133,7 @@ def test_the_sink_rate_is_that_of_torchs_attention_weights(smol, loaded):
     """Sink_1^0.3 of 2410.10781, from the oracle's own matrices."""
     from evals.measure import make_measure, summarise
 
-    text = " ".join(PROMPTS)
-    ids = np.asarray(loaded.encode(text)[:192], np.int32).reshape(3, 64)
+    ids = np.asarray(loaded.encode(" ".join(PROMPTS) * 2)[:192], np.int32).reshape(3, 64)
     smol[0].set_attn_implementation("eager")
     with torch.no_grad():
         attentions = smol[0](torch.tensor(ids, dtype=torch.long), output_attentions=True).attentions

@@ -57,7 +57,7 @@ def test_flags(monkeypatch, tmp_path):
 
 def mqar_rows(**accuracy: float) -> list[study.Row]:
     """A row for every variant, at the accuracies of a study that holds but for those given by label."""
-    good = {"softmax": 0.995, "aaren": 0.06, "titans": 0.9}
+    good = {"softmax": 0.995, "aaren": 0.06, mqar.TITANS: 0.9}
     by_family = {"softmax window": 0.1, "linear": 0.5, "based": 0.9}
     scale, rows = mqar.SCALES["cpu"], []
     for variant in mqar.SCALES["cpu"].variants():
@@ -77,6 +77,7 @@ def test_mqar_expectations():
     first = next(v.label for v in mqar.SCALES["cpu"].variants() if v.family == "based")
     (text,) = failing(mqar.expect(mqar_rows(**{first: 0.4}), scale))
     assert text.startswith(f"{first} beats linear")
+    assert failing(mqar.expect(mqar_rows(**{mqar.TITANS: 0.5}), scale)) == ["Titans beats every linear attention"]
     narrow = next(v.label for v in mqar.SCALES["cpu"].variants() if v.family == "softmax window")
     assert failing(mqar.expect(mqar_rows(**{narrow: 0.6}), scale)) == [f"{narrow} fails (< 50 %)"]
 
