@@ -1,0 +1,82 @@
+"""`convert.verify` says equal for an honest checkpoint, and shows the layer where another one goes wrong."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from convert.from_hf import convert
+from convert.verify import Agreement, verify
+from tests.convert.families import build
+from train.checkpoint import Checkpoints
+from train.load import load_params, read_config
+
+pytest.importorskip("torch", reason="the oracle")
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    build("qwen3", folder / "hf")
+    return folder / "hf", convert(str(folder / "hf"), folder / "ours")
+
+
+def compare(src, dst):
+    console = Console(file=io.StringIO(), width=140)
+    same = verify(str(src), dst, prompts=[], tolerance=1e-3, console=console)
+    return same, console.file.getvalue()
+
+
+def test_an_honest_checkpoint_is_equal(twin):
+    same, text = compare(*twin)
+    assert same
+    assert "equal: no logit differs" in text
+    assert "random tokens 7" in text
+
+
+def test_a_changed_layer_is_found(twin, tmp_path):
+    src, dst = twin
+    cfg = read_config(dst)
+    params, _ = load_params(dst, cfg)
+    params["layer_1"]["mlp"]["down"]["kernel"] *= 1.5
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_bytes((dst / "config.json").read_bytes())
+    with Checkpoints(tmp_path / "bad" / "checkpoints", config=cfg.to_dict()) as checkpoints:
+        checkpoints.save(0, {"params": jax.tree.map(np.asarray, params)})
+    same, text = compare(src, tmp_path / "bad")
+    assert not same
+    gaps = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("│┃ ").split("│")]
+        if cells[0].startswith(("embedding", "layer")) and len(cells) == 3:
+            gaps[cells[0]] = float(cells[2])
+    assert gaps["embedding"] == 0
+    assert gaps["layer 0"] < 1e-5 < 1e-2 < gaps["layer 1"]
+
+
+def test_the_command_ends_with_zero_when_equal(twin):
+    command = [sys.executable, "-m", "convert.verify", *map(str, twin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "--prompt", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "needs a tokenizer" in done.stderr
+
+
+def test_agreement_of_logits_by_hand():
+    logits = np.array([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]], np.float32)
+    same = Agreement.of(logits, logits)
+    assert (same.max_abs, same.top1, same.top5) == (0, 1, 1)
+    assert abs(same.kl) < 1e-7
+    other = logits.copy()
+    other[0, 6], other[0, 1] = 1.0, 6.5
+    far = Agreement.of(logits, other)
+    assert (far.max_abs, far.top1, far.top5) == (5.5, 0.5, 0.5)
+    p, q = np.exp(logits[0]) / np.exp(logits[0]).sum(), np.exp(other[0]) / np.exp(other[0]).sum()
+    assert far.kl == pytest.approx(float((p * np.log(p / q)).sum()) / 2, rel=1e-5)
