@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ import numpy as np
 from rich.progress import Progress
 
 from convert import hf_config, rules
+from convert.new_folder import new_folder
 from convert.sources import Source, open_source
-from jaxattn.errors import Mismatch, UserError, run_cli
+from jaxattn.errors import Mismatch, run_cli
 from jaxattn.models import ModelConfig
+from jaxattn.text import SIDE
 from train.checkpoint import Checkpoints
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.manifest import hash_file
 from train.rundir import versions, write_json_atomic
 
-SIDE = "hf"  # folder of the source's own files
 DTYPES = ("source", "float32", "bfloat16")
 TIED = "lm_head.weight"
 
@@ -97,24 +97,11 @@ def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
     Raises:
       UserError: naming what is wrong; DST is then as it was.
     """
-    if dst.exists():
-        raise UserError(f"{dst} exists already; choose another folder, or remove it first.")
-    source = open_source(text)
-    raw = source.config()
-    model = hf_config.parse(raw, f"{source.origin} (config.json)")
-    partial = dst.with_name(f".{dst.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / SIDE).mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{dst} cannot be written ({error.strerror}); choose another folder.") from error
-    try:
+    with new_folder(dst) as partial:
+        source = open_source(text)
+        model = hf_config.parse(source.config(), f"{source.origin} (config.json)")
+        (partial / SIDE).mkdir()
         _write(source, model, partial, dtype)
-        partial.rename(dst)
-    except OSError as error:
-        raise UserError(f"{dst} cannot be written ({error.strerror}); nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return dst
 
 

@@ -18,19 +18,16 @@ import numpy as np
 from jaxattn.errors import Incomplete, Mismatch, Unsupported
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from train.leaf_io import named
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`theirs` [out, in] is `ours` [in, out] where `transpose`; `optional` parameters may not exist in a model."""
+    """`theirs` [out, in] is `ours` [in, out] where `transpose`."""
 
     theirs: str
     ours: str
     transpose: bool = False
-
-    @property
-    def regex(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.theirs).replace(r"\{i\}", r"(0|[1-9]\d*)"))
 
     def name(self, layer: int | None) -> str:
         return self.theirs if layer is None else self.theirs.replace("{i}", str(layer))
@@ -86,8 +83,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model, by "layer_0/attn/q/kernel"."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     tree = jax.eval_shape(lambda: Decoder(model).init(jax.random.key(0), tokens))["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return {path: leaf.shape for path, leaf in named(tree).items()}
 
 
 def pairs(model: ModelConfig, table: tuple[Rule, ...] = DECODER) -> dict[str, Pair]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert import hf_config, rules, strict_json
 from convert import safetensors_files as st
-from convert.from_hf import SIDE, TIED
+from convert.from_hf import TIED
+from convert.new_folder import new_folder
 from convert.sources import SIDE_FILES
-from jaxattn.errors import CheckpointError, Unsupported, UserError, run_cli
+from jaxattn.errors import Unsupported, run_cli
 from jaxattn.models import ModelConfig
+from jaxattn.text import SIDE
+from train.leaf_io import named
 from train.load import load_params, read_config
 
 MOST_BYTES = 5 << 30  # of one file
@@ -33,13 +34,9 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
     Raises:
       UserError: no checkpoint, an architecture HuggingFace does not have, or DST exists; DST is then as it was.
     """
-    if dst.exists():
-        raise UserError(f"{dst} exists already; choose another folder, or remove it first.")
     cfg = read_config(src)
     params, _ = load_params(src, cfg, step, dtype=None)
-    flat = {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = named(params)
     wanted = rules.pairs(cfg.model)
     tensors = {}
     for name, pair in wanted.items():
@@ -48,19 +45,9 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
     layout = _layout(src, tensors, cfg.model)
     if TIED in layout and cfg.model.tie_embeddings:
         tensors[TIED] = tensors["model.embed_tokens.weight"]
-    kept = _side_files(src, cfg.model, dtype)
-    if "config.json" not in kept:
-        kept["config.json"] = _json(hf_config.write(cfg.model, _common_dtype(tensors)))
-    partial = dst.with_name(f".{dst.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    kept = _side_files(src, cfg.model, tensors)
+    with new_folder(dst) as partial:
         _write_files(partial, tensors, layout, kept)
-        partial.rename(dst)
-    except OSError as error:
-        raise UserError(f"{dst} cannot be written ({error.strerror}); nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return dst
 
 
@@ -88,19 +75,23 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
     return {name: f"model-{i:05d}-of-{of:05d}.safetensors" for i, group in enumerate(groups, 1) for name in group}
 
 
-def _side_files(src: Path, model: ModelConfig, dtype: str) -> dict[str, bytes]:
-    """The source's own files; its config.json only if it still describes the model."""
+def _side_files(src: Path, model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """The source's own files, and a config.json that describes the model and the tensors' dtype."""
     folder = src / SIDE
     kept = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    dtype = _common_dtype(tensors)
+    raw = None
     if "config.json" in kept:
-        try:
-            same = hf_config.parse(strict_json.loads(kept["config.json"], "config.json")) == model
-        except CheckpointError:
-            same = False
-        if not same or dtype != "source":
-            del kept["config.json"]
-    if dtype != "source":
-        kept.pop(st.INDEX, None)
+        raw = strict_json.loads(kept["config.json"], f"{folder / 'config.json'}")
+        if hf_config.parse(raw) != model:
+            raw = None
+    if raw is None:
+        kept["config.json"] = _json(hf_config.write(model, dtype))
+    before = strict_json.read(src / "provenance.json").get("dtypes") if (src / "provenance.json").exists() else None
+    if before != sorted({x.dtype.name for x in tensors.values()}):
+        kept.pop(st.INDEX, None)  # its total size is that of another dtype
+        if raw is not None:
+            kept["config.json"] = _json({k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": dtype})
     return kept
 
 

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from evals.trained import write_result
+from evals.length import make_losses
+from evals.trained import retrieves, write_result
 from jaxattn.errors import ConfigError, DataError, run_cli
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
@@ -55,17 +56,12 @@ def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
             return
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
-    """-log p [b, T] of tokens[:, 1:] given those before."""
-    live = (jnp.arange(tokens.shape[1] - 1) < lengths[:, None] - 1).astype(jnp.int32)
-    logits: Any = Decoder(model).apply({"params": params}, tokens[:, :-1], None, live)
-    return token_losses(logits, tokens[:, 1:])
+_reader = functools.cache(make_losses)  # one program a model, also for many short texts
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _losses_by_steps(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
-    """The same, one token at a time through the decode state."""
+    """-log p [b, T] of tokens[:, 1:] given those before, one token at a time through the decode state."""
     batch, length = tokens.shape[0], tokens.shape[1] - 1
     decoder, variables = Decoder(model), {"params": params}
 
@@ -103,13 +99,14 @@ def losses(
     if by_steps and stride != context:
         raise ConfigError(f"--stride is {stride} but --token-by-token reads separate pieces: leave it at {context}.")
     found, cut = [], list(windows(np.asarray(ids, np.int32), context, stride))
-    run = _losses_by_steps if by_steps else _losses
+    read = _reader(model, retrieves(model))
     groups = range(0, len(cut), BATCH)
     for i in track(groups, "reading", transient=True) if show else groups:
         group = cut[i : i + BATCH]
         filled = group + [group[0]] * (BATCH - len(group))  # one shape
         tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length for w in filled])
-        out = np.asarray(run(model, params, jnp.asarray(tokens), jnp.asarray(lengths)), np.float64)
+        out = _losses_by_steps(model, params, tokens, lengths) if by_steps else read(params, tokens)
+        out = np.asarray(out, np.float64)
         found += [row[w.first : w.length - 1] for row, w in zip(out, group, strict=False)]
     return np.concatenate(found)
 

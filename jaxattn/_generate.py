@@ -47,8 +47,12 @@ class Cursor:
 
 
 def cast_params(params: Any, dtype: Any) -> Any:
-    """Matrices in the compute dtype, once, instead of at every step; vectors (norms, biases) stay as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+    """Kernels and embeddings in the compute dtype, once, instead of at every step; all else stays as trained.
+
+    The layers cast these themselves, so nothing changes but the time; a mechanism's own parameters may need f32.
+    """
+    cast = lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embed", "unembed") else x
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def room_for(tokens: int) -> int:

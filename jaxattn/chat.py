@@ -18,7 +18,7 @@ def read_template(folder: Path) -> tuple[str, dict[str, str]]:
     Raises:
       UserError: the folder has none.
     """
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     template = config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
@@ -57,7 +57,8 @@ def render(template: str, special: Mapping[str, str], messages: Messages) -> str
         raise UserError(f"the chat template does not fit these messages ({error}).") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} without one. Raises `Corrupt` if it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxattn._generate import BLOCK, stream
-from jaxattn.chat import read_template, render
+from jaxattn.chat import read_json, read_template, render
 from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.sampling import Sampling
@@ -33,7 +32,7 @@ class Loaded:
     """Tokens of the longest sequence that was trained."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the start token where the model was trained with one.
+        """Token ids of a prompt; an empty one is the end-of-text token, behind which a text begins.
 
         Raises:
           UserError: the text has no token.
@@ -81,7 +80,7 @@ def _stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = folder / SIDE / name
         if path.is_file():
-            ids = json.loads(path.read_bytes()).get("eos_token_id")
+            ids = read_json(path).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if all(isinstance(i, int) for i in ids):
                 return tuple(ids)

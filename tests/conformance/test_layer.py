@@ -73,6 +73,7 @@ def test_weights_are_read_row_by_row_and_the_sink_study_can_measure_them(mixer):
     for layer in look(cfg, params, tokens).attention:
         whole = layer.weights()
         part = layer.weights(5, 3)
+        assert np.any(whole.values[:, :, 5:8])
         np.testing.assert_allclose(part.values, whole.values[:, :, 5:8], atol=1e-5)
         assert part.slots == whole.slots
         assert not np.any(np.triu(whole.values[0, 0, :, whole.slots :], 1)), "no weight on later tokens"

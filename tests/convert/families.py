@@ -29,7 +29,10 @@ BASE = {
     "initializer_range": 0.3,
 }
 rope = lambda kind, **more: {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **more}}
-EXTRA = {"llama-bytes": Family("Llama", {"vocab_size": 257})}  # for byte tokens; not in the matrix
+EXTRA = {  # not in the matrix
+    "llama-bytes": Family("Llama", {"vocab_size": 257}),
+    "llama-bf16-sharded": Family("Llama", {}, shard="20KB", dtype="bfloat16"),
+}
 FAMILIES = {
     "llama": Family("Llama", {}),
     "llama-tied": Family("Llama", {"tie_word_embeddings": True}),

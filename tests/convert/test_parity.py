@@ -84,8 +84,6 @@ def test_parity_climbs_from_the_embedding_to_the_logits(twin):
 
 def test_padded_rows_equal_transformers(twin):
     oracle, model, params = twin
-    if model.rope_scaling.kind == "dynamic":
-        pytest.skip("transformers takes the padded length as the sequence's, which a document's own positions are not")
     ids, pad = tokens(1, 2, LENGTH), 5
     mask = np.ones_like(ids)
     mask[0, :pad] = 0  # left padding

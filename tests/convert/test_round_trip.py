@@ -40,6 +40,22 @@ def test_the_way_back_gives_the_same_bytes_and_logits(name, tmp_path):
         assert torch.equal(again(ids).logits, oracle(ids).logits)
 
 
+def test_another_dtype_is_written_where_it_is_named(tmp_path):
+    """bf16 shards kept as f32: the configuration and the index say f32, and every number is the same."""
+    import transformers
+
+    oracle = build("llama-bf16-sharded", tmp_path / "hf")
+    convert(str(tmp_path / "hf"), tmp_path / "ours", dtype="float32")
+    export(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in again.parameters())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, oracle(ids).logits)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_configuration_written_by_us_is_read_as_the_same_model(name, tmp_path):
     build(name, tmp_path)

@@ -61,6 +61,16 @@ def test_token_by_token_gives_the_same_losses(attn):
     np.testing.assert_allclose(losses(model, params, IDS, context=16, stride=16, by_steps=True), whole, atol=1e-4)
 
 
+def test_retrieving_attention_reads_through_its_cache():
+    """One forward pass would show attention to everything; the decode state fetches a block."""
+    model = MODEL.with_attention("landmark(block=3, retrieve=1, context=16)")
+    params = params_of(model)
+    whole = losses(model, params, IDS, context=32, stride=32)
+    plain = losses(MODEL.with_attention("landmark(block=3)"), params, IDS, context=32, stride=32)
+    assert np.all(np.isfinite(whole))
+    assert not np.allclose(whole, plain, atol=1e-3)
+
+
 def test_more_context_is_what_a_smaller_stride_gives():
     """A token is scored with at least context - stride tokens before it."""
     for w in list(windows(IDS, 16, 4))[1:]:
