@@ -136,6 +136,41 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """The checkpoint whose parameters a run starts from; `train.finetune` fills it in."""
+
+    source: str = ""
+    """Its folder; empty starts from random parameters."""
+    step: int = 0
+    """Its step."""
+    attn: str = ""
+    """The attention it was trained with."""
+    digest: str = ""
+    """sha256 of its manifest: a run goes on from the very parameters it started from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates (arXiv 2106.09685) instead of training every parameter."""
+
+    rank: int = 0
+    """Rank r; 0 trains every parameter."""
+    alpha: float = 16.0
+    """The update is alpha / r · A B."""
+    targets: tuple[str, ...] = ("attn/[qkvo]", "mlp/*")
+    """Which kernels get one: patterns of the ends of their names."""
+
+    def __post_init__(self) -> None:
+        check_finite("lora", self)
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank is {self.rank} but must be 0 (off) or positive.")
+        if self.rank and not self.alpha > 0:
+            raise ConfigError(f"lora.alpha is {self.alpha} but must be positive.")
+        if self.rank and not self.targets:
+            raise ConfigError("lora.targets is empty but lora.rank is set; name the kernels, such as attn/[qv].")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Pretrain a decoder with swappable attention and watch sinks emerge."""
 
@@ -161,8 +196,14 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    start: tyro.conf.Suppress[StartConfig] = dataclasses.field(default_factory=StartConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        if self.lora.rank and not self.start.source:
+            raise ConfigError(
+                f"lora.rank is {self.lora.rank} but there is no checkpoint to adapt: use python -m train.finetune."
+            )
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps} but must be at least 1.")
         if self.seed < 0:
@@ -208,8 +249,9 @@ class RunConfig:
         return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, JSON-ready."""
-        return dataclasses.asdict(self)
+        """Plain nested dict, JSON-ready; a run that starts from no checkpoint does not speak of one."""
+        drop = () if self.start.source else ("start", "lora")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in drop}
 
 
 # What a resumed run may change without becoming another run.
@@ -234,8 +276,10 @@ DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention
 --list-attn names every attention, --list-presets every recipe; --data=X is short for --data.source=X."""
 
 
-def parse_args(args: list[str], default: RunConfig) -> RunConfig:
-    """Command line -> RunConfig over the preset's defaults; prints help and exits 0 on --help, 2 on bad flags."""
+def parse_args(
+    args: list[str], default: RunConfig, prog: str = "python -m train.pretrain", description: str = DESCRIPTION
+) -> RunConfig:
+    """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help, 2 on bad flags."""
     expanded = []
     for arg in args:
         flag, eq, value = arg.partition("=")
@@ -246,6 +290,6 @@ def parse_args(args: list[str], default: RunConfig) -> RunConfig:
         RunConfig,
         args=expanded,
         default=default,
-        prog="python -m train.pretrain",
-        description=DESCRIPTION,
+        prog=prog,
+        description=description,
     )

@@ -10,12 +10,16 @@ from typing import Any
 
 import jax
 
-from jaxattn.errors import Incomplete, UserError
+from jaxattn.errors import Incomplete, Mismatch, UserError
 from jaxattn.models import ModelConfig
+from jaxattn.text import SIDE
+from train import base
+from train import manifest as mf
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data import Source, make_source
 from train.leaf_io import name_of
+from train.lora import merge
 from train.step import init_state
 
 
@@ -33,8 +37,10 @@ def read_config(folder: Path) -> RunConfig:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
     cfg = config_from_dict(RunConfig, raw, str(path))
-    own = folder / cfg.data.tokenizer  # a converted checkpoint brings its tokenizer, wherever it is moved
-    if cfg.preset == "converted" and own.is_file():
+    # A converted checkpoint brings its tokenizer, wherever it is moved, and so does a run that started from one.
+    own = folder / (cfg.data.tokenizer if cfg.preset == "converted" else f"{SIDE}/tokenizer.json")
+    gone = bool(cfg.start.source) and not Path(cfg.data.tokenizer).exists()
+    if (cfg.preset == "converted" or gone) and own.is_file():
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(own)))
     return cfg
 
@@ -73,9 +79,46 @@ def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:
     return source, dataclasses.replace(cfg.model, vocab_size=size)
 
 
+def first_state(cfg: RunConfig) -> Any:
+    """The training state at step 0, before a checkpoint's parameters are put into it."""
+    if not cfg.lora.rank:
+        return init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed)
+    return init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed, cfg.lora, base.new_paths(cfg))
+
+
+def load_base(cfg: RunConfig) -> Any:
+    """The parameters that the run starts (or started) from, f32, those that its model has.
+
+    Raises:
+      CheckpointError: the checkpoint is gone, or is not the one the run started from.
+    """
+    folder = Path(cfg.start.source)
+    if not folder.is_dir():
+        raise Incomplete(f"{folder}, the checkpoint that this run started from, is not there; move it back.")
+    if manifest_digest(folder, cfg.start.step) != cfg.start.digest:
+        raise Mismatch(
+            f"step {cfg.start.step} of {folder} is not the checkpoint that this run started from; restore that one."
+        )
+    params, _ = load_params(folder, read_config(folder), cfg.start.step)
+    return base.keep(params, cfg.model)
+
+
+def manifest_digest(folder: Path, step: int) -> str:
+    """sha256 of a checkpoint's manifest, "" without one."""
+    path = Checkpoints(folder / "checkpoints", config={}, read_only=True).path(step) / mf.NAME
+    return mf.hash_file(path).sha256 if path.is_file() else ""
+
+
+def whole(cfg: RunConfig, params: Any, frozen: Any = None) -> Any:
+    """The model's parameters from those of a training state, which for LoRA are updates of the `frozen` ones."""
+    if not cfg.lora.rank:
+        return params
+    return jax.jit(merge, static_argnums=2)(load_base(cfg) if frozen is None else frozen, params, cfg.lora)
+
+
 def abstract_state(cfg: RunConfig, sharding: Any = None) -> Any:
     """Shapes and dtypes of the training state."""
-    shapes = jax.eval_shape(lambda: init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed))
+    shapes = jax.eval_shape(lambda: first_state(cfg))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
@@ -103,4 +146,4 @@ def load_params(
 
     wanted["params"] = jax.tree_util.tree_map_with_path(retyped, wanted["params"])
     restored = checkpoints.restore(wanted, step=step, allow_cast=True)
-    return restored.state["params"], restored.step
+    return whole(cfg, restored.state["params"]), restored.step

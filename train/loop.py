@@ -20,18 +20,19 @@ from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import Mismatch, TrainingStopped
+from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
 from train.config import RESUMABLE, RunConfig
 from train.data import Source
 from train.data.task_source import TaskSource
-from train.load import abstract_state, open_source, read_config
+from train.load import abstract_state, first_state, load_base, open_source, read_config, whole
 from train.manifest import diff_config
 from train.mesh import data_mesh, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
 from train.rundir import RunDir, environment, open_run, truncate_jsonl_after, write_json_atomic
 from train.signals import StopSignal
-from train.step import batch_loss, init_state, make_train_step
+from train.step import batch_loss, make_train_step
 
 log = logging.getLogger("jaxattn")
 
@@ -60,19 +61,21 @@ def run(cfg: RunConfig) -> int:
     # What can be wrong with the data or the devices shows before an older run is touched.
     source, model = open_source(cfg)
     cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
+    new_paths(cfg)  # refuses an attention that the checkpoint's parameters do not fit
     mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
     with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0) as place:
         saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
         with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
             iterator = source.train_iterator()
             try:
-                state, start = _first_state(cfg, checkpoints, iterator, mesh)
+                state, frozen, start = _first_state(cfg, checkpoints, iterator, mesh)
                 _describe(place, saved, source, start)
-                code, state, step = _train(cfg, place, source, checkpoints, iterator, state, start, mesh)
+                copy_side_files(cfg, place.path)
+                code, state, step = _train(cfg, place, source, checkpoints, iterator, state, frozen, start, mesh)
             finally:
                 iterator.close()
         if step >= cfg.steps:
-            result = finish_run(place.path, cfg, source, state["params"], step)
+            result = finish_run(place.path, cfg, source, whole(cfg, state["params"], frozen), step)
             print(table(result))
             if cfg.report:
                 from evals.report import write_report  # matplotlib is not needed before
@@ -87,9 +90,15 @@ def default_run_dir(cfg: RunConfig) -> str:
     return f"runs/{cfg.preset}-{attn.strip('-')}-seed{cfg.seed}"
 
 
-def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: Any) -> tuple[Any, int]:
-    """A fresh state at step 0, or the newest valid checkpoint's, with the data iterator moved along."""
-    if not cfg.resume or checkpoints.latest() is None:
+def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: Any) -> tuple[Any, Any, int]:
+    """A fresh state at step 0, or the newest valid checkpoint's, with the data iterator moved along.
+
+    Second, what LoRA leaves as it is (else None).
+    """
+    fresh = not cfg.resume or checkpoints.latest() is None
+    base = load_base(cfg) if cfg.start.source and (fresh or cfg.lora.rank) else None
+    frozen = replicate(base, mesh) if cfg.lora.rank else None
+    if fresh:
         if cfg.resume:
             before = read_config(Path(cfg.run_dir)).to_dict()
             if differences := diff_config(before, cfg.to_dict(), ignore=RESUMABLE):
@@ -98,12 +107,16 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
                     "saved values or another --run-dir."
                 )
             log.warning("the run in %s has no checkpoint yet; it starts at step 0", cfg.run_dir)
-        return replicate(init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed), mesh), 0
+        state = first_state(cfg)
+        if base is not None:
+            print(describe_swap(cfg), flush=True)
+            state = state if cfg.lora.rank else state | {"params": put(state["params"], base)}
+        return replicate(state, mesh), frozen, 0
     checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     restored = checkpoints.restore(abstract_state(cfg, sharding), iterator)
     print(f"resumed {checkpoints.path(restored.step)}", flush=True)
-    return restored.state, restored.step
+    return restored.state, frozen, restored.step
 
 
 def _describe(place: RunDir, saved: dict[str, Any], source: Source, start: int) -> None:
@@ -123,11 +136,12 @@ def _train(
     checkpoints: Checkpoints,
     iterator: Any,
     state: Any,
+    frozen: Any,
     start: int,
     mesh: Any,
 ) -> tuple[int, Any, int]:
     """The loop proper: returns the exit code, the last state and its step."""
-    train_step = make_train_step(cfg.model, cfg.optim, cfg.steps)
+    train_step = make_train_step(cfg.model, cfg.optim, cfg.steps, cfg.lora if cfg.lora.rank else None, frozen)
     evaluate = _make_evaluation(cfg, source)
     writer = MetricsWriter(place.path, cfg)
     step, code, skips, clock = start, 0, 0, _Clock()
@@ -149,6 +163,10 @@ def _train(
     try:
         with StopSignal() as stop, progress:
             pending = None
+            if cfg.start.source and step == 0:  # what there is to improve on
+                row = {"step": 0} | evaluate(whole(cfg, state["params"], frozen))
+                progress.say(evaluation_line(row))
+                writer.write(row)
             while step < cfg.steps and stop.requested is None:
                 batch = next(iterator)
                 state, numbers = train_step(state, shard_batch(batch, mesh))
@@ -164,7 +182,7 @@ def _train(
                 assert row is not None
                 clock.pause()
                 if due or step == cfg.steps:
-                    row |= evaluate(state["params"])
+                    row |= evaluate(whole(cfg, state["params"], frozen))
                     progress.say(evaluation_line(row))
                 _log(row, cfg, writer, progress, clock, always=True)
                 if saving or last:

@@ -22,14 +22,14 @@ def main(args: list[str] | None = None) -> int:
     if "--list-presets" in args:
         _list_presets()
         return 0
-    _prepare_jax()
+    prepare_jax()
 
     from train.config import parse_args
     from train.load import read_config
     from train.loop import default_run_dir, run
     from train.presets import get_preset
 
-    preset = _value_of(args, "--preset")
+    preset = value_of(args, "--preset")
     cfg = parse_args(args, get_preset(preset or "bb"))
     folder = Path(cfg.run_dir or default_run_dir(cfg))
     if cfg.resume and preset is None and (folder / "config.json").is_file():
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
     return run(cfg)
 
 
-def _value_of(args: list[str], flag: str) -> str | None:
+def value_of(args: list[str], flag: str) -> str | None:
     """The value of a flag before the real parsing, whichever way it is written."""
     for i, arg in enumerate(args):
         if arg.startswith(flag + "="):
@@ -48,7 +48,7 @@ def _value_of(args: list[str], flag: str) -> str | None:
     return None
 
 
-def _prepare_jax() -> None:
+def prepare_jax() -> None:
     """Keep compiled programs between runs (unless the user chose a place already)."""
     import jax
 

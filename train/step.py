@@ -7,6 +7,7 @@ unchanged (only `skipped` counts up), so whatever is saved afterwards is sound.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ from jaxtyping import Array
 
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from train.config import OptimConfig
+from train.config import LoraConfig, OptimConfig
+from train.lora import init as init_lora
+from train.lora import merge
 from train.objective import cross_entropy
 from train.optimizer import make_optimizer, make_schedule
 
@@ -25,13 +28,20 @@ Batch = dict[str, Array]
 SPIKE_WARMUP = 20  # steps before the running mean of the loss is trusted
 
 
-def init_state(model: ModelConfig, optim: OptimConfig, steps: int, seed: int) -> State:
-    """params (f32), opt_state, step, skipped, loss_mean and the raw PRNG key, all deterministic in the seed."""
+def init_state(
+    model: ModelConfig, optim: OptimConfig, steps: int, seed: int, lora: LoraConfig | None = None, new: Any = ()
+) -> State:
+    """params (f32), opt_state, step, skipped, loss_mean and the raw PRNG key, all deterministic in the seed.
+
+    With `lora` params are what `train.lora.init` makes: the low-rank updates, and the leaves in `new`.
+    """
 
     def create() -> State:
         init_key, run_key = jax.random.split(jax.random.key(seed))
         tokens = jnp.zeros((1, 8), jnp.int32)
         params = Decoder(model).init(init_key, tokens)["params"]
+        if lora is not None:
+            params = init_lora(jax.random.fold_in(init_key, 1), params, lora, new)
         return {
             "params": params,
             "opt_state": make_optimizer(optim, steps).init(params),
@@ -63,17 +73,20 @@ def _hidden_and_unembedding(decoder: Decoder, *inputs: Array) -> tuple[Array, Ar
 
 
 def make_train_step(
-    model: ModelConfig, optim: OptimConfig, steps: int
+    model: ModelConfig, optim: OptimConfig, steps: int, lora: LoraConfig | None = None, frozen: Any = None
 ) -> Callable[[State, Batch], tuple[State, dict[str, Array]]]:
-    """The jitted step; the state is donated. Numbers: loss, grad_norm, lr, tokens, applied, skipped."""
+    """The jitted step; the state is donated. Numbers: loss, grad_norm, lr, tokens, applied, skipped.
+
+    With `lora` the state's params are the updates of the `frozen` ones.
+    """
     optimizer, schedule = make_optimizer(optim, steps), make_schedule(optim, steps)
 
-    def gradients(params: Any, batch: Batch) -> tuple[Array, Array, Any]:
+    def gradients(params: Any, frozen: Any, batch: Batch) -> tuple[Array, Array, Any]:
         """Mean loss, token count and gradient of the mean over the whole batch."""
         total = jnp.maximum(jnp.sum(batch["loss_mask"]).astype(jnp.float32), 1.0)
 
         def share(p: Any, part: Batch) -> Array:
-            return batch_loss(model, p, part)[0] / total
+            return batch_loss(model, p if lora is None else merge(frozen, p, lora), part)[0] / total
 
         if optim.accumulate == 1:
             loss, grads = jax.value_and_grad(share)(params, batch)
@@ -92,8 +105,8 @@ def make_train_step(
         ((loss, grads), _), _ = jax.lax.scan(add, (zero, parts), length=optim.accumulate)
         return loss, total, grads
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
-        loss, tokens, grads = gradients(state["params"], batch)
+    def step(state: State, batch: Batch, frozen: Any = None) -> tuple[State, dict[str, Array]]:
+        loss, tokens, grads = gradients(state["params"], frozen, batch)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if optim.spike_factor:
@@ -122,4 +135,5 @@ def make_train_step(
         }
         return new, numbers
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    return compiled if lora is None else partial(compiled, frozen=frozen)
