@@ -92,19 +92,30 @@ def _start(model: ModelConfig, batch: int, room: int, params: Any) -> Any:
     return Decoder(model).apply({"params": params}, batch, room, method="start")
 
 
-def prefill(model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
-    """Read prompts [B, T] whose `live` places are at the right end, `CHUNK` tokens at a time."""
+def prefill_chunks(
+    model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array
+) -> Iterator[Cursor | None]:
+    """Read prompts [B, T] whose `live` places are at the right end: None after a chunk, the cursor after the last."""
     batch, length = tokens.shape
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
     pad = -length % chunk
     tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
     positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
-    states, logits = _start(model, batch, room, params), None
+    states = _start(model, batch, room, params)
     for at in range(0, length + pad, chunk):
         cut = [jnp.asarray(x[:, at : at + chunk]) for x in (tokens, positions, live.astype(np.int32))]
         logits, states = _prefill_chunk(model, params, states, *cut)
-    ends = jnp.asarray(live.sum(1), jnp.int32)
-    return Cursor(states, logits, ends, jnp.zeros(batch, bool), keys)
+        if at + chunk < length + pad:
+            yield None
+        else:
+            ends = jnp.asarray(live.sum(1), jnp.int32)
+            yield Cursor(states, logits, ends, jnp.zeros(batch, bool), keys)
+
+
+def prefill(model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
+    """Read prompts [B, T] whose `live` places are at the right end, `CHUNK` tokens at a time."""
+    cursors = [cursor for cursor in prefill_chunks(model, params, tokens, live, room, keys) if cursor is not None]
+    return cursors[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)

@@ -58,3 +58,33 @@ def sample(logits: Float[Array, "B N"], keys: Array, how: Sampling) -> Int[Array
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, how)).astype(jnp.int32)
+
+
+def sample_rows(
+    logits: Float[Array, "B N"],
+    keys: Array,
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+) -> Int[Array, "B"]:
+    """`sample` with every row's own options: one program for whatever requests come together."""
+    greedy = temperature == 0
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        """The filters of `filtered`, by one sort a row."""
+        scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)[:, None]
+        ordered = jnp.sort(scaled, axis=-1, descending=True)
+        size = ordered.shape[-1]
+        k = jnp.where((top_k == 0) | (top_k > size), size, top_k)
+        kept = jnp.arange(size) < k[:, None]
+        p = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        before = jnp.cumsum(p, axis=-1) - p
+        kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+        kept &= ordered >= ordered[:, :1] + jnp.log(min_p)[:, None]
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled < least, -jnp.inf, scaled))
+        return jnp.where(greedy, best, drawn.astype(jnp.int32))
+
+    return jax.lax.cond(jnp.all(greedy), lambda: best, draw)

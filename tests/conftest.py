@@ -39,7 +39,7 @@ def cache_root() -> Path:
 
 
 # Folders whose tests compile much and run little.
-SMALL = ("analysis", "conformance", "convert", "generate", "kernels", "mechanisms", "nn")
+SMALL = ("analysis", "conformance", "convert", "generate", "kernels", "mechanisms", "nn", "serve")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ that of the mixer, in f32. Exits 1 if an expectation fails:
   softmax                recalls > 99 %
   BASED                  rises with its feature dim, and beats linear attention at no larger state
   Titans                 beats every linear attention
+  no convolution         softmax and BASED lose more than half of what they recall without the layer in front
   softmax in a window    below 50 % when the window is shorter than the pairs' own part, 2 N tokens
   Aaren                  no better than a guess among the pairs shown (its query does not depend on the token)
 
@@ -37,6 +38,7 @@ from train.data import DataConfig
 COLUMNS = ("mixer", "state_bytes", "lr")
 # Keys are bound to values by the layer in front; the step is large because a sequence is short.
 TITANS = "titans(depth=1, max_lr=0.5, chunk=4, conv=0)"
+ALONE = ", no convolution"
 LEARNING_RATES = (1e-3, 3.2e-3, 1e-2, 3.2e-2)
 PAPER = (
     "attention above 99 %, BASED rising with its feature dim 8, 16, 24, a window of 16 alone below 50 % at T = 256, "
@@ -51,14 +53,17 @@ class Variant:
     attn: str
     lr: float
     key_dim: int = 0
+    front: bool = True
+    """Whether the convolution stands in front."""
 
     @property
     def label(self) -> str:
-        return f"{self.attn}, D={self.key_dim}" if self.key_dim else self.attn
+        return self.attn + (f", D={self.key_dim}" if self.key_dim else "") + ("" if self.front else ALONE)
 
     @property
     def family(self) -> str:
-        return self.attn.partition("(")[0] + (" window" if "window" in self.attn else "")
+        name = self.attn.partition("(")[0] + (" window" if "window" in self.attn else "")
+        return name if self.front else name + ALONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +88,13 @@ class Scale:
             *(Variant(f"based(feature_dim={dim})", 1e-2) for dim in self.feature_dims),
             Variant(TITANS, 1e-2),
             Variant("aaren", 1e-2),
+            Variant("softmax", 3.2e-3, front=False),
+            Variant(f"based(feature_dim={self.feature_dims[-1]})", 1e-2, front=False),
         ]
 
     def config(self, variant: Variant, seed: int, folder: Path) -> RunConfig:
         return RunConfig(
-            attn=f"conv(width=3), {variant.attn}",
+            attn=f"conv(width=3), {variant.attn}" if variant.front else variant.attn,
             preset="mqar",
             steps=self.steps,
             seed=seed,
@@ -97,7 +104,7 @@ class Scale:
                 source=f"mqar(pairs={self.pairs}, vocab={self.vocab})", context=self.length, batch_size=self.batch
             ),
             model=ModelConfig(
-                num_layers=2,
+                num_layers=2 if variant.front else 1,
                 d_model=self.width,
                 num_heads=1,
                 key_dim=variant.key_dim,
@@ -180,6 +187,13 @@ def expect(rows: list[study.Row], scale: Scale) -> list[study.Expectation]:
         best = max(linear)
         found = f"{show(TITANS)} against {show(best[1])}"
         out.append(study.Expectation("Titans beats every linear attention", found, points[TITANS][1] > best[0]))
+    for name, (_, accuracy, _) in points.items():
+        if name + ALONE in points:
+            text, found = (
+                f"{name} loses more than half without the convolution",
+                f"{show(name)} to {show(name + ALONE)}",
+            )
+            out.append(study.Expectation(text, found, points[name + ALONE][1] < accuracy / 2))
     for name, (_, accuracy, family) in points.items():
         window = resolve_mixer(name).window if family == "softmax window" else None
         if window and window < 2 * scale.pairs:

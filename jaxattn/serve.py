@@ -1,0 +1,59 @@
+"""`python -m jaxattn.serve CKPT`: an OpenAI-style server for a converted checkpoint or a trained run (extra `serve`).
+
+    POST /v1/completions, /v1/chat/completions     GET /v1/models, /health
+
+Requests decode together in fixed slots; who finds none free waits in a queue, and past its limit gets 429.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from jaxattn.errors import ConfigError, UserError, run_cli
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxattn.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="converted checkpoint or run folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument("--name", help="the model's name in requests (default: the folder's)")
+    parser.add_argument("--slots", type=int, default=8, help="sequences decoded together (default 8)")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer (default: the model's, at most 2048)")
+    parser.add_argument("--queue", type=int, default=256, help="requests that may wait (default 256)")
+    parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request's body (default 1 MiB)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
+    parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
+    args = parser.parse_args()
+    try:
+        import uvicorn
+
+        from jaxattn.serving.app import make_app
+    except ImportError as error:
+        raise UserError(
+            f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
+        ) from error
+    from jaxattn.serving.engine import Engine
+    from jaxattn.text import load
+    from train.pretrain import prepare_jax
+
+    if args.max_body < 1:
+        raise ConfigError(f"--max-body is {args.max_body} but must be at least 1.")
+    if not 0 <= args.port < 1 << 16:
+        raise ConfigError(f"--port is {args.port} but must be from 0 to 65535.")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    prepare_jax()
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
+    context = args.context or min(loaded.context, 2048)
+    engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
+    app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="info", timeout_keep_alive=5)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,88 @@
+"""S sequences that decode together, each with a state of its own: the device's side of continuous batching.
+
+A slot is a decode state of batch 1, and `vmap` runs the model over slots. So every mechanism serves, whatever its
+state is, and each slot counts its own tokens: one may end and another begin while its neighbours go on. A row's
+numbers do not depend on what the other slots hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array
+
+from jaxattn._generate import Cursor
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.sampling import Sampling, sample_rows
+from jaxattn.types import Leaf
+
+
+@struct.dataclass
+class Slots:
+    """Everything between two decode steps, leading axis S."""
+
+    states: Leaf  # decode states of batch 1
+    logits: Leaf  # [S, N] of the next token
+    positions: Leaf  # [S] of the next token
+    keys: Leaf  # [S] PRNG keys
+    knobs: Leaf  # {"temperature", "top_k", "top_p", "min_p"} -> [S]
+
+
+def knobs(how: Sampling) -> dict[str, np.ndarray]:
+    """The sampling options of one row as arrays."""
+    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+    return {name: np.asarray(getattr(how, name), kind) for name, kind in kinds.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(model: ModelConfig, count: int, room: int, params: Any) -> Slots:
+    """`count` free slots with room for `room` tokens each."""
+    one: Any = Decoder(model).apply({"params": params}, 1, room, method="start")
+    many = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
+    return Slots(
+        states=jax.tree.map(many, one),
+        logits=jnp.zeros((count, model.vocab_size), jnp.float32),
+        positions=jnp.zeros(count, jnp.int32),
+        keys=jax.random.split(jax.random.key(0), count),
+        knobs={name: many(x) for name, x in knobs(Sampling()).items()},
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(slots: Slots, slot: Array, cursor: Cursor, how: dict[str, Array]) -> Slots:
+    """The prompt behind `cursor` (batch 1) takes over a slot."""
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), slot, 0)
+    return Slots(
+        states=jax.tree.map(put, slots.states, cursor.states),
+        logits=put(slots.logits, cursor.logits[0]),
+        positions=put(slots.positions, cursor.positions[0]),
+        keys=slots.keys.at[slot].set(cursor.keys[0]),
+        knobs=jax.tree.map(put, slots.knobs, how),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(model: ModelConfig, count: int, params: Any, slots: Slots, live: Array) -> tuple[Array, Slots]:
+    """`count` tokens of every slot [S, count]; those of slots that are not `live` mean nothing."""
+
+    def one(state: Any, token: Array, position: Array, live: Array) -> tuple[Array, Any]:
+        place = lambda x: x.reshape(1, 1)
+        out: Any = Decoder(model).apply(
+            {"params": params}, state, place(token), place(position), place(live.astype(jnp.int32)), method="step"
+        )
+        return out[0][0, 0], out[1]
+
+    def step(slots: Slots, _: None) -> tuple[Slots, Array]:
+        split = jax.vmap(lambda k: jax.random.split(k, 2))(slots.keys)
+        token = sample_rows(slots.logits, split[:, 1], **slots.knobs)
+        logits, states = jax.vmap(one)(slots.states, token, slots.positions, live)
+        return Slots(states, logits, slots.positions + live, split[:, 0], slots.knobs), token
+
+    slots, tokens = jax.lax.scan(step, slots, None, length=count)
+    return tokens.T, slots

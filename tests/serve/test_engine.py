@@ -1,0 +1,204 @@
+"""Continuous batching: whoever the neighbours are, a request gets the tokens it would get alone."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from jaxattn.errors import ConfigError
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.sampling import Sampling, sample, sample_rows
+from jaxattn.serving import slots as device
+from jaxattn.serving.engine import Engine, QueueFull, Stopped
+
+GREEDY = Sampling()
+MECHANISMS = ["softmax", "softmax(window=7)", "landmark(block=5)", "based", "titans(depth=1)", "sink_token", "aaren"]
+
+
+def model_of(attn, **more):
+    model = ModelConfig(vocab_size=41, num_layers=2, d_model=16, num_heads=2, mixers=(attn,), **more)
+    params = Decoder(model).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    # Larger logits than at the start, so that the best token is not a near tie.
+    return model, jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params)
+
+
+class Inbox:
+    """Collects what the engine delivers."""
+
+    def __init__(self):
+        self.tokens, self.reason, self.done, self.first = [], None, threading.Event(), threading.Event()
+
+    def __call__(self, tokens, reason):
+        self.tokens += tokens
+        self.first.set()
+        if reason:
+            self.reason = reason
+            self.done.set()
+
+    def wait(self):
+        assert self.done.wait(60), "no end"
+        return self.tokens
+
+
+@pytest.fixture
+def running():
+    """Start engines that are closed when the test ends."""
+    open_ones = []
+
+    def start(model, params, **more):
+        engine = Engine(model, params, **({"slots": 3, "context": 64, "queue": 64, "block": 4} | more))
+        engine.start()
+        open_ones.append(engine)
+        return engine
+
+    yield start
+    for engine in open_ones:
+        engine.close()
+
+
+def ask(engine, ids, most, how=GREEDY, seed=0, stop=()):
+    inbox = Inbox()
+    inbox.ticket = engine.submit(ids, most, how, seed, stop, inbox)
+    return inbox
+
+
+def prompts(count, longest=19):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 41, 1 + int(n)).tolist() for n in rng.integers(0, longest, count)]
+
+
+@pytest.mark.parametrize("attn", MECHANISMS)
+def test_requests_in_shared_slots_get_what_each_gets_alone(attn, running):
+    """Ten requests of other lengths over three slots: they begin and end at different times."""
+    model, params = model_of(attn)
+    engine = running(model, params)
+    asked = [(ids, 3 + 5 * (i % 4)) for i, ids in enumerate(prompts(10))]
+    inboxes = [ask(engine, ids, most) for ids, most in asked]
+    for inbox, (ids, most) in zip(inboxes, asked, strict=True):
+        alone = jaxattn.generate(model, params, np.asarray([ids]), max_new_tokens=most).tokens[0]
+        assert inbox.wait() == alone.tolist()
+        assert inbox.reason == "length"
+    assert engine.load() == {"waiting": 0, "busy": 0, "slots": 3}
+
+
+def test_a_long_prompt_is_read_in_chunks_between_the_others_tokens(running):
+    model, params = model_of("softmax")
+    engine = running(model, params, context=700)
+    short = ask(engine, [3, 4, 5], 400)
+    assert short.first.wait(60)
+    long = prompts(1, 2)[0] * 500
+    late = ask(engine, long, 5)
+    assert late.first.wait(60)
+    assert not short.done.is_set()
+    late.wait()
+    assert late.tokens == jaxattn.generate(model, params, np.asarray([long]), max_new_tokens=5).tokens[0].tolist()
+    short.ticket.cancel()
+
+
+def test_every_row_has_its_own_sampling_and_seed(running):
+    model, params = model_of("softmax")
+    engine = running(model, params)
+    hows = [Sampling(0.8), GREEDY, Sampling(1.5, top_k=5), Sampling(1.0, top_p=0.7), Sampling(1.2, min_p=0.2)]
+    inboxes = [ask(engine, [1, 2, 3], 12, how, seed) for seed, how in enumerate(hows)]
+    for seed, (inbox, how) in enumerate(zip(inboxes, hows, strict=True)):
+        alone = jaxattn.generate(
+            model, params, np.asarray([[1, 2, 3]]), max_new_tokens=12, key=jax.random.key(seed),
+            temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p,
+        )  # fmt: skip
+        assert inbox.wait() == alone.tokens[0].tolist(), how
+
+
+@pytest.mark.parametrize(
+    "how",
+    [GREEDY, Sampling(0.7), Sampling(1.3, top_k=4), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.3),
+     Sampling(2.0, top_k=9, top_p=0.9, min_p=0.05), Sampling(1.0, top_k=999, top_p=0.01)],
+)  # fmt: skip
+def test_rows_with_options_of_their_own_are_sampled_as_rows_with_one(how):
+    logits = 3 * jax.random.normal(jax.random.key(0), (200, 31))
+    keys = jax.random.split(jax.random.key(1), 200)
+    rows = {name: jnp.broadcast_to(x, 200) for name, x in device.knobs(how).items()}
+    np.testing.assert_array_equal(sample_rows(logits, keys, **rows), sample(logits, keys, how))
+    mixed = {name: x.at[::2].set(device.knobs(GREEDY)[name]) for name, x in rows.items()}
+    found = sample_rows(logits, keys, **mixed)
+    np.testing.assert_array_equal(found[1::2], sample(logits, keys, how)[1::2])
+    np.testing.assert_array_equal(found[::2], jnp.argmax(logits, -1)[::2])
+
+
+def test_a_stop_token_ends_a_row_and_is_its_last(running):
+    model, params = model_of("softmax")
+    alone = jaxattn.generate(model, params, np.asarray([[7, 8, 9]]), max_new_tokens=30).tokens[0].tolist()
+    stop = alone[10]
+    engine = running(model, params)
+    inbox = ask(engine, [7, 8, 9], 30, stop=[stop])
+    assert inbox.wait() == alone[: alone.index(stop) + 1]
+    assert inbox.reason == "stop"
+
+
+def test_a_cancelled_request_frees_its_slot_for_the_next(running):
+    model, params = model_of("softmax")
+    engine = running(model, params, slots=1, context=4000)
+    endless, waiting, last = ask(engine, [1], 3900), ask(engine, [2], 3900), ask(engine, [3], 4)
+    assert endless.first.wait(60)
+    waiting.ticket.cancel()
+    endless.ticket.cancel()
+    assert last.wait() == jaxattn.generate(model, params, np.asarray([[3]]), max_new_tokens=4).tokens[0].tolist()
+    assert not waiting.tokens
+    assert endless.reason is None
+    assert engine.load()["busy"] == 0
+
+
+def test_too_many_waiting_are_refused_and_those_who_left_do_not_count(running):
+    model, params = model_of("softmax")
+    engine = running(model, params, slots=1, queue=2, context=4000)
+    first = ask(engine, [1], 3900)
+    assert first.first.wait(60)
+    second, third = ask(engine, [1], 5), ask(engine, [1], 5)
+    with pytest.raises(QueueFull, match="2 requests are waiting"):
+        ask(engine, [1], 5)
+    second.ticket.cancel()
+    fourth = ask(engine, [1], 5)
+    first.ticket.cancel()
+    assert third.wait() == fourth.wait()
+
+
+@pytest.mark.parametrize(("ids", "most"), [([], 3), ([1], 0), ([1] * 60, 5)])
+def test_impossible_requests_are_refused(running, ids, most):
+    engine = running(*model_of("softmax"))
+    with pytest.raises(ConfigError):
+        ask(engine, ids, most)
+
+
+def test_impossible_engines_are_refused():
+    model, params = model_of("softmax", max_positions=32)
+    for more, words in (({"slots": 0}, "slots is 0"), ({"context": 33}, "knows 32 positions")):
+        with pytest.raises(ConfigError, match=words):
+            Engine(model, params, **({"slots": 1, "context": 8, "queue": 1} | more))
+
+
+def test_an_engine_that_breaks_tells_everybody(running, monkeypatch):
+    engine = running(*model_of("softmax"), slots=1)
+    monkeypatch.setattr(device, "decode", lambda *args: 1 / 0)
+    taken, waiting = ask(engine, [1], 5), ask(engine, [1], 5)
+    taken.wait()
+    waiting.wait()
+    assert (taken.reason, waiting.reason) == ("error", "error")
+    assert "ZeroDivisionError" in engine.failure
+    with pytest.raises(Stopped, match="ZeroDivisionError"):
+        ask(engine, [1], 5)
+
+
+def test_closing_tells_those_who_wait():
+    engine = Engine(*model_of("softmax"), slots=1, context=4000, queue=4)
+    engine.start()
+    taken, waiting = ask(engine, [1], 3900), ask(engine, [1], 5)
+    assert taken.first.wait(60)
+    engine.close()
+    assert (taken.reason, waiting.reason) == ("error", "error")
+    with pytest.raises(Stopped):
+        ask(engine, [1], 5)
