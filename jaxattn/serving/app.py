@@ -87,7 +87,9 @@ async def _body(request: Request, most: int) -> bytes:
 
 def _error(status: int, message: str, code: str) -> Response:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status)
+    # Whoever sends too much is not listened to until the end.
+    headers = {"Connection": "close"} if status == 413 else {}
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status, headers)
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -89,8 +89,8 @@ def test_requests_in_shared_slots_get_what_each_gets_alone(attn, running):
 
 def test_a_long_prompt_is_read_in_chunks_between_the_others_tokens(running):
     model, params = model_of("softmax")
-    engine = running(model, params, context=700)
-    short = ask(engine, [3, 4, 5], 400)
+    engine = running(model, params, context=1100)
+    short = ask(engine, [3, 4, 5], 1000)
     assert short.first.wait(60)
     long = prompts(1, 2)[0] * 500
     late = ask(engine, long, 5)
