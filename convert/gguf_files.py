@@ -15,11 +15,14 @@ import numpy as np
 
 from convert.safetensors_files import finite
 from jaxattn.errors import Corrupt, Incomplete, Unsupported
+from jaxattn.rope import RopeScaling, frequencies
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+ROPE_TABLE = "rope_freqs.weight"  # divisors of the rotary frequencies
+LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 8192}
 MOST = {"tensors": 1 << 16, "metadata entries": 1 << 16, "array elements": 1 << 24, "bytes of a string": 1 << 24}
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -147,11 +150,6 @@ class GgufFile:
             raise Unsupported(f"{path}: a mixture of experts is not supported; use a dense model.")
         if self.arch not in ARCHITECTURES:
             raise Unsupported(f"{path}: architecture {self.arch[:40]!r} is not one of {', '.join(ARCHITECTURES)}.")
-        if "rope_freqs.weight" in self.tensors:
-            raise Unsupported(
-                f"{path} holds its rotary frequencies as a table (rope_freqs.weight), as Llama 3.1 does; "
-                "convert the safetensors checkpoint instead."
-            )
 
     def field(self, name: str, default: Any = None) -> Any:
         """`ARCH.name`. Raises `Incomplete` if it is missing and has no default."""
@@ -175,6 +173,8 @@ class GgufFile:
         rotated = self.field("rope.dimension_count", head_dim)
         if rotated != head_dim:
             rope["partial_rotary_factor"] = rotated / head_dim
+        if ROPE_TABLE in self.tensors:
+            rope |= self._llama3(int(rotated), rope["rope_theta"])
         name = ARCHITECTURES[self.arch]
         raw = {
             "architectures": [name],
@@ -201,6 +201,23 @@ class GgufFile:
                 raw[key] = int(number)
         return raw
 
+    def _llama3(self, rotated: int, base: float) -> dict[str, Any]:
+        """The scaling whose table of divisors the file holds: those of Llama 3.1 to 3.3 differ in the factor alone."""
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[ROPE_TABLE]
+        table = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float64).reshape(-1)
+        if table.size == rotated // 2 and np.all(np.isfinite(table)) and table.max() >= 1:
+            scaling = RopeScaling("llama3", float(f"{table.max():.6g}"), **LLAMA3)
+            if np.allclose(frequencies(rotated, base) / frequencies(rotated, base, scaling=scaling), table, rtol=1e-3):
+                names = {"original_length": "original_max_position_embeddings"}
+                rope = {names.get(name, name): value for name, value in LLAMA3.items()}
+                return {"rope_type": "llama3", "factor": scaling.factor, **rope}
+        raise Unsupported(
+            f"{self.path} holds a table of rotary frequencies ({ROPE_TABLE}) that is not Llama 3's; "
+            "convert the safetensors checkpoint instead."
+        )
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """HuggingFace name -> [out, in] of every tensor. Raises `Unsupported` for a quantisation not in `TYPES`."""
         found = {}
@@ -209,7 +226,8 @@ class GgufFile:
                 raise Unsupported(
                     f"tensor {name!r} of {self.path} is {tensor.tensor_type.name}; only {', '.join(TYPES)} are read."
                 )
-            found[hf_name(name)] = tuple(int(n) for n in tensor.shape[::-1])
+            if name != ROPE_TABLE:
+                found[hf_name(name)] = tuple(int(n) for n in tensor.shape[::-1])
         return found
 
     def read_all(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -217,6 +235,8 @@ class GgufFile:
         from gguf.quants import dequantize
 
         for name, tensor in self.tensors.items():
+            if name == ROPE_TABLE:
+                continue
             values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
             values = values.reshape(tuple(int(n) for n in tensor.shape[::-1]))
             if self.arch == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):

@@ -78,16 +78,14 @@ def read_all(found: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in found.items():
-        by_file.setdefault(entry.file, []).append(name)
-    for path, names in by_file.items():
+    for name, entry in sorted(found.items(), key=lambda item: item[1].file):
         try:
-            with safe_open(path, framework="numpy") as file:
-                for name in names:
-                    yield name, finite(name, file.get_tensor(name), str(path))
+            # Opened anew for each tensor: the pages of a mapped file that were read count as this process's memory.
+            with safe_open(entry.file, framework="numpy") as file:
+                array = file.get_tensor(name)
         except SafetensorError as error:
-            raise Corrupt(f"{path} cannot be read ({str(error)[:120]}); download it again.") from error
+            raise Corrupt(f"{entry.file} cannot be read ({str(error)[:120]}); download it again.") from error
+        yield name, finite(name, array, str(entry.file))
 
 
 def finite(name: str, array: np.ndarray, origin: str) -> np.ndarray:

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf_config, rules
 from convert.from_hf import convert
-from jaxattn.errors import CheckpointError, UserError
+from convert.gguf_files import GgufFile
+from jaxattn.errors import CheckpointError, Unsupported, UserError
 from jaxattn.models import ModelConfig
+from train.load import read_config
 
 MODEL = ModelConfig(
     vocab_size=31, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, max_positions=32, norm_eps=1e-6
@@ -265,8 +267,8 @@ def test_computed_tensors_and_a_repeated_tied_head_do_no_harm(good, tmp_path):
     convert(str(good), tmp_path / "two")
 
 
-def gguf_file(path: Path) -> bytes:
-    """A tiny sound GGUF file of the model's shapes."""
+def gguf_file(path: Path, rope: np.ndarray | None = None) -> bytes:
+    """A tiny sound GGUF file of the model's shapes, perhaps with a table of rotary divisors."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -291,6 +293,8 @@ def gguf_file(path: Path) -> bytes:
     }  # fmt: skip
     for name, shape in shapes.items():
         writer.add_tensor(name, np.ones(shape, np.float32))
+    if rope is not None:
+        writer.add_tensor("rope_freqs.weight", rope)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -341,6 +345,41 @@ def test_the_sound_gguf_file_is_accepted(tmp_path):
     pytest.importorskip("gguf")
     gguf_file(tmp_path / "good.gguf")
     convert(str(tmp_path / "good.gguf"), tmp_path / "dst")
+
+
+def test_the_rotary_table_of_llama_3_becomes_its_scaling(tmp_path):
+    """The divisors are those of transformers' own frequencies; `_llama3` because a head of 128 dims is no tiny file."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("torch", reason="transformers computes the frequencies with it")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    oracle = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters={"rope_theta": 5e5, **rope})
+    theirs = LlamaRotaryEmbedding(oracle).inv_freq.numpy().astype(np.float64)
+    table = (5e5 ** (-np.arange(64) / 64) / theirs).astype(np.float32)
+    assert {1.0, 8.0} < set(np.round(table, 4).tolist())  # fast pairs, slow ones, and some between
+    gguf_file(tmp_path / "table.gguf", table)
+    assert GgufFile(tmp_path / "table.gguf")._llama3(128, 5e5) == rope
+
+
+def test_a_file_with_the_table_converts(tmp_path):
+    """A head of 4 turns so fast at base 1e4 that every divisor is 1."""
+    pytest.importorskip("gguf")
+    gguf_file(tmp_path / "good.gguf", np.ones(2, np.float32))
+    convert(str(tmp_path / "good.gguf"), tmp_path / "dst")
+    scaling = read_config(tmp_path / "dst").model.rope_scaling
+    assert (scaling.kind, scaling.factor, scaling.original_length) == ("llama3", 1.0, 8192)
+
+
+@pytest.mark.parametrize("table", [[1.0, 7.0], [1.0, np.nan], [1.0], [0.5, 0.5]])
+def test_another_rotary_table_is_refused(table, tmp_path):
+    pytest.importorskip("gguf")
+    gguf_file(tmp_path / "bad.gguf", np.asarray(table, np.float32))
+    with pytest.raises(Unsupported, match=r"not Llama 3's"):
+        convert(str(tmp_path / "bad.gguf"), tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize("fault", ["header of 2^63 bytes", "header nests a million deep", "a shape of 2^60"])
