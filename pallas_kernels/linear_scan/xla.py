@@ -5,9 +5,12 @@ For row t of a chunk, with G_t the sum of its log decays up to t and S the state
     o_t = exp(G_t) q_t S + Σ_{s<=t} exp(G_t - G_s) (q_t·k_s) v_s
     S  <- exp(G_C) S + Σ_s exp(G_C - G_s) k_sᵀ v_s
 
+Chunks go in groups: what happens inside chunks is done for a whole group at once, and only the states, one small
+product each, follow each other. So a single long sequence keeps a machine as busy as a batch of short ones.
+
 Every exponent is a difference inside one chunk and never positive, so nothing overflows however strong the
 decay; exp(G_t) · exp(-G_s), the global factorisation, would after some hundred tokens.
-What the backward pass keeps is the inputs; it recomputes one state a chunk and the products of one chunk at a
+What the backward pass keeps is the inputs; it recomputes one state a chunk and the products of one group at a
 time, so memory grows with T and never with T² or with a state per token.
 """
 
@@ -18,11 +21,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxattn.masks import PADDING
 
 CHUNK = 64
+GROUP = 32  # products of chunks, counted over batch and heads, that are done at once
 FORGET = -100.0  # exp(-100) is nothing in f32; a finite floor keeps differences of -inf from being nan
 NEVER = -1e30  # a masked exponent: exp gives exactly 0, and so does its gradient
 
@@ -51,16 +55,21 @@ def linear_scan_xla(
     scale: float,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H D V"]]:
-    """See `pallas_kernels.linear_scan.linear_scan`. The largest temporaries are a chunk's and one state a chunk."""
+    """See `pallas_kernels.linear_scan.linear_scan`. The largest temporaries are a group's and one state a chunk."""
     live, document = documents(segments, initial_segment)
     chunk = min(chunk, q.shape[1])
+    count = -(-q.shape[1] // chunk)
+    rounds = -(-count // max(1, GROUP // (q.shape[0] * q.shape[2])))
+    group = -(-count // rounds)
 
     @jax.checkpoint
     def run(q: Array, k: Array, v: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
-        chunks = _cut(q, k, v, log_decay, live, document, chunk)
+        chunks = _cut(q, k, v, log_decay, live, document, chunk, group)
         per_head = log_decay if log_decay is not None and log_decay.ndim == 1 else None
-        body = jax.checkpoint(partial(_chunk, scale, per_head), prevent_cse=False)
-        state, o = jax.lax.scan(body, state, chunks)  # o: [N, B, H, C, V]
+        body = jax.checkpoint(partial(_group, scale, per_head), prevent_cse=False)
+        grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), chunks)
+        state, o = jax.lax.scan(body, state, grouped)
+        o = o.reshape(-1, *o.shape[2:])  # [N, B, H, C, V]
         o = jnp.moveaxis(o, (0, 3), (1, 2))
         return o.reshape(o.shape[0], -1, *o.shape[3:])[:, : q.shape[1]], state
 
@@ -83,9 +92,29 @@ def documents(
     return live, jnp.cumsum(owner != previous, axis=1, dtype=jnp.int32)
 
 
-def _chunk(scale: float, per_head: Array | None, state: Array, x: Chunk) -> tuple[Array, Array]:
-    """State [B,H,D,V] before one chunk -> the state after it, and the outputs [B,H,C,V]."""
-    exact, heads, size = state.dtype, x.q.shape[1], x.q.shape[2]
+def _group(scale: float, per_head: Array | None, state: Array, x: Chunk) -> tuple[Array, Array]:
+    """State [B,H,D,V] before a group of chunks -> the state after it, and the outputs [G,B,H,C,V]."""
+    inside, reader, fade, added = jax.vmap(partial(_chunk, per_head, state.dtype))(x)
+
+    def follow(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        fade, added = step
+        return fade[..., None, None] * state + added, state
+
+    if x.q.shape[0] == 1:
+        state, before = fade[0, ..., None, None] * state + added[0], state[None]
+    else:
+        state, before = jax.lax.scan(follow, state, (fade, added))
+    o = inside + jnp.matmul(reader, before)
+    return state, (scale * o).astype(x.v.dtype)
+
+
+def _chunk(per_head: Array | None, exact: DTypeLike, x: Chunk) -> tuple[Array, Array, Array, Array]:
+    """What a chunk does by itself.
+
+    Its outputs without the state [B,H,C,V]; what reads the state before it [B,H,C,D]; how much of that state is left
+    behind it [B,H]; what it adds [B,H,D,V].
+    """
+    heads, size = x.q.shape[1], x.q.shape[2]
     alive = x.live[:, None, :, None]
     # Zeroed padding neither reads nor writes, even where it holds nan.
     q, k, v = (jnp.where(alive, y, 0).astype(exact) for y in (x.q, x.k, x.v))
@@ -105,14 +134,16 @@ def _chunk(scale: float, per_head: Array | None, state: Array, x: Chunk) -> tupl
     within = fade(see, rate[..., None] * (total[..., :, None] - total[..., None, :]))
     old = fade(reads, rate * total)
     kept = fade(writes, rate * (total[..., -1:] - total))
-    o = jnp.matmul(within * jnp.matmul(q, jnp.swapaxes(k, 2, 3)), v) + jnp.matmul(old[..., None] * q, state)
+    inside = jnp.matmul(within * jnp.matmul(q, jnp.swapaxes(k, 2, 3)), v)
     added = jnp.matmul(jnp.swapaxes(kept[..., None] * k, 2, 3), v)
-    return old[..., -1, None, None] * state + added, (scale * o).astype(x.v.dtype)
+    return inside, old[..., None] * q, jnp.broadcast_to(old[..., -1], q.shape[:2]), added
 
 
-def _cut(q: Array, k: Array, v: Array, log_decay: Array | None, live: Array, document: Array, size: int) -> Chunk:
-    """Tokens in chunks of `size` along a leading axis, heads before tokens; filled up with padding."""
-    fill = -q.shape[1] % size
+def _cut(
+    q: Array, k: Array, v: Array, log_decay: Array | None, live: Array, document: Array, size: int, group: int
+) -> Chunk:
+    """Tokens in chunks of `size` along a leading axis, heads before tokens; filled up to whole groups with padding."""
+    fill = -q.shape[1] % (size * group)
 
     def cut(x: Array, mode: str = "constant") -> Array:
         x = jnp.pad(x, [(0, fill if axis == 1 else 0) for axis in range(x.ndim)], mode=mode)
