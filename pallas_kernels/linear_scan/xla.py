@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from jaxattn.masks import PADDING
 
 CHUNK = 64
-GROUP = 32  # products of chunks, counted over batch and heads, that are done at once
+GROUP = 16  # products of chunks, counted over batch and heads, that are done at once
 FORGET = -100.0  # exp(-100) is nothing in f32; a finite floor keeps differences of -inf from being nan
 NEVER = -1e30  # a masked exponent: exp gives exactly 0, and so does its gradient
 

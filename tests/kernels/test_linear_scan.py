@@ -239,7 +239,7 @@ def test_memory_of_forward_and_backward_is_linear_in_the_length(decay):
     small, large = bytes_at(1024), bytes_at(4096)
     assert large <= 4.4 * small
     assert large < 4096 * 4096 * 2 * 4 / 4, "far below one T×T matrix"
-    assert large < 4096 * 32 * 32 * 2 * 4 / 3, "far below one state per token"
+    assert large < 4096 * 32 * 32 * 2 * 4 / 4, "far below one state per token"
 
 
 def test_refusals():
