@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, UserError, run_cli
@@ -46,13 +47,25 @@ def main() -> int:
     if not 0 <= args.port < 1 << 16:
         raise ConfigError(f"--port is {args.port} but must be from 0 to 65535.")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
     loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
     context = args.context or min(loaded.context, 2048)
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="info", timeout_keep_alive=5)
+    print(f"http://{args.host}:{listener.getsockname()[1]}", flush=True)
+    # Ctrl-C does not wait for answers that take minutes.
+    config = uvicorn.Config(app, log_level="info", timeout_keep_alive=5, timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises `UserError` if the address cannot be had."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another --port.") from error
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.text import SIDE
 from train.config import RunConfig
-
-log = logging.getLogger("jaxattn")
 
 SOME = 4  # names that a message lists
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, Incomplete, UserError, run_cli
-from train.config import CheckpointConfig, EvalConfig, LoraConfig, OptimConfig, RunConfig, StartConfig, parse_args
+from train.config import CheckpointConfig, EvalConfig, OptimConfig, RunConfig, StartConfig, parse_args
 from train.pretrain import prepare_jax, value_of
 
 KEPT = ("mixers", "dtype", "remat", "backend")  # what of the model a fine-tuning may choose
@@ -37,7 +37,7 @@ def defaults(source: Path, step: int | None = None, lora: bool = False) -> RunCo
     steps = Checkpoints(source / "checkpoints", config={}, read_only=True).steps()
     if not steps or (step is not None and step not in steps):
         known = ", ".join(map(str, steps)) or "none"
-        raise Incomplete(f"{source} has no checkpoint of step {'(any)' if step is None else step}; it has {known}.")
+        raise Incomplete(f"{source} has no checkpoint{'' if step is None else f' of step {step}'}; it has {known}.")
     step = steps[-1] if step is None else step
     return RunConfig(
         attn=cfg.attn,
@@ -56,7 +56,6 @@ def defaults(source: Path, step: int | None = None, lora: bool = False) -> RunCo
         eval=EvalConfig(every=50, batches=4, sequences=32, length=cfg.eval.length),
         checkpoint=CheckpointConfig(every=100),
         start=StartConfig(str(source.resolve()), step, cfg.attn, manifest_digest(source, step)),
-        lora=LoraConfig(),
     )
 
 

@@ -74,7 +74,7 @@ class Scale:
 SCALES = {
     "cpu": Scale(
         layers=2, width=128, heads=2, vocab=512, tokens=32_768, lengths=(1024, 2048, 4096, 8192, 16_384, 32_768),
-        quadratic_up_to=8192, decode_lengths=(1024, 4096, 16_384), decode_tokens=32,
+        quadratic_up_to=8192, decode_lengths=(1024, 4096, 16_384), decode_tokens=256,
     ),
     "gpu": Scale(
         layers=12, width=1024, heads=8, vocab=50_432, tokens=131_072,

@@ -1,0 +1,58 @@
+"""`python -m jaxattn.serve` as a process: it says where it listens, refuses in one sentence, and ends on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.generate.helpers import byte_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxattn.serve", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_it_serves_and_ends_on_ctrl_c_in_the_middle_of_a_stream(tmp_path):
+    process = start(str(byte_run(tmp_path)), "--port=0", "--context=4000", "--slots=1")
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        body = {"prompt": "a", "max_tokens": 3900, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            assert response.status_code == 200
+            next(response.iter_lines())
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == 130, err
+        assert "Traceback" not in err, err
+    finally:
+        process.kill()
+
+
+def test_what_it_cannot_do_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words, expected in (
+            ((str(tmp_path), f"--port={port}"), "cannot be listened on"),
+            ((str(tmp_path / "none"), "--port=0"), "config.json is missing"),
+            ((str(tmp_path), "--max-body=0"), "--max-body is 0"),
+        ):
+            process = start(*words)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 2, err
+            assert expected in err.strip().splitlines()[-1], err
