@@ -24,6 +24,8 @@ from jaxattn.mechanisms.transnormer import MECHANISM as TNL
 from jaxattn.mechanisms.transnormer import Spec, finish, initial_theta, log_decay
 from jaxattn.models.transnormer import tnl
 from jaxattn.nn import Decoder, stack_layers, unstack_layers
+from jaxattn.nn.attention import Attention, layer_state
+from jaxattn.nn.stream import Stream
 from tests.conformance.cases import close, inputs
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 19)
@@ -354,6 +356,39 @@ def test_decay_and_gate_help_a_small_character_model():
     )
     assert without_decay > whole + 0.02
     assert without_gate > whole
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_the_sigmoid_gated_layer_equals_minimax_in_transformers(layer):
+    """Card 4, second half: projections, heads, norm, gate and W_O of transformers' torch layer, random weights."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: the MiniMax layer is torch code")
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax", reason="transformers is needed")
+    torch.manual_seed(0)
+    heads, dim, length = 6, 8, 37
+    width = heads * dim
+    sizes = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=4)
+    theirs = minimax.MiniMaxLightningAttention(minimax.MiniMaxConfig(**sizes, head_dim=dim, block_size=16), layer)
+    with torch.no_grad():
+        theirs.norm.weight.uniform_(0.5, 1.5)  # not the ones it starts with
+        x = torch.randn(2, length, width)
+        expected, state = theirs.eval()(x, None, None)
+    array = lambda weight: jnp.asarray(weight.detach().numpy())
+    qkv = array(theirs.qkv_proj.weight).T.reshape(width, heads, 3, dim)
+    kernel = lambda w: {"kernel": w.reshape(width, width)}
+    params = {name: kernel(qkv[:, :, i]) for i, name in enumerate("qkv")} | {
+        "o": kernel(array(theirs.out_proj.weight).T),
+        "surround": {"gate": array(theirs.output_gate.weight).T, "norm_scale": array(theirs.norm.weight)},
+    }
+    text = "transnormer(slopes='minimax', lrpe='none', v_act='silu', gate='sigmoid', norm='rmsnorm')"
+    cfg = dataclasses.replace(tnl("tiny"), d_model=width, num_heads=heads, num_layers=4, mixers=(text,))
+    layer_module = Attention(cfg, layer)
+    run = jax.jit(lambda x, at, before: layer_module.apply({"params": params}, x, Stream(at, at * 0 + 1), before))
+    x, at = array(x), default_positions(2, length)
+    close(run(x, at, None)[0], expected.numpy(), rtol=1e-5)
+    first, half = run(x[:, :20], at[:, :20], layer_state(cfg, layer, 2, 1))
+    second, end = run(x[:, 20:], at[:, 20:], half)
+    close(jnp.concatenate([first, second], axis=1), expected.numpy(), rtol=1e-5)
+    close(end.S, state.numpy(), rtol=1e-5)
 
 
 # Sizes
