@@ -83,7 +83,7 @@ class JaxattnLM(LM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Greedy (or sampled) text behind each context, up to the first of its stop strings."""
-        found = []
+        found, loaded = [], self.loaded.prepared()
         for request in track(requests, "generating", transient=True):
             prompt, options = request.args
             until = options.get("until") or []
@@ -91,7 +91,7 @@ class JaxattnLM(LM):
             count = int(options.get("max_gen_toks", self.max_new_tokens))
             how = Sampling(float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0)
             ids = self.loaded.encode(prompt)[-max(1, self.loaded.context - count) :]
-            found.append("".join(stream_text(self.loaded, ids, max_new_tokens=count, how=how, stop=until)))
+            found.append("".join(stream_text(loaded, ids, max_new_tokens=count, how=how, stop=until)))
         return found
 
     def _start(self) -> list[int]:

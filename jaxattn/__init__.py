@@ -1,8 +1,8 @@
 """jaxattn: attention research in JAX.
 
 `attend(name, q, k, v, ...)` runs any parameter-free mechanism; `mechanisms` lists and documents them;
-`generate(model, params, tokens, ...)` continues prompts. They load on first use, so that tools which only
-read files need not start JAX.
+`generate(model, params, tokens, ...)` continues prompts; `decoding_variables(model, params)` prepares params once
+for many calls of it. They load on first use, so that tools which only read files need not start JAX.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from jaxattn import mechanisms
     from jaxattn._attend import attend
     from jaxattn._generate import generate
+    from jaxattn.nn.decoding import decoding_variables
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attend", "generate", "mechanisms"]
+__all__ = ["__version__", "attend", "decoding_variables", "generate", "mechanisms"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from jaxattn._generate import generate
 
         return generate
+    if name == "decoding_variables":
+        from jaxattn.nn.decoding import decoding_variables
+
+        return decoding_variables
     if name == "mechanisms":
         return importlib.import_module("jaxattn.mechanisms")
     raise AttributeError(f"module 'jaxattn' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling, sample
 from jaxattn.types import Leaf
 
@@ -44,15 +45,6 @@ class Cursor:
     positions: Leaf  # [B] of the next token
     done: Leaf  # [B]
     keys: Leaf  # [B] PRNG keys
-
-
-def cast_params(params: Any, dtype: Any) -> Any:
-    """Kernels and embeddings in the compute dtype, once, instead of at every step; all else stays as trained.
-
-    The layers cast these themselves, so nothing changes but the time; a mechanism's own parameters may need f32.
-    """
-    cast = lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embed", "unembed") else x
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def room_for(tokens: int) -> int:
@@ -82,18 +74,20 @@ def left_aligned(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill_chunk(model: ModelConfig, params: Any, states: Any, tokens: Array, positions: Array, live: Array) -> Any:
-    out: Any = Decoder(model).apply({"params": params}, states, tokens, positions, live, method="last_step")
+def _prefill_chunk(
+    model: ModelConfig, variables: Any, states: Any, tokens: Array, positions: Array, live: Array
+) -> Any:
+    out: Any = Decoder(model).apply(variables, states, tokens, positions, live, method="last_step")
     return out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(model: ModelConfig, batch: int, room: int, params: Any) -> Any:
-    return Decoder(model).apply({"params": params}, batch, room, method="start")
+def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
+    return Decoder(model).apply(variables, batch, room, method="start")
 
 
 def prefill_chunks(
-    model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array
+    model: ModelConfig, variables: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array
 ) -> Iterator[Cursor | None]:
     """Read prompts [B, T] whose `live` places are at the right end: None after a chunk, the cursor after the last."""
     batch, length = tokens.shape
@@ -101,10 +95,10 @@ def prefill_chunks(
     pad = -length % chunk
     tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
     positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
-    states = _start(model, batch, room, params)
+    states = _start(model, batch, room, variables)
     for at in range(0, length + pad, chunk):
         cut = [jnp.asarray(x[:, at : at + chunk]) for x in (tokens, positions, live.astype(np.int32))]
-        logits, states = _prefill_chunk(model, params, states, *cut)
+        logits, states = _prefill_chunk(model, variables, states, *cut)
         if at + chunk < length + pad:
             yield None
         else:
@@ -112,15 +106,15 @@ def prefill_chunks(
             yield Cursor(states, logits, ends, jnp.zeros(batch, bool), keys)
 
 
-def prefill(model: ModelConfig, params: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
+def prefill(model: ModelConfig, variables: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
     """Read prompts [B, T] whose `live` places are at the right end, `CHUNK` tokens at a time."""
-    cursors = [cursor for cursor in prefill_chunks(model, params, tokens, live, room, keys) if cursor is not None]
+    cursors = [cursor for cursor in prefill_chunks(model, variables, tokens, live, room, keys) if cursor is not None]
     return cursors[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def decode_block(
-    model: ModelConfig, how: Sampling, stop: tuple[int, ...], count: int, params: Any, cursor: Cursor, pad_id: Array
+    model: ModelConfig, how: Sampling, stop: tuple[int, ...], count: int, variables: Any, cursor: Cursor, pad_id: Array
 ) -> tuple[Array, Array, Cursor]:
     """`count` tokens a row [B, count], whether each is the row's own, and the cursor behind them."""
 
@@ -133,7 +127,7 @@ def decode_block(
         if stop:
             done = done | jnp.isin(token, jnp.asarray(stop))
         out: Any = Decoder(model).apply(
-            {"params": params},
+            variables,
             cursor.states,
             token[:, None],
             cursor.positions[:, None],
@@ -187,12 +181,12 @@ def stream(
                 f"temperature is {how.temperature} but no PRNG key was given: pass key=jax.random.key(seed)."
             )
         key = jax.random.key(0)
-    params = cast_params(params, model.dtype)
+    variables = decoding_variables(model, params)
     room = room_for(length + (-length % CHUNK) + max_new_tokens + block)
-    cursor = prefill(model, params, tokens, live, room, jax.random.split(key, batch))
+    cursor = prefill(model, variables, tokens, live, room, jax.random.split(key, batch))
     made = 0
     while made < max_new_tokens:
-        new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, params, cursor, jnp.int32(pad_id))
+        new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, variables, cursor, jnp.int32(pad_id))
         count = min(block, max_new_tokens - made)
         made += count
         yield np.asarray(new)[:, :count], np.asarray(own)[:, :count]
@@ -218,6 +212,7 @@ def generate(
     """Continue prompts with any model of this library.
 
     Args:
+      params: the model's, or what `jaxattn.decoding_variables` made of them, which saves the time of every call.
       tokens: prompts, integers [B, T], padded on the right where `lengths` [B] says so.
       key: PRNG key, needed where temperature > 0; every row draws from its own split of it.
       temperature, top_k, top_p, min_p: see `jaxattn.sampling.Sampling`; temperature 0 is greedy.

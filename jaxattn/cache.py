@@ -14,24 +14,37 @@ from jaxattn.types import Leaf
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees."""
+    """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees.
 
-    keys: Leaf  # [B, S, K, D]
-    values: Leaf  # [B, S, K, V]
+    Heads come before tokens, as batched products want them: turning a whole cache costs more than attending to it.
+    """
+
+    head_keys: Leaf  # [B, K, S, D]
+    head_values: Leaf  # [B, K, S, V]
     positions: Leaf  # [B, S]
     segments: Leaf  # [B, S]
     length: Leaf  # [], tokens written so far
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[1]
+        return self.head_keys.shape[2]
+
+    @property
+    def keys(self) -> Array:
+        """[B, S, K, D]; a view inside jit, where the op that turns it back cancels."""
+        return jnp.swapaxes(self.head_keys, 1, 2)
+
+    @property
+    def values(self) -> Array:
+        """[B, S, K, V]"""
+        return jnp.swapaxes(self.head_values, 1, 2)
 
 
 def empty_cache(*, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> KVCache:
     """Room for `capacity` tokens a row."""
     return KVCache(
-        keys=jnp.zeros((batch, capacity, kv_heads, key_dim), dtype),
-        values=jnp.zeros((batch, capacity, kv_heads, value_dim), dtype),
+        head_keys=jnp.zeros((batch, kv_heads, capacity, key_dim), dtype),
+        head_values=jnp.zeros((batch, kv_heads, capacity, value_dim), dtype),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         segments=jnp.full((batch, capacity), PADDING, jnp.int32),
         length=jnp.zeros((), jnp.int32),
@@ -55,10 +68,10 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
             f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
             "raise the capacity."
         )
-    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+    put = lambda old, new, axis=1: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis)
     return KVCache(
-        keys=put(cache.keys, k),
-        values=put(cache.values, v),
+        head_keys=put(cache.head_keys, jnp.swapaxes(k, 1, 2), axis=2),
+        head_values=put(cache.head_values, jnp.swapaxes(v, 1, 2), axis=2),
         positions=put(cache.positions, positions),
         segments=put(cache.segments, segment_ids),
         length=cache.length + count,

@@ -49,7 +49,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared()
     context = args.context or min(loaded.context, 2048)
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)

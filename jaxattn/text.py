@@ -14,6 +14,7 @@ from jaxattn._generate import BLOCK, stream
 from jaxattn.chat import read_json, read_template, render
 from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
+from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 
 SIDE = "hf"  # where a converted checkpoint keeps its source's own files
@@ -30,6 +31,10 @@ class Loaded:
     folder: Path
     context: int
     """Tokens of the longest sequence that was trained."""
+
+    def prepared(self) -> Loaded:
+        """The same with parameters laid out for decoding alone (`jaxattn.nn.decoding`); the old ones may go."""
+        return dataclasses.replace(self, params=decoding_variables(self.model, self.params))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; an empty one is the end-of-text token, behind which a text begins.

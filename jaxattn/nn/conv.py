@@ -30,6 +30,11 @@ class DepthwiseConv(nn.Module):
         return causal_conv_step(tail, x, kernel, stream.segments)
 
 
+def is_depthwise(path: tuple[str, ...]) -> bool:
+    """Whether the parameter at this path is a kernel of a `DepthwiseConv`, by the names such modules get."""
+    return len(path) > 1 and path[-1] == "kernel" and (path[-2] == "depthwise" or path[-2].endswith("_conv"))
+
+
 class ShortConv(nn.Module):
     """BASED's BaseConv layer (arXiv 2402.18668): (silu(conv(u1)) * u2) W_out, [u1, u2] = x W_in of width 4E."""
 

@@ -12,6 +12,9 @@ from jaxtyping import Array, Float
 from jaxattn.models.config import GATED, ModelConfig
 from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
+from pallas_kernels.linear.gemv import gemv
+
+ROWS = "rows"  # variables of decoding: kernels turned to [out, in], see `jaxattn.nn.decoding`
 
 
 def kernel_init(cfg: ModelConfig, d_in: int, *, last_of_mlp: bool = False):
@@ -43,9 +46,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         cfg, width = self.cfg, x.shape[-1]
-        init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
-        kernel = self.param("kernel", init, (width, self.features), jnp.float32)
-        y = linear(x.reshape(-1, width).astype(cfg.dtype), kernel.astype(cfg.dtype))
+        flat = x.reshape(-1, width).astype(cfg.dtype)
+        if self.has_variable(ROWS, "kernel"):
+            y = gemv(flat, self.get_variable(ROWS, "kernel")).astype(cfg.dtype)
+        else:
+            init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
+            y = linear(flat, self.param("kernel", init, (width, self.features), jnp.float32).astype(cfg.dtype))
         if cfg.use_bias or self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(cfg.dtype)
         return y.reshape(*x.shape[:-1], self.features)

@@ -16,9 +16,10 @@ from jaxattn.models.config import ModelConfig
 from jaxattn.nn.attention import layer_state
 from jaxattn.nn.block import Block
 from jaxattn.nn.insertion import Insertion, insert, insertion_block
-from jaxattn.nn.layers import Norm, embedding_init, kernel_init
+from jaxattn.nn.layers import ROWS, Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
 from jaxattn.rope import sinusoid
+from pallas_kernels.linear.gemv import gemv
 
 
 class _Period(nn.Module):
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
         if cfg.scan_layers:
             self.layers = nn.scan(
                 _Period,
-                variable_axes={"params": 0, "capture": 0},
+                variable_axes={"params": 0, "capture": 0, ROWS: 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast),
                 length=cfg.num_layers // cfg.period,
@@ -80,7 +81,8 @@ class Decoder(nn.Module):
             self.blocks = [_block_class(cfg)(cfg, i, name=f"layer_{i}") for i in range(cfg.num_layers)]
         if cfg.norm_position != "post":
             self.final_norm = Norm(cfg)
-        if not cfg.tie_embeddings:
+        self.turned = self.get_variable(ROWS, "unembed") if self.has_variable(ROWS, "unembed") else None
+        if not cfg.tie_embeddings and self.turned is None:
             shape, init = (cfg.d_model, cfg.vocab_size), kernel_init(cfg, cfg.d_model)
             self.unembed_kernel = self.param("unembed", init, shape, jnp.float32)
 
@@ -127,12 +129,17 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T N"]:
         """hidden @ unembedding, accumulated in f32."""
+        if self.turned is not None:
+            flat = gemv(hidden.reshape(-1, hidden.shape[-1]), self.turned)
+            return flat.reshape(*hidden.shape[:-1], -1)
         return jnp.einsum(
             "bte,en->btn", hidden, self.unembedding().astype(hidden.dtype), preferred_element_type=jnp.float32
         )
 
     def unembedding(self) -> Float[Array, "E N"]:
         """The matrix of the logits: its own, or the embedding transposed when tied."""
+        if self.turned is not None:
+            return self.turned.T
         return self.embed.T if self.cfg.tie_embeddings else self.unembed_kernel
 
     def start(self, batch: int, capacity: int) -> Any:

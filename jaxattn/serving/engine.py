@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn._generate import CHUNK, Cursor, cast_params, left_aligned, prefill_chunks, room_for
+from jaxattn._generate import CHUNK, Cursor, left_aligned, prefill_chunks, room_for
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
+from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
 
@@ -67,9 +68,9 @@ class Engine:
         if model.max_positions and context > model.max_positions:
             raise ConfigError(f"context is {context} but the model knows {model.max_positions} positions; lower it.")
         self.context, self.limit = context, queue
-        self._model, self._params, self._block = model, cast_params(params, model.dtype), block
+        self._model, self._variables, self._block = model, decoding_variables(model, params), block
         self._room = room_for(context + CHUNK + block)
-        self._slots = device.empty(model, slots, self._room, self._params)
+        self._slots = device.empty(model, slots, self._room, self._variables)
         self._owners: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._reading: tuple[Ticket, Iterator[Cursor | None]] | None = None
@@ -178,14 +179,14 @@ class Engine:
     def _prompt(self, ticket: Ticket) -> Iterator[Cursor | None]:
         tokens, live = left_aligned(np.asarray(ticket.ids, np.int32)[None], None)
         keys = jax.random.split(jax.random.key(ticket.seed), 1)
-        return prefill_chunks(self._model, self._params, tokens, live, self._room, keys)
+        return prefill_chunks(self._model, self._variables, tokens, live, self._room, keys)
 
     def _decode(self) -> None:
         owners = list(self._owners)
         if not any(owners):
             return
         live = jnp.asarray([owner is not None for owner in owners])
-        tokens, self._slots = device.decode(self._model, self._block, self._params, self._slots, live)
+        tokens, self._slots = device.decode(self._model, self._block, self._variables, self._slots, live)
         for slot, (owner, row) in enumerate(zip(owners, np.asarray(tokens).tolist(), strict=True)):
             if owner is None:
                 continue

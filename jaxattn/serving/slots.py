@@ -41,9 +41,9 @@ def knobs(how: Sampling) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(model: ModelConfig, count: int, room: int, params: Any) -> Slots:
+def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
     """`count` free slots with room for `room` tokens each."""
-    one: Any = Decoder(model).apply({"params": params}, 1, room, method="start")
+    one: Any = Decoder(model).apply(variables, 1, room, method="start")
     many = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
     return Slots(
         states=jax.tree.map(many, one),
@@ -68,13 +68,13 @@ def insert(slots: Slots, slot: Array, cursor: Cursor, how: dict[str, Array]) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(model: ModelConfig, count: int, params: Any, slots: Slots, live: Array) -> tuple[Array, Slots]:
+def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: Array) -> tuple[Array, Slots]:
     """`count` tokens of every slot [S, count]; those of slots that are not `live` mean nothing."""
 
     def one(state: Any, token: Array, position: Array, live: Array) -> tuple[Array, Any]:
         place = lambda x: x.reshape(1, 1)
         out: Any = Decoder(model).apply(
-            {"params": params}, state, place(token), place(position), place(live.astype(jnp.int32)), method="step"
+            variables, state, place(token), place(position), place(live.astype(jnp.int32)), method="step"
         )
         return out[0][0, 0], out[1]
 

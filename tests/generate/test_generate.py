@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.nn.decoding import decoding_variables
 
 MIXERS = {
     **{name: (name,) for name in names()},
@@ -107,7 +109,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_their_number():
 def test_bf16_decodes_in_bf16():
     cfg, params = build(("softmax",), dtype="bfloat16")
     assert jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=3).tokens.shape == (3, 3)
-    cast = _generate.cast_params(params, cfg.dtype)
+    cast = decoding_variables(dataclasses.replace(cfg, backend="xla"), params)["params"]
     assert cast["layer_0"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
     assert cast["layer_0"]["attn_norm"]["scale"].dtype == jnp.float32
 

@@ -1,0 +1,47 @@
+"""Parameters as decoding reads them: in the compute dtype and, on a CPU, laid out for one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from jaxattn.models.config import ModelConfig
+from jaxattn.nn.conv import is_depthwise
+from jaxattn.nn.layers import ROWS
+from pallas_kernels.linear.gemv import missing, usable
+
+CAST = ("kernel", "embed", "unembed")
+
+
+def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables for `Decoder.apply` that make steps fast; its results are the same up to rounding.
+
+    Kernels and embeddings are in the compute dtype once, instead of at every step; all else stays as trained: the
+    layers cast these themselves, and a mechanism's own parameters may need f32. Where `pallas_kernels.linear.gemv`
+    runs and `model.backend` is "auto", kernels lie turned to [out, in] in the collection `ROWS` and are gone from
+    "params", but for a tied embedding, which is looked up too. What this function returned passes unchanged.
+    """
+    if "params" in params:
+        return dict(params)
+    dtype = jnp.dtype(model.dtype)
+    flat = {
+        path: x.astype(dtype) if path[-1] in CAST else x for path, x in traverse_util.flatten_dict(dict(params)).items()
+    }
+    if why_plain(model):
+        return {"params": traverse_util.unflatten_dict(flat)}
+    products = {path for path in flat if path[-1] in ("kernel", "unembed") and not is_depthwise(path)}
+    turn = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
+    rows = {path: turn(flat[path]) for path in products if usable(flat[path])}
+    kept = {path: x for path, x in flat.items() if path not in rows}
+    if model.tie_embeddings and usable(flat[("embed",)]):
+        rows[("unembed",)] = flat[("embed",)]
+    return {"params": traverse_util.unflatten_dict(kept), ROWS: traverse_util.unflatten_dict(rows)}
+
+
+def why_plain(model: ModelConfig) -> str:
+    """Why products of single rows go to XLA as they are; empty where they do not."""
+    return missing() if model.backend == "auto" else f"the backend {model.backend} was named"
