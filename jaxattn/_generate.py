@@ -23,7 +23,7 @@ from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling, sample
 from jaxattn.types import Leaf
 
-CHUNK = 128  # tokens of a prefill step
+CHUNK = 256  # tokens of a prefill step
 BLOCK = 16  # tokens decoded per call of the device
 BUCKET = 256  # smallest room for tokens
 GREEDY = Sampling()

@@ -13,13 +13,15 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from jaxattn.rope import PositionBias
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.flash.decode import fits, flash_decode
 from pallas_kernels.flash.reference import flash_reference
 from pallas_kernels.flash.score import Score
+from pallas_kernels.flash.tpu import flash_tpu, unfit
 from pallas_kernels.flash.xla import flash_xla
 
 __all__ = ["Score", "flash"]
 
-IMPLEMENTATIONS = {"reference": flash_reference, "xla": flash_xla}
+IMPLEMENTATIONS = {"reference": flash_reference, "xla": flash_xla, "tpu": flash_tpu}
 
 
 def flash(
@@ -41,12 +43,14 @@ def flash(
       score: activation and normaliser.
       scale: multiplies q·k.
       bias: added to the scaled scores, zero on `GLOBAL` keys.
-      backend: "auto", "xla", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
 
     Raises:
-      NotImplementedError: a backend this op does not have.
+      NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
     if inspect.isfunction(bias):
         bias = jax.tree_util.Partial(bias)  # a pytree without leaves, so that it may cross a custom_vjp
-    run = resolve("flash", backend, IMPLEMENTATIONS, default="xla")
+    if backend == "auto" and fits(q, k, v, vis, score, bias):
+        return flash_decode(q, k, v, vis, scale)
+    run = resolve("flash", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, v, bias)})
     return run(q, k, v, vis, score, scale=scale, bias=bias)

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 
 from jaxattn.masks import GLOBAL, Visibility, visible
 from jaxattn.rope import PositionBias
+from pallas_kernels.flash import rows as row
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import ACTIVATIONS, Score
 
-FLOOR = -1e29  # where running maxima start: far above NEVER, far below any score
 store = jax.lax.optimization_barrier  # "compute this once": exp would be repeated in every consumer
 BLOCK_Q = 128
 CHUNK_K = 1024
@@ -80,19 +80,19 @@ def _block(score: Score, scale: float, chunk: int, q: Array, k: Array, v: Array,
 
 
 def _block_forward(score, scale, chunk, q, k, v, vis, bias):
-    floor = 0.0 if score.normaliser == "sum_plus_one" else FLOOR
 
     def weigh(part: tuple[Array, Array, Visibility]) -> tuple[Array, Array, Array]:
         """Running maximum, mass and weighted values of one chunk alone."""
         k_c, v_c, vis_c = part
         s, see = _scores(score, scale, q, k_c, vis_c, bias)
         if score.activation == "exp":
-            top = jnp.maximum(jnp.max(s, axis=-1), floor)
+            top = jnp.maximum(jnp.max(s, axis=-1), row.floor(score))
             w = store(jnp.exp(s - top[..., None]))  # masked: exp(NEVER - FLOOR) is exactly 0
-            mass = jnp.sum(w if score.p == 1.0 else jnp.exp(score.p * (s - top[..., None])), axis=-1)
+            mass = jnp.sum(row.exp_terms(w, s, top[..., None], score), axis=-1)
         else:
             w = jnp.where(see, ACTIVATIONS[score.activation](s), 0.0)
-            top, mass = jnp.zeros(q.shape[:-1], jnp.float32), _row_mass(w, see, score)
+            mass = jnp.broadcast_to(jnp.sum(row.terms(w, see, score), axis=-1), w.shape[:-1])
+            top = jnp.zeros_like(mass)
         acc = jnp.einsum("bkgts,bksv->bkgtv", w.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
         return top, mass, acc
 
@@ -103,10 +103,8 @@ def _block_forward(score, scale, chunk, q, k, v, vis, bias):
         return top, mass, one[2] * fade[..., None] + two[2] * other[..., None]
 
     top, mass, acc = _fold_chunks(weigh, merge, k, v, vis, chunk)
-    z = _normaliser(mass, top, score)
-    o = (acc / jnp.where(z == 0, 1.0, z)[..., None]).astype(v.dtype)
-    # exp: log Z over the true scale, so that weights are exp(s - stat); others: the running statistic.
-    stat = top + jnp.log(jnp.where(z == 0, 1.0, z)) if score.activation == "exp" else mass
+    o = (acc / row.divisor(row.normaliser(mass, top, score))[..., None]).astype(v.dtype)
+    stat = row.saved(mass, top, score)
     return o, (q, k, v, vis, bias, o, stat)
 
 
@@ -114,7 +112,6 @@ def _block_backward(score, scale, chunk, saved, do):
     q, k, v, vis, bias, o, stat = saved
     do = do.astype(jnp.float32)
     delta = jnp.sum(do * o.astype(jnp.float32), axis=-1)  # do · o, the part that flows through Z
-    z = _normaliser(stat, stat, score)  # for elementwise activations; exp needs only stat
     # [B,K,·,groups and rows]: groups share their key head; the explicit transposes keep every product row-major.
     turn = lambda x: store(jnp.swapaxes(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, 3))
     q_t, do_t = turn(q), turn(do.astype(v.dtype))
@@ -124,17 +121,7 @@ def _block_backward(score, scale, chunk, saved, do):
         k_c, v_c, vis_c = part
         (s, see), bias_vjp = _scores_and_vjp(score, scale, q, k_c, vis_c, bias)
         dp = jnp.einsum("bkgtv,bksv->bkgts", do.astype(v.dtype), v_c, preferred_element_type=jnp.float32)
-        if score.activation == "exp":
-            p = store(jnp.exp(s - stat[..., None]))
-            through_z = _exp_share(p, s, stat, score)
-            ds = p * dp - delta[..., None] * through_z
-        else:
-            w, slope = jax.vjp(ACTIVATIONS[score.activation], s)
-            w = jnp.where(see, w, 0.0)
-            safe = jnp.where(z == 0, 1.0, z)[..., None]
-            p = w / safe
-            dw = dp / safe - (delta[..., None] / safe) * _mass_slope(w, see, stat, safe, score)
-            ds = slope(jnp.where(see, dw, 0.0))[0]
+        p, ds = row.gradients(s, see, stat[..., None], delta[..., None], dp, score, once=store)
         d_bias = jax.tree.map(jnp.add, d_bias, bias_vjp(ds))
         ds, p = store((ds.astype(q.dtype), p.astype(v.dtype)))
         dq = dq + scale * jnp.einsum("bkgts,bksd->bkgtd", ds, k_c, preferred_element_type=jnp.float32)
@@ -174,55 +161,6 @@ def _scores_and_vjp(score, scale, q, k, vis, bias):
     if score.logit_bias:
         s = s + score.logit_bias
     return (jnp.where(see, s, NEVER) if score.activation == "exp" else s, see), vjp
-
-
-def _exp_share(p: Array, s: Array, stat: Array, score: Score) -> Array:
-    """d log Z / ds: p over its row sum, or p^p for the p-norm."""
-    if score.p != 1.0:
-        return jnp.exp(score.p * (s - stat[..., None]))
-    return p / score.row_sum
-
-
-def _mass_slope(w: Array, see: Array, mass: Array, z: Array, score: Score) -> Array:
-    """dZ / dw for the normalisers of elementwise activations."""
-    match score.normaliser:
-        case "sum":
-            return jnp.full_like(w, 1.0 / score.row_sum)
-        case "sum_plus_one":
-            return jnp.ones_like(w)
-        case "clipped_sum":
-            return jnp.broadcast_to((jnp.sign(mass) * (jnp.abs(mass) > 1.0))[..., None], w.shape)
-        case "p_norm":
-            size = jnp.where(see & (w != 0), jnp.abs(w), 1.0)
-            return jnp.where(see & (w != 0), (z / size) ** (1.0 - score.p) * jnp.sign(w), 0.0)
-        case _:
-            return jnp.zeros_like(w)
-
-
-def _row_mass(w: Array, see: Array, score: Score) -> Array:
-    """What a chunk adds to the normaliser's running statistic."""
-    if score.normaliser == "count":
-        return jnp.broadcast_to(jnp.sum(see, axis=-1).astype(jnp.float32), w.shape[:-1])
-    if score.normaliser == "p_norm":
-        w = jnp.where(see, jnp.abs(jnp.where(see, w, 1.0)) ** score.p, 0.0)
-    return jnp.sum(w, axis=-1)
-
-
-def _normaliser(mass: Array, top: Array, score: Score) -> Array:
-    """Z from the running statistic; for exp relative to the running maximum. Rows without mass give 0."""
-    match score.normaliser:
-        case "none":
-            return jnp.ones_like(mass)
-        case "sum":
-            return mass / score.row_sum + (0.0 if score.activation == "exp" else score.eps)
-        case "sum_plus_one":
-            return mass + (jnp.exp(-top) if score.activation == "exp" else 1.0)
-        case "clipped_sum":
-            return jnp.maximum(jnp.abs(mass), 1.0)
-        case "p_norm":
-            return jnp.where(mass > 0, jnp.where(mass > 0, mass, 1.0) ** (1.0 / score.p), 0.0)
-        case _:
-            return mass
 
 
 def _fold_chunks(weigh, merge, k: Array, v: Array, vis: Visibility, chunk: int):

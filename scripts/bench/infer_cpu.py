@@ -1,0 +1,208 @@
+"""Prefill and decode tokens/s on this CPU against transformers, plain PyTorch and llama.cpp, one interleaved run.
+
+    python -m scripts.bench.infer_cpu [--dtype float32 bfloat16] [--rounds 5] [--out FILE.json]
+
+Needs the extras `verify` and `cpu`; llama.cpp is measured where the package llama-cpp-python is installed
+(`pip install llama-cpp-python` compiles it). The model is SmolLM2-135M-Instruct (`scripts.get_smollm2`), one prompt
+of 512 tokens, 128 greedy tokens behind it. Every contender is a process of its own that keeps its model; they are
+asked in turn, the order reversed each round. Before anything is timed, their greedy tokens must agree: all of them in
+f32, and the first in bf16, where ties between close logits fall differently. Quote ratios: times on a shared machine
+mean little. Decoding reads every weight once a token, so bytes over memory bandwidth bound it; both are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import multiprocessing as mp
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxattn.errors import UserError, run_cli
+from scripts.bench.infer_contenders import MAKERS, OURS
+from scripts.bench.infer_plot import plot
+from train.rundir import result_environment, write_json_atomic
+
+PROMPT, NEW = 512, 128
+AGREE = {"float32": NEW, "bfloat16": 1}  # greedy tokens every contender must share
+TORCH = ("transformers", "torch eager", "torch.compile")
+BARS = {  # of the issue that asked for this table: ours over the best of those
+    ("float32", "prefill", TORCH): 1.5,
+    ("bfloat16", "prefill", TORCH): 1.0,
+    ("float32", "prefill", ("llama.cpp",)): 1.1,
+    ("float32", "decode", TORCH): 1.4,
+    ("bfloat16", "decode", TORCH): 1.4,
+    ("float32", "decode", ("llama.cpp",)): 0.7,
+    ("bfloat16", "decode", ("llama.cpp",)): 0.7,
+}
+
+
+def worker(name: str, dtype: str, files: dict[str, str], pipe: Connection) -> None:
+    """Serve rounds: receives a prompt, answers (prefill seconds, decode seconds, tokens); None ends it."""
+    answer = MAKERS[name](dtype, files, PROMPT + NEW)
+    while (prompt := pipe.recv()) is not None:
+        pipe.send(answer(prompt, NEW))
+
+
+def read_bandwidth(threads: int, megabytes: int = 256) -> float:
+    """GB/s at which `threads` threads read arrays far larger than the caches; the best of 5."""
+    arrays = [np.ones(megabytes * 2**20 // 4, np.float32) for _ in range(threads)]
+    best = 0.0
+    for _ in range(5):
+        readers = [threading.Thread(target=a.max) for a in arrays]  # releases the GIL
+        start = time.perf_counter()
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def prepare(folder: Path, dtype: str) -> dict[str, str]:
+    """The same weights as our checkpoint, a HuggingFace folder and a GGUF file of this precision."""
+    from scripts.bench._gguf_copy import copy_as
+    from scripts.get_smollm2 import default_folder, fetch
+
+    source = fetch(default_folder())
+    run = lambda module, *args: subprocess.run([sys.executable, "-m", module, *map(str, args)], check=True)
+    ours, theirs, gguf = folder / "ours", folder / "hf", folder / f"{dtype}.gguf"
+    if not ours.exists():
+        run("convert.from_hf", source, ours)
+        run("convert.to_hf", ours, theirs)
+    if not gguf.exists():
+        copy_as(source, gguf, dtype)
+    return {"ours": str(ours), "hf": str(theirs), "gguf": str(gguf)}
+
+
+def contenders() -> tuple[list[str], dict[str, str]]:
+    """Names that can run here, and why others cannot."""
+    needs = {"transformers": "torch", "torch eager": "torch", "torch.compile": "torch", "llama.cpp": "llama_cpp"}
+    absent = {
+        name: f"not measured: {package} is not installed"
+        for name, package in needs.items()
+        if importlib.util.find_spec(package) is None
+    }
+    return [name for name in MAKERS if name not in absent], absent
+
+
+def measure(dtype: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Start every contender, check that their tokens agree, then time them in turn."""
+    names, absent = contenders()
+    files = prepare(folder, dtype)
+    prompts = np.random.default_rng(0).integers(100, 40_000, (rounds + 2, PROMPT)).tolist()
+    context, pipes, processes = mp.get_context("spawn"), {}, []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=worker, args=(name, dtype, files, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+
+    def ask(name: str, prompt: list[int]) -> tuple[float, float, list[int]]:
+        pipes[name].send(prompt)
+        try:
+            return pipes[name].recv()
+        except EOFError as error:
+            raise UserError(f"the process of {name} ended; what it said stands above.") from error
+
+    agree = {}
+    for prompt in prompts[:2]:  # the first compiles
+        found = {name: ask(name, prompt)[2] for name in names}
+        for name in names:
+            same = [a == b for a, b in zip(found[name], found[OURS], strict=True)]
+            agree[name] = same.index(False) if False in same else len(same)
+            if agree[name] < AGREE[dtype]:
+                raise UserError(
+                    f"{name} and {OURS} part at greedy token {agree[name]} in {dtype}; nothing was timed "
+                    f"({found[name][:8]} against {found[OURS][:8]})."
+                )
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in names}
+    for r, prompt in enumerate(prompts[2:]):
+        for name in names if r % 2 == 0 else reversed(names):
+            prefill, decode, _ = ask(name, prompt)
+            seconds[name]["prefill"].append(prefill)
+            seconds[name]["decode"].append(decode)
+        last = {name: (PROMPT / s["prefill"][-1], NEW / s["decode"][-1]) for name, s in seconds.items()}
+        line = "  ".join(f"{name} {a:,.0f}/{b:.1f}" for name, (a, b) in last.items())
+        print(f"{dtype} round {r + 1}/{rounds} (prefill/decode tok/s): {line}", flush=True)
+    for name, process in zip(names, processes, strict=True):
+        pipes[name].send(None)
+        process.join(20)
+    counts = {"prefill": PROMPT, "decode": NEW}
+    speed = {n: {p: counts[p] / statistics.median(x) for p, x in s.items()} for n, s in seconds.items()}
+    return {"tokens_per_s": speed, "seconds": seconds, "greedy_tokens_shared": agree, "absent": absent}
+
+
+def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours over the best of each group, as the median over rounds of that ratio, beside its bar."""
+    rows = []
+    for (dtype, part, group), bar in BARS.items():
+        found = results.get(dtype, {})
+        rivals = [n for n in group if n in found.get("seconds", {})]
+        if not rivals:
+            continue
+        best = min(rivals, key=lambda n: statistics.median(found["seconds"][n][part]))
+        pairs = zip(found["seconds"][best][part], found["seconds"][OURS][part], strict=True)
+        ratios = [a / b for a, b in pairs]
+        row = {"dtype": dtype, "part": part, "rival": best, "bar": bar, "ratio": statistics.median(ratios)}
+        rows.append(row | {"least": min(ratios), "most": max(ratios), "reached": statistics.median(ratios) >= bar})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench.infer_cpu", description=__doc__)
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/infer_cpu.json"))
+    args = parser.parse_args()
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds} but must be at least 1.")
+    threads = len(os.sched_getaffinity(0))
+    bandwidth, results = read_bandwidth(threads), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in args.dtype:
+            results[dtype] = measure(dtype, args.rounds, Path(folder))
+            size = Path(folder, f"{dtype}.gguf").stat().st_size
+            results[dtype] |= {"weight_bytes": size, "decode_limit_tokens_per_s": bandwidth * 1e9 / size}
+    bars = judge(results)
+    packages = ("torch", "transformers", "llama-cpp-python", "numba")
+    versions = {p: importlib.metadata.version(p) for p in packages if _installed(p)}
+    summary = {"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "new": NEW, "threads": threads}
+    summary |= {"read_bandwidth_GB_per_s": bandwidth, "bars": bars, "versions": versions}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(args.out, summary | {"results": results, "environment": result_environment()})
+    plot(args.out.with_suffix(".png"), results)
+    for dtype, found in results.items():
+        print(f"{dtype}: decode is bound by {found['decode_limit_tokens_per_s']:.0f} tok/s at {bandwidth:.1f} GB/s")
+        for name, speed in found["tokens_per_s"].items():
+            print(f"  {name:14} prefill {speed['prefill']:8,.0f}  decode {speed['decode']:7.1f} tok/s")
+    for row in bars:
+        verdict = "reached" if row["reached"] else "NOT reached"
+        print(
+            f"{row['dtype']} {row['part']} / {row['rival']}: {row['ratio']:.2f} "
+            f"({row['least']:.2f} to {row['most']:.2f}), bar {row['bar']}: {verdict}"
+        )
+    return 0 if all(row["reached"] for row in bars) else 1
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run_cli(main)
