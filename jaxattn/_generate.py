@@ -23,7 +23,7 @@ from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling, sample
 from jaxattn.types import Leaf
 
-CHUNK = 256  # tokens of a prefill step
+CHUNK = 512  # tokens of a prefill step: the more, the better a matrix product pays
 BLOCK = 16  # tokens decoded per call of the device
 BUCKET = 256  # smallest room for tokens
 GREEDY = Sampling()
@@ -53,6 +53,11 @@ def room_for(tokens: int) -> int:
     while room < tokens:
         room *= 2
     return room
+
+
+def chunk_for(length: int, most: int) -> int:
+    """Tokens of the prefill steps of a prompt: a power of two that holds it, or `most`."""
+    return min(most, 1 << (length - 1).bit_length())
 
 
 def left_aligned(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarray]:
@@ -87,11 +92,18 @@ def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
 
 
 def prefill_chunks(
-    model: ModelConfig, variables: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array
+    model: ModelConfig,
+    variables: Any,
+    tokens: np.ndarray,
+    live: np.ndarray,
+    room: int,
+    keys: Array,
+    most: int | None = None,
 ) -> Iterator[Cursor | None]:
-    """Read prompts [B, T] whose `live` places are at the right end: None after a chunk, the cursor after the last."""
+    """Read prompts [B, T] whose `live` places are at the right end, in chunks of at most `most` (CHUNK) tokens: None
+    after a chunk, the cursor after the last."""
     batch, length = tokens.shape
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())
+    chunk = chunk_for(length, most or CHUNK)
     pad = -length % chunk
     tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
     positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
@@ -182,7 +194,7 @@ def stream(
             )
         key = jax.random.key(0)
     variables = decoding_variables(model, params)
-    room = room_for(length + (-length % CHUNK) + max_new_tokens + block)
+    room = room_for(length + (-length % chunk_for(length, CHUNK)) + max_new_tokens + block)
     cursor = prefill(model, variables, tokens, live, room, jax.random.split(key, batch))
     made = 0
     while made < max_new_tokens:

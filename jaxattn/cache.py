@@ -17,6 +17,7 @@ class KVCache:
     """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees.
 
     Heads come before tokens, as batched products want them: turning a whole cache costs more than attending to it.
+    16-bit floats are held as their bits, because XLA's CPU backend would widen the whole cache to write one token.
     """
 
     head_keys: Leaf  # [B, K, S, D]
@@ -24,6 +25,7 @@ class KVCache:
     positions: Leaf  # [B, S]
     segments: Leaf  # [B, S]
     length: Leaf  # [], tokens written so far
+    dtype: str = struct.field(pytree_node=False)  # of keys and values
 
     @property
     def capacity(self) -> int:
@@ -32,23 +34,33 @@ class KVCache:
     @property
     def keys(self) -> Array:
         """[B, S, K, D]; a view inside jit, where the op that turns it back cancels."""
-        return jnp.swapaxes(self.head_keys, 1, 2)
+        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
 
     @property
     def values(self) -> Array:
         """[B, S, K, V]"""
-        return jnp.swapaxes(self.head_values, 1, 2)
+        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
 
 
 def empty_cache(*, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> KVCache:
     """Room for `capacity` tokens a row."""
+    zeros = lambda dim: _bits(jnp.zeros((batch, kv_heads, capacity, dim), dtype))
     return KVCache(
-        head_keys=jnp.zeros((batch, kv_heads, capacity, key_dim), dtype),
-        head_values=jnp.zeros((batch, kv_heads, capacity, value_dim), dtype),
+        head_keys=zeros(key_dim),
+        head_values=zeros(value_dim),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         segments=jnp.full((batch, capacity), PADDING, jnp.int32),
         length=jnp.zeros((), jnp.int32),
+        dtype=str(jnp.dtype(dtype)),
     )
+
+
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _floats(x: Array, dtype: str) -> Array:
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KVCache:
@@ -69,12 +81,14 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
             "raise the capacity."
         )
     put = lambda old, new, axis=1: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis)
+    turn = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(cache.dtype))
     return KVCache(
-        head_keys=put(cache.head_keys, jnp.swapaxes(k, 1, 2), axis=2),
-        head_values=put(cache.head_values, jnp.swapaxes(v, 1, 2), axis=2),
+        head_keys=put(cache.head_keys, turn(k), axis=2),
+        head_values=put(cache.head_values, turn(v), axis=2),
         positions=put(cache.positions, positions),
         segments=put(cache.segments, segment_ids),
         length=cache.length + count,
+        dtype=cache.dtype,
     )
 
 

@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 
 # Other layers start a team per calling thread, or forbid two callers at once; XLA's callers vary.
 LAYER = "tbb"
-numba.config.THREADING_LAYER = LAYER
+config: Any = numba.config
+config.THREADING_LAYER = LAYER
 numba.get_num_threads()  # starts the threads; code from numba's cache must not be loaded before
 if numba.threading_layer() != LAYER:
     raise ImportError(f"numba already runs on {numba.threading_layer()}")
@@ -41,8 +42,7 @@ def handler(function: Callable[[int], int]) -> Any:
 
 
 @intrinsic
-def pointer(typing, address):
-    """An address as void*."""
+def _pointer(typing, address):
     cast = lambda context, builder, signature, args: builder.inttoptr(
         args[0], context.get_value_type(signature.return_type)
     )
@@ -50,12 +50,15 @@ def pointer(typing, address):
 
 
 @intrinsic
-def float_of(typing, bits):
-    """The f32 with these bits."""
+def _float_of(typing, bits):
     cast = lambda context, builder, signature, args: builder.bitcast(
         args[0], context.get_value_type(signature.return_type)
     )
     return types.float32(types.uint32), cast
+
+
+pointer: Any = _pointer  # an address as void*; inside compiled code numba passes `typing` itself
+float_of: Any = _float_of  # the f32 with these bits
 
 
 @compiled(inline="always")

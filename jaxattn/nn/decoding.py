@@ -29,9 +29,8 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[st
     if "params" in params:
         return dict(params)
     dtype = jnp.dtype(model.dtype)
-    flat = {
-        path: x.astype(dtype) if path[-1] in CAST else x for path, x in traverse_util.flatten_dict(dict(params)).items()
-    }
+    given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
+    flat = {path: x.astype(dtype) if path[-1] in CAST else x for path, x in given.items()}
     if why_plain(model):
         return {"params": traverse_util.unflatten_dict(flat)}
     products = {path for path in flat if path[-1] in ("kernel", "unembed") and not is_depthwise(path)}

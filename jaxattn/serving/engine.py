@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn._generate import CHUNK, Cursor, left_aligned, prefill_chunks, room_for
+from jaxattn._generate import Cursor, left_aligned, prefill_chunks, room_for
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
@@ -27,6 +27,7 @@ from jaxattn.serving import slots as device
 log = logging.getLogger("jaxattn")
 
 BLOCK = 8  # tokens decoded between two looks at the queue
+READ = 128  # tokens of a prompt that are read between two turns of the others
 
 Deliver = Callable[[list[int], str | None], None]
 """Called from the engine's thread with new tokens, and at the end with "stop", "length" or "error"."""
@@ -69,7 +70,7 @@ class Engine:
             raise ConfigError(f"context is {context} but the model knows {model.max_positions} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = room_for(context + CHUNK + block)
+        self._room = room_for(context + READ + block)
         self._slots = device.empty(model, slots, self._room, self._variables)
         self._owners: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -179,7 +180,7 @@ class Engine:
     def _prompt(self, ticket: Ticket) -> Iterator[Cursor | None]:
         tokens, live = left_aligned(np.asarray(ticket.ids, np.int32)[None], None)
         keys = jax.random.split(jax.random.key(ticket.seed), 1)
-        return prefill_chunks(self._model, self._variables, tokens, live, self._room, keys)
+        return prefill_chunks(self._model, self._variables, tokens, live, self._room, keys, READ)
 
     def _decode(self) -> None:
         owners = list(self._owners)

@@ -63,7 +63,9 @@ def _call(scale: float, window: int, q: Array, k: Array, v: Array, *places: Arra
     q = (q[:, 0].astype(jnp.float32) * scale).reshape(batch, k.shape[2], heads // k.shape[2], dim)
     out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), jnp.float32)
     run = jax.ffi.ffi_call(TARGET, out, vmap_method="broadcast_all")
-    o = run(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), *places, jnp.full((1,), window, jnp.int32))
+    plain = lambda x: x if x.dtype == jnp.float32 else jax.lax.bitcast_convert_type(x, jnp.uint16)
+    turn = lambda x: plain(jnp.swapaxes(x, 1, 2))
+    o = run(q, turn(k), turn(v), *places, jnp.full((1,), window, jnp.int32))
     return o.reshape(batch, 1, heads, v.shape[3])
 
 

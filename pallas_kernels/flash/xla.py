@@ -23,6 +23,7 @@ from pallas_kernels.flash.score import ACTIVATIONS, Score
 store = jax.lax.optimization_barrier  # "compute this once": exp would be repeated in every consumer
 BLOCK_Q = 128
 CHUNK_K = 1024
+SKIPPED_K = 256
 MAX_GROUPS = 16  # programs grow with unrolled groups; inside a group blocks are scanned
 
 
@@ -46,6 +47,8 @@ def flash_xla(
     if q.dtype == jnp.float32:  # in lower precision the product is scaled instead, after accumulation
         q, scale = q * scale, 1.0
     q, k, v = store((q, k, v))
+    if vis.aligned is None:  # behind a cache most keys may be empty: smaller chunks, of which the unseen are skipped
+        chunk_k = min(chunk_k, SKIPPED_K)
     rows = partial(_block, score, scale, chunk_k)
 
     blocks = -(-length // block_q)
@@ -168,8 +171,13 @@ def _fold_chunks(weigh, merge, k: Array, v: Array, vis: Visibility, chunk: int):
     if k.shape[2] <= chunk:
         return weigh((k, v, vis))
     cut = _chunks(k, v, vis, chunk)
-    rest = jnp.arange(1, -(-k.shape[2] // chunk))
-    return jax.lax.scan(lambda c, i: (merge(c, weigh(cut(i))), None), weigh(cut(0)), rest)[0]
+
+    def fold(carry, i):
+        part = cut(i)
+        seen = jnp.any(visible(part[2]))
+        return jax.lax.cond(seen, lambda: merge(carry, weigh(part)), lambda: carry), None
+
+    return jax.lax.scan(fold, weigh(cut(0)), jnp.arange(1, -(-k.shape[2] // chunk)))[0]
 
 
 def _map_chunks(add, carry, k: Array, v: Array, vis: Visibility, chunk: int):

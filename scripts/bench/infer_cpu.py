@@ -7,7 +7,8 @@ Needs the extras `verify` and `cpu`; llama.cpp is measured where the package lla
 of 512 tokens, 128 greedy tokens behind it. Every contender is a process of its own that keeps its model; they are
 asked in turn, the order reversed each round. Before anything is timed, their greedy tokens must agree: all of them in
 f32, and the first in bf16, where ties between close logits fall differently. Quote ratios: times on a shared machine
-mean little. Decoding reads every weight once a token, so bytes over memory bandwidth bound it; both are measured.
+mean little. Decoding reads every weight once a token, so bytes over memory bandwidth bound it; prefill in f32 is
+bound by the cores' rate of products. Both rates are measured first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from scripts.bench.infer_plot import plot
 from train.rundir import result_environment, write_json_atomic
 
 PROMPT, NEW = 512, 128
+PREFILL_FLOP_PER_TOKEN = 2 * 106.2e6 + 30 * 4 * 576 * (PROMPT / 2)  # kernels of 30 layers, causal attention
 AGREE = {"float32": NEW, "bfloat16": 1}  # greedy tokens every contender must share
 TORCH = ("transformers", "torch eager", "torch.compile")
 BARS = {  # of the issue that asked for this table: ours over the best of those
@@ -67,6 +69,16 @@ def read_bandwidth(threads: int, megabytes: int = 256) -> float:
         for reader in readers:
             reader.join()
         best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """GFLOP/s of NumPy's f32 product of two large matrices, the best of 5: about what these cores can do."""
+    a, best = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
     return best
 
 
@@ -169,7 +181,7 @@ def main() -> int:
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds} but must be at least 1.")
     threads = len(os.sched_getaffinity(0))
-    bandwidth, results = read_bandwidth(threads), {}
+    bandwidth, rate, results = read_bandwidth(threads), matmul_rate(), {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in args.dtype:
             results[dtype] = measure(dtype, args.rounds, Path(folder))
@@ -179,10 +191,17 @@ def main() -> int:
     packages = ("torch", "transformers", "llama-cpp-python", "numba")
     versions = {p: importlib.metadata.version(p) for p in packages if _installed(p)}
     summary = {"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "new": NEW, "threads": threads}
-    summary |= {"read_bandwidth_GB_per_s": bandwidth, "bars": bars, "versions": versions}
+    summary |= {
+        "read_bandwidth_GB_per_s": bandwidth,
+        "f32_matmul_GFLOP_per_s": rate,
+        "bars": bars,
+        "versions": versions,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(args.out, summary | {"results": results, "environment": result_environment()})
     plot(args.out.with_suffix(".png"), results)
+    layers = PREFILL_FLOP_PER_TOKEN / 1e9
+    print(f"f32 prefill is bound by {rate / layers:.0f} tok/s at {rate:.0f} GFLOP/s and {layers:.2f} GFLOP a token")
     for dtype, found in results.items():
         print(f"{dtype}: decode is bound by {found['decode_limit_tokens_per_s']:.0f} tok/s at {bandwidth:.1f} GB/s")
         for name, speed in found["tokens_per_s"].items():

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.optimised,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
-        reason="no TPU compiler here: libtpu is not installed (pip install 'jaxattn[test]')",
+        reason="no TPU compiler here: libtpu is not installed (extra tpu)",
     ),
 ]
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

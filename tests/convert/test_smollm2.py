@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,12 @@ from convert.from_hf import convert
 from convert.to_hf import export
 from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
+from jaxattn.serving.engine import Engine
 from jaxattn.text import load, stream_text
 from scripts.get_smollm2 import default_folder, fetch
+from tests.serve.test_engine import GREEDY, Inbox
+from tests.train.helpers import rows
+from train.finetune import main as finetune
 
 torch = pytest.importorskip("torch", reason="the oracle")
 pytestmark = [pytest.mark.smollm2, pytest.mark.optimised]  # 135 million weights: running costs more than compiling
@@ -143,3 +149,47 @@ def test_the_sink_rate_is_that_of_torchs_attention_weights(smol, loaded):
     np.testing.assert_allclose(raw["alpha"][..., 0], alpha, atol=1e-3)
     assert summarise(raw, epsilon=0.3)["sink_rate"] == pytest.approx(theirs, abs=0.1)
     assert theirs > 20, "a pretrained model has sinks"
+
+
+def test_the_server_s_engine_answers_together_as_alone(loaded):
+    """Six prompts in four slots of the real model, each its own greedy answer."""
+    ready, count, inboxes = loaded.prepared(), 6, []
+    engine = Engine(ready.model, ready.params, slots=4, context=128, queue=16, block=4)
+    engine.start()
+    try:
+        for prompt in PROMPTS[:6]:
+            inbox = Inbox()
+            engine.submit(loaded.encode(prompt), count, GREEDY, 0, (), inbox)
+            inboxes.append(inbox)
+        answers = [inbox.wait() for inbox in inboxes]
+    finally:
+        engine.close()
+    for prompt, answer in zip(PROMPTS[:6], answers, strict=True):
+        alone = jaxattn.generate(ready.model, ready.params, np.asarray([loaded.encode(prompt)]), max_new_tokens=count)
+        assert answer == alone.tokens[0].tolist()
+
+
+@pytest.mark.slow
+def test_lora_fine_tuning_starts_from_it_learns_and_exports(smol, tmp_path):
+    """Twelve steps on one document: the loss falls far, and the merged export loads in transformers."""
+    text = tmp_path / "document.jsonl"
+    line = "Attention sinks collect the weight that no other token wants, and the first token is the usual one. "
+    text.write_text("".join(json.dumps({"text": f"{n}. {line * 3}"}) + "\n" for n in range(40)))
+    flags = [
+        "--steps=12", "--data.context=64", "--data.batch-size=2", "--eval.every=12", "--eval.batches=1",
+        "--eval.length=32", "--eval.sequences=1", "--checkpoint.every=12", "--log.no-tensorboard", "--no-report",
+        "--optim.lr=0.003", "--optim.warmup-steps=0", "--lora.rank=4", "--data.val-fraction=0.2",
+    ]  # fmt: skip
+    assert finetune([str(smol[2]), f"--run-dir={tmp_path / 'run'}", f"--data={text}", *flags]) == 0
+    losses = [row["val_loss"] for row in rows(tmp_path / "run") if "val_loss" in row]
+    assert losses[-1] < losses[0] - 1.0
+    export(tmp_path / "run", tmp_path / "hf")
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tuned = load(tmp_path / "run")
+    ids = jnp.asarray([tuned.encode("Attention sinks collect")])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(np.asarray(ids))).logits.numpy()
+    logits = jax.jit(lambda p: Decoder(tuned.model).apply({"params": p}, ids))(tuned.params)
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
