@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, run_cli
+from jaxattn.nn.decoding import why_plain
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 
@@ -31,11 +32,12 @@ def main() -> int:
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
+    parser.add_argument("--backend", choices=("auto", "xla", "reference"), help="of attention (default: the model's)")
     args = parser.parse_args()
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared()
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend).prepared()
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
@@ -47,7 +49,13 @@ def main() -> int:
         print(piece, end="", flush=True)
     print()
     seconds = time.perf_counter() - begin
-    print(f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all]", file=sys.stderr)
+    plain = why_plain(loaded.model)
+    product = f"XLA, because {plain}" if plain else "numba"
+    print(
+        f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all; "
+        f"single rows were multiplied by {product}]",
+        file=sys.stderr,
+    )
     return 0
 
 

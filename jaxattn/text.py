@@ -57,9 +57,10 @@ def load(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attn: str | None = None,
+    backend: Literal["auto", "xla", "reference"] | None = None,
     step: int | None = None,
 ) -> Loaded:
-    """Open a converted checkpoint or a run of text.
+    """Open a converted checkpoint or a run of text; dtype, attention and backend default to the model's own.
 
     Raises:
       UserError: no checkpoint, or a run whose data are no text.
@@ -70,6 +71,7 @@ def load(
 
     trained = open_trained(folder, attn, step)
     model = trained.model if dtype is None else dataclasses.replace(trained.model, dtype=dtype)
+    model = model if backend is None else dataclasses.replace(model, backend=backend)
     if (folder / SIDE / "tokenizer.json").exists():
         tokenizer = load_tokenizer(str(folder / SIDE))
     else:
