@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import carray, cfunc, njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 # Other layers start a team per calling thread, or forbid two callers at once; XLA's callers vary.
 LAYER = "tbb"
@@ -32,7 +32,10 @@ TYPE = 4  # ints into a buffer
 
 
 def compiled(**options: Any) -> Any:
-    """numba's njit; runtime type checkers may have wrapped the function, which it cannot read."""
+    """numba's njit; runtime type checkers may have wrapped the function, which it cannot read.
+
+    Not for closures over compiled functions: the key of numba's cache would have to pickle those.
+    """
     return lambda function: njit(cache=True, **options)(inspect.unwrap(function))
 
 
@@ -61,10 +64,16 @@ pointer: Any = _pointer  # an address as void*; inside compiled code numba passe
 float_of: Any = _float_of  # the f32 with these bits
 
 
-@compiled(inline="always")
-def from_bf16(bits: Any) -> Any:
-    """bf16 is the upper half of an f32."""
-    return float_of(np.uint32(bits) << np.uint32(16))
+def widen(x: Any) -> Any:
+    """An f32 as it is, or the f32 whose upper half are the bits of a bf16; inside compiled code only."""
+    raise NotImplementedError("widen has a meaning in compiled code only.")
+
+
+@overload(widen)
+def _widen(x):
+    if x is types.uint16:
+        return lambda x: float_of(np.uint32(x) << np.uint32(16))
+    return lambda x: x
 
 
 @compiled()

@@ -29,65 +29,45 @@ def sees(q_position, q_segment, k_position, k_segment, window):
 
 
 @compiled(fastmath=True)
-def dot_f32(a, b):
+def dot(a, b):
     total = np.float32(0)
     for i in range(a.shape[0]):
-        total += a[i] * b[i]
+        total += a[i] * widen(b[i])
     return total
 
 
 @compiled(fastmath=True)
-def dot_bf16(a, b):
-    total = np.float32(0)
-    for i in range(a.shape[0]):
-        total += a[i] * from_bf16(b[i])
-    return total
-
-
-@compiled(fastmath=True)
-def add_f32(total, weight, row):
+def add(total, weight, row):
     for i in range(total.shape[0]):
-        total[i] += weight * row[i]
+        total[i] += weight * widen(row[i])
 
 
-@compiled(fastmath=True)
-def add_bf16(total, weight, row):
-    for i in range(total.shape[0]):
-        total[i] += weight * from_bf16(row[i])
-
-
-def _attention(dot, add):
-    @compiled(parallel=True)
-    def rows(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
-        """q [N, K, G, D] (scaled), k [N, K, S, D], v [N, K, S, V]; places [N] and [N, S]; o [N, K, G, V]."""
-        heads, group, keys = q.shape[1], q.shape[2], k.shape[2]
-        for item in prange(q.shape[0] * heads * group):
-            n, h, g = item // (heads * group), item // group % heads, item % group
-            scores, places = np.empty(keys, np.float32), np.empty(keys, np.int32)
-            count, top = 0, np.float32(-np.inf)
-            for s in range(keys):
-                if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
-                    score = dot(q[n, h, g], k[n, h, s])
-                    scores[count], places[count] = score, s
-                    count += 1
-                    top = max(top, score)
-            total, mass = o[n, h, g], np.float32(0)
-            total[:] = 0
-            for i in range(count):
-                weight = np.exp(scores[i] - top)
-                mass += weight
-                add(total, weight, v[n, h, places[i]])
-            if count:
-                total /= mass
-
-    return rows
-
-
-rows_f32, rows_bf16 = _attention(dot_f32, add_f32), _attention(dot_bf16, add_bf16)
+@compiled(parallel=True)
+def attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
+    """q [N, K, G, D] (scaled), k [N, K, S, D], v [N, K, S, V]; places [N] and [N, S]; o [N, K, G, V]."""
+    heads, group, keys = q.shape[1], q.shape[2], k.shape[2]
+    for item in prange(q.shape[0] * heads * group):
+        n, h, g = item // (heads * group), item // group % heads, item % group
+        scores, places = np.empty(keys, np.float32), np.empty(keys, np.int32)
+        count, top = 0, np.float32(-np.inf)
+        for s in range(keys):
+            if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
+                score = dot(q[n, h, g], k[n, h, s])
+                scores[count], places[count] = score, s
+                count += 1
+                top = max(top, score)
+        total, mass = o[n, h, g], np.float32(0)
+        total[:] = 0
+        for i in range(count):
+            weight = np.exp(scores[i] - top)
+            mass += weight
+            add(total, weight, v[n, h, places[i]])
+        if count:
+            total /= mass
 
 
 def _decode(frame: int) -> int:
-    """Arguments as in `rows`, leading axes of vmap joined with N; returns no error."""
+    """Arguments as in `attend`, leading axes of vmap joined with N; returns no error."""
     if answered_version(frame):
         return 0
     query, keys, values = argument(frame, 0), argument(frame, 1), argument(frame, 2)
@@ -104,10 +84,10 @@ def _decode(frame: int) -> int:
     o = carray(data(result(frame, 0)), (n, h, g, e), np.float32)
     if is_f32(keys):
         k, v = carray(data(keys), (n, h, s, d), np.float32), carray(data(values), (n, h, s, e), np.float32)
-        rows_f32(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+        attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
     else:
         kb, vb = carray(data(keys), (n, h, s, d), np.uint16), carray(data(values), (n, h, s, e), np.uint16)
-        rows_bf16(q, kb, vb, q_positions, q_segments, k_positions, k_segments, window, o)
+        attend(q, kb, vb, q_positions, q_segments, k_positions, k_segments, window, o)
     return 0
 
 

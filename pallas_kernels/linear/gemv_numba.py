@@ -5,28 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, prange
 
-from pallas_kernels._numba import answered_version, argument, compiled, data, dim, from_bf16, handler, is_f32, result
+from pallas_kernels._numba import answered_version, argument, compiled, data, dim, handler, is_f32, result, widen
 
 
 @compiled(parallel=True, fastmath=True)
-def rows_f32(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    """y [n, o] = x [n, i] @ w [o, i]ᵀ."""
+def products(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
+    """y [n, o] = x [n, i] @ w [o, i]ᵀ, w in f32 or the bits of bf16."""
     for o in prange(w.shape[0]):
         for n in range(x.shape[0]):
             total = np.float32(0)
             for i in range(w.shape[1]):
-                total += w[o, i] * x[n, i]
-            y[n, o] = total
-
-
-@compiled(parallel=True, fastmath=True)
-def rows_bf16(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-    """The same with w as the bits of bf16."""
-    for o in prange(w.shape[0]):
-        for n in range(x.shape[0]):
-            total = np.float32(0)
-            for i in range(w.shape[1]):
-                total += from_bf16(w[o, i]) * x[n, i]
+                total += widen(w[o, i]) * x[n, i]
             y[n, o] = total
 
 
@@ -39,9 +28,9 @@ def _gemv(frame: int) -> int:
     x = carray(data(rows), (count, shape[1]), np.float32)
     y = carray(data(result(frame, 0)), (count, shape[0]), np.float32)
     if is_f32(weights):
-        rows_f32(carray(data(weights), shape, np.float32), x, y)
+        products(carray(data(weights), shape, np.float32), x, y)
     else:
-        rows_bf16(carray(data(weights), shape, np.uint16), x, y)
+        products(carray(data(weights), shape, np.uint16), x, y)
     return 0
 
 

@@ -58,7 +58,7 @@ def test_token_by_token_gives_the_same_losses(attn):
     model = MODEL.with_attention(attn)
     params = params_of(model)
     whole = losses(model, params, IDS, context=16, stride=16)
-    np.testing.assert_allclose(losses(model, params, IDS, context=16, stride=16, by_steps=True), whole, atol=1e-4)
+    np.testing.assert_allclose(losses(model, params, IDS, context=16, stride=16, by_steps=True), whole, atol=3e-4)
 
 
 def test_retrieving_attention_reads_through_its_cache():
