@@ -11,10 +11,10 @@ from pallas_kernels._numba import (
     compiled,
     data,
     dim,
-    from_bf16,
     handler,
     is_f32,
     result,
+    widen,
     word,
 )
 

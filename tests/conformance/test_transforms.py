@@ -111,7 +111,7 @@ def test_named_backends_never_fall_back(case):
     q, k, v = inputs(10)
     params = case.params(4, 2, 16, 16)
     close(case.forward(q, k, v, None, params, backend="reference"), case.forward(q, k, v, None, params))
-    with pytest.raises(NotImplementedError, match="no 'tpu' backend|'tpu' was asked for but"):
+    with pytest.raises(NotImplementedError, match=r"no 'tpu' backend|'tpu' was asked for but"):
         case.forward(q, k, v, None, params, backend="tpu")
     with pytest.raises(ConfigError, match="'fast' is not known"):
         case.forward(q, k, v, None, params, backend="fast")
