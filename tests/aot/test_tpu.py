@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxattn.masks import self_visibility
 from pallas_kernels import Score, flash
@@ -38,9 +39,11 @@ def chip(request, monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, value))
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # no client here could load what it holds
+    compilation_cache.reset_cache()  # JAX looks at the setting once a process
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
     yield topology.devices[0]
     jax.config.update("jax_enable_compilation_cache", cached)
+    compilation_cache.reset_cache()
 
 
 def temporaries(device, length, dim, *, gradients, score=SOFTMAX, dtype=jnp.bfloat16) -> int:
