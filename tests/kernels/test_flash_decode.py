@@ -48,6 +48,7 @@ def run(backend, vis):
         {"keys": 1},
         {"keys": 100, "heads": 4, "kv_heads": 1, "dim": 60, "value_dim": 64},
         {"keys": 257, "heads": 3, "kv_heads": 3, "window": 7},
+        {"keys": 63, "heads": 4, "kv_heads": 2},
     ],
     ids=str,
 )
