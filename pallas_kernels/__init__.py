@@ -1,8 +1,11 @@
 """Hot-path operations, one folder per op: a slow f32 reference and one file per backend.
 
 Callers name an op and, if they must, a backend; nothing outside this package knows which exist.
+`python -m pallas_kernels` prints what each op's backends can do.
 """
 
+from pallas_kernels._dispatch import recording
+from pallas_kernels._interpret import compiling_for, interpreted
 from pallas_kernels.flash import Score, flash
 
-__all__ = ["Score", "flash"]
+__all__ = ["Score", "compiling_for", "flash", "interpreted", "recording"]

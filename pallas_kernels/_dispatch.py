@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxattn.errors import ConfigError
@@ -10,6 +12,9 @@ from pallas_kernels import _interpret
 
 BACKENDS = ("auto", "reference", "xla", "gpu", "tpu")
 KERNELS = ("gpu", "tpu")  # backends named after the one platform they run on
+
+Choices = dict[str, dict[str, str]]  # op -> backend -> why
+_record: contextvars.ContextVar[Choices | None] = contextvars.ContextVar("backend choices", default=None)
 
 
 def resolve(
@@ -30,18 +35,46 @@ def resolve(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is not known: choose one of {', '.join(BACKENDS)}.")
-    unfit = unfit or {}
-    name = backend
-    if backend == "auto":
-        fitting = [n for n in KERNELS if n in implementations and not unfit.get(n)]
-        name = _interpret.platform() if fitting else default
-        name = name if name in fitting else default
+    name, why = (backend, "named") if backend != "auto" else _automatic(implementations, default, unfit or {})
     if name not in implementations:
         have = ", ".join(implementations)
         raise NotImplementedError(f"{op} has no {name!r} backend; it has {have}.")
-    if reason := unfit.get(name):
+    if reason := (unfit or {}).get(name):
         raise NotImplementedError(f"{op}: {reason}")
+    note(op, name, why)
     return implementations[name]
+
+
+def _automatic(
+    implementations: Mapping[str, Callable[..., Any]], default: str, unfit: Mapping[str, str | None]
+) -> tuple[str, str]:
+    """The backend that "auto" means here, and why."""
+    kernels = [name for name in KERNELS if name in implementations]
+    if not kernels:
+        return default, "it has no other kernel"
+    platform = _interpret.platform()
+    if platform in kernels and not unfit.get(platform):
+        return platform, f"this is a {platform}"
+    if platform in kernels:
+        return default, f"{unfit[platform]}"
+    return default, f"no kernel for {platform}"
+
+
+def note(op: str, backend: str, why: str) -> None:
+    """Tell whoever is `recording` which backend an op got."""
+    if (record := _record.get()) is not None:
+        record.setdefault(op, {}).setdefault(backend, why)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Choices]:
+    """Collects which backend every op traced inside gets, and why: op -> backend -> reason."""
+    record: Choices = {}
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
 
 
 def interpret_for(op: str, platform: str) -> Any:
@@ -54,7 +87,7 @@ def interpret_for(op: str, platform: str) -> Any:
     if mode is False and _interpret.platform() != platform:
         raise NotImplementedError(
             f"{op}: backend {platform!r} was asked for but this process computes on {_interpret.platform()!r}: use "
-            f"'auto' or 'xla', or simulate the kernel inside pallas_kernels._interpret.interpreted(), or compile it "
-            f"ahead of time inside pallas_kernels._interpret.compiling_for({platform!r})."
+            f"'auto' or 'xla', or simulate the kernel inside pallas_kernels.interpreted(), or compile it ahead of "
+            f"time inside pallas_kernels.compiling_for({platform!r})."
         )
     return mode

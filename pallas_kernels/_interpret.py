@@ -27,7 +27,7 @@ def interpreted(how: Any = "plain") -> contextlib.AbstractContextManager[Any]:
 
 
 def compiling_for(platform: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside, programs are traced for `platform` ("tpu"), attached or not: for compiling ahead of time."""
+    """Inside, programs are traced for `platform` ("tpu" or "gpu"), attached or not: for compiling ahead of time."""
     return _target(platform)
 
 

@@ -13,7 +13,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxattn.masks import Visibility, self_visibility, visible
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias
 from pallas_kernels import Score, flash
-from pallas_kernels._interpret import compiling_for, interpreted
 from pallas_kernels.flash.reference import flash_reference
 from pallas_kernels.flash.tiles import Spans, certain, reachable, spans
 from pallas_kernels.flash.tpu import flash_tpu

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _cpu
-from pallas_kernels._interpret import compiling_for
+from pallas_kernels import _cpu, compiling_for
 from pallas_kernels.linear.gemv import MOST_ROWS, TARGET, gemv, usable
 
 needs_numba = pytest.mark.skipif(bool(_cpu.missing()), reason=f"numba's kernels: {_cpu.missing()}")

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxattn.masks import self_visibility
-from pallas_kernels import Score, flash
-from pallas_kernels._interpret import compiling_for
+from pallas_kernels import Score, compiling_for, flash
 
-pytestmark = [
-    pytest.mark.optimised,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="no TPU compiler here: libtpu is not installed (extra tpu)",
-    ),
-]
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SOFTMAX = Score()
 HEADS, KV_HEADS = 4, 2
-
-
-@pytest.fixture(params=CHIPS)
-def chip(request, monkeypatch):
-    """One device of the chip, described by its compiler; the variables keep that from asking a cloud's servers."""
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # no client here could load what it holds
-    compilation_cache.reset_cache()  # JAX looks at the setting once a process
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
-    yield topology.devices[0]
-    jax.config.update("jax_enable_compilation_cache", cached)
-    compilation_cache.reset_cache()
 
 
 def temporaries(device, length, dim, *, gradients, score=SOFTMAX, dtype=jnp.bfloat16) -> int:
