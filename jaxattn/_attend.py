@@ -49,7 +49,7 @@ def attend(
       scale: of q·k, default 1/sqrt(D).
       bias: position bias added to the scaled scores (`jaxattn.rope`).
       params: the mechanism's own parameters, where it has any.
-      backend: "auto", "xla" or "reference"; a named backend never falls back.
+      backend: "auto", "xla", "reference", "tpu" or "gpu"; a named backend never falls back.
       spec: the mechanism's options, e.g. ``train_len=256`` for sigmoid.
 
     Returns:

@@ -10,11 +10,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
+from jaxattn.backends import of_decoding
 from jaxattn.errors import ConfigError, run_cli
-from jaxattn.nn.decoding import why_plain
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
+from jaxattn.types import Backend
 
 
 def main() -> int:
@@ -32,7 +34,7 @@ def main() -> int:
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
-    parser.add_argument("--backend", choices=("auto", "xla", "reference"), help="of attention (default: the model's)")
+    parser.add_argument("--backend", choices=get_args(Backend), help="of attention (default: the model's)")
     args = parser.parse_args()
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
@@ -41,6 +43,7 @@ def main() -> int:
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
+    print(f"[{of_decoding(loaded.model, loaded.params)}]", file=sys.stderr, flush=True)
     if not args.chat:
         print(args.prompt, end="", flush=True)
     begin, first = time.perf_counter(), None
@@ -49,11 +52,8 @@ def main() -> int:
         print(piece, end="", flush=True)
     print()
     seconds = time.perf_counter() - begin
-    plain = why_plain(loaded.model)
-    product = f"XLA, because {plain}" if plain else "numba"
     print(
-        f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all; "
-        f"single rows were multiplied by {product}]",
+        f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all]",
         file=sys.stderr,
     )
     return 0

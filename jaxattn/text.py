@@ -16,6 +16,7 @@ from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
+from jaxattn.types import Backend
 
 SIDE = "hf"  # where a converted checkpoint keeps its source's own files
 
@@ -57,7 +58,7 @@ def load(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attn: str | None = None,
-    backend: Literal["auto", "xla", "reference"] | None = None,
+    backend: Backend | None = None,
     step: int | None = None,
 ) -> Loaded:
     """Open a converted checkpoint or a run of text; dtype, attention and backend default to the model's own.

@@ -10,7 +10,7 @@ integers; segment 0 is padding, segment `GLOBAL` marks keys that every live quer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,6 +23,7 @@ Scores = Float[Array, "B H T S"]
 Visible = Bool[Array, "B T S"]
 TokenIds = Int[Array, "B T"]
 Params = dict[str, Any]
+Backend = Literal["auto", "xla", "reference", "gpu", "tpu"]
 
 # A field of a pytree dataclass: usually an array, but JAX also rebuilds trees around placeholders, so a
 # shape annotation there would be checked against things that are no arrays. The comment gives the shape.

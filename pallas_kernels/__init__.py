@@ -4,8 +4,8 @@ Callers name an op and, if they must, a backend; nothing outside this package kn
 `python -m pallas_kernels` prints what each op's backends can do.
 """
 
-from pallas_kernels._dispatch import recording
+from pallas_kernels._dispatch import may_be_kernel, recording
 from pallas_kernels._interpret import compiling_for, interpreted
 from pallas_kernels.flash import Score, flash
 
-__all__ = ["Score", "compiling_for", "flash", "interpreted", "recording"]
+__all__ = ["Score", "compiling_for", "flash", "interpreted", "may_be_kernel", "recording"]

@@ -77,6 +77,11 @@ def recording() -> Iterator[Choices]:
         _record.reset(token)
 
 
+def may_be_kernel() -> bool:
+    """Whether ops traced now can become kernels that only one kind of device runs."""
+    return _interpret.mode() is not False or _interpret.platform() in KERNELS
+
+
 def interpret_for(op: str, platform: str) -> Any:
     """`pallas_call(interpret=)` for a kernel that runs on `platform` only.
 

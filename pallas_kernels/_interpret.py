@@ -39,3 +39,8 @@ def mode() -> Any:
 def platform() -> str:
     """The platform programs are traced for; attached devices are only asked for outside `compiling_for`."""
     return _target.value or jax.default_backend()
+
+
+def targeted() -> bool:
+    """Whether programs are compiled for a platform by name, ahead of time."""
+    return bool(_target.value)

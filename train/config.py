@@ -269,11 +269,12 @@ RESUMABLE = (
     "log",
 )
 
-FLAG_ALIASES = {"--data": "--data.source"}
+FLAG_ALIASES = {"--data": "--data.source", "--backend": "--model.backend"}
 
 DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention sinks emerge.
 
---list-attn names every attention, --list-presets every recipe; --data=X is short for --data.source=X."""
+--list-attn names every attention, --list-presets every recipe; --data=X is short for --data.source=X,
+--backend=X for --model.backend=X."""
 
 
 def parse_args(

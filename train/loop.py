@@ -20,6 +20,7 @@ from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import Mismatch, TrainingStopped
+from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
 from train.config import RESUMABLE, RunConfig
@@ -27,7 +28,7 @@ from train.data import Source
 from train.data.task_source import TaskSource
 from train.load import abstract_state, first_state, load_base, open_source, read_config, whole
 from train.manifest import diff_config
-from train.mesh import data_mesh, replicate, shard_batch
+from train.mesh import data_mesh, inside, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
 from train.rundir import RunDir, environment, open_run, truncate_jsonl_after, write_json_atomic
@@ -63,13 +64,16 @@ def run(cfg: RunConfig) -> int:
     cfg = dataclasses.replace(cfg, model=model, run_dir=str(folder))
     new_paths(cfg)  # refuses an attention that the checkpoint's parameters do not fit
     mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
-    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=jax.process_index() == 0) as place:
+    backends = describe_backends(cfg)
+    primary = jax.process_index() == 0
+    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=primary) as place, inside(mesh):
         saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
         with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
             iterator = source.train_iterator()
             try:
                 state, frozen, start = _first_state(cfg, checkpoints, iterator, mesh)
                 _describe(place, saved, source, start)
+                print(backends, flush=True)
                 copy_side_files(cfg, place.path)
                 code, state, step = _train(cfg, place, source, checkpoints, iterator, state, frozen, start, mesh)
             finally:

@@ -9,6 +9,7 @@ from typing import Literal
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
 from jaxattn.rope import Rope, RopeScaling
+from jaxattn.types import Backend
 
 Norm = Literal["rmsnorm", "layernorm", "srmsnorm"]
 NormPosition = Literal["pre", "post", "hybrid"]
@@ -76,8 +77,8 @@ class ModelConfig:
     """One compiled block scanned over depth (compile time independent of L)."""
     remat: bool = False
     """Recompute each block in the backward pass."""
-    backend: Literal["auto", "xla", "reference"] = "auto"
-    """Attention backend; a named one never falls back."""
+    backend: Backend = "auto"
+    """Kernels of the attention: auto is the platform's own where there is one, else xla; a named one never falls back."""
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "d_model", "num_heads"):

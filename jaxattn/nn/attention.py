@@ -17,6 +17,7 @@ from jaxattn.mechanisms import Mechanism
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.conv import DepthwiseConv, short_conv_state
 from jaxattn.nn.layers import Linear
+from jaxattn.nn.sharding import over_batch
 from jaxattn.nn.stream import Edit, Stream, edits_of
 from jaxattn.norms import rms_norm
 from jaxattn.rope import (
@@ -91,7 +92,12 @@ class Attention(nn.Module):
                 window=choice.window,
                 prefix_len=stream.prefix_len,
             )
-            o = mechanism.forward(q, k, v, vis, backend=cfg.backend, **call, **extra)
+            rates = {"rates": extra.pop("rates")} if "rates" in extra else {}
+            o = over_batch(
+                lambda own, shared: mechanism.forward(*own[0], spec=spec, backend=cfg.backend, **own[1], **shared),
+                ((q, k, v, vis), rates),
+                {"params": params, "bias": call["bias"], **extra},
+            )
         else:
             window, places = choice.window, (stream.positions, stream.segments)
             o, inner = mechanism.step(inner, q, k, v, *places, window=window, backend=cfg.backend, **call, **extra)

@@ -1,0 +1,1 @@
+"""Kernels against their rivals, in one interleaved run: `python -m scripts.bench.kernels`."""
