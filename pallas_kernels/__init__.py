@@ -8,4 +8,11 @@ from pallas_kernels._dispatch import may_be_kernel, recording
 from pallas_kernels._interpret import compiling_for, interpreted
 from pallas_kernels.flash import Score, flash
 
-__all__ = ["Score", "compiling_for", "flash", "interpreted", "may_be_kernel", "recording"]
+__all__ = ["Score", "compiling_for", "flash", "interpreted", "may_be_kernel", "recording", "support"]
+
+
+def support() -> list:
+    """What each op's backends serve: entries with op, feature, backend and, where refused, the reason."""
+    from pallas_kernels._support import support  # it imports every op
+
+    return support()

@@ -11,7 +11,7 @@ from scripts.bench.kernels.cases import OURS
 
 def markdown(result: dict[str, Any], platform: str) -> str:
     """A table of medians and bars, the claims that follow, and what was not measured."""
-    versions = result["environment"]
+    versions = result["environment"]["versions"]
     lines = [
         f"# Kernels on {result['device']}",
         "",
