@@ -208,6 +208,7 @@ def emergence(runs: Sequence[Run]) -> Figure | None:
     grid = made.subplots(-(-len(found) // columns), columns, squeeze=False)
     for ax in grid.ravel()[len(found) :]:
         ax.set_axis_off()
+    drawn: Any = None  # of the last one: all share a scale
     for ax, (run, steps, w) in zip(grid.ravel(), found, strict=False):
         flat = w.reshape(len(steps), -1)
         pick = np.sort(np.argsort(-np.nan_to_num(flat[-1], nan=-1), kind="stable")[:rows])

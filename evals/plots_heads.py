@@ -140,6 +140,7 @@ def maps(runs: Sequence[Run]) -> Figure | None:
     grid = made.subplots(rows, columns, squeeze=False).ravel()
     for ax in grid[len(found) :]:
         ax.set_axis_off()
+    drawn: Any = None  # of the last one: all share a scale
     for ax, (run, own) in zip(grid, found, strict=False):
         table = strongest(run, own)
         layer, head = divmod(int(np.argmax(table)), table.shape[1])

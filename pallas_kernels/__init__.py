@@ -6,9 +6,9 @@ Callers name an op and, if they must, a backend; nothing outside this package kn
 
 from pallas_kernels._dispatch import may_be_kernel, recording
 from pallas_kernels._interpret import compiling_for, interpreted
-from pallas_kernels.flash import Score, flash
+from pallas_kernels.flash import Score, flash, merge
 
-__all__ = ["Score", "compiling_for", "flash", "interpreted", "may_be_kernel", "recording", "support"]
+__all__ = ["Score", "compiling_for", "flash", "interpreted", "may_be_kernel", "merge", "recording", "support"]
 
 
 def support() -> list:

@@ -102,9 +102,8 @@ def _of_flash() -> dict[str, Variant]:
     def variant(score: Score = SOFTMAX, bias: Any = None, options: Any = None, **rules: Any) -> Variant:
         def run(backend: str) -> Any:
             vis = self_visibility(1, SHAPE.length, **rules)
-            call = lambda q, k, v: flash(
-                q, k, v, vis, score, bias=bias, backend=backend, **{"scale": 0.1, **(options or {})}
-            )
+            more: dict[str, Any] = {"scale": 0.1} | (options or {})
+            call = lambda q, k, v: flash(q, k, v, vis, score, bias=bias, backend=backend, **more)
             return jax.eval_shape(call, q, k, v)
 
         return run

@@ -15,15 +15,20 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Struct
 
 from jaxattn.masks import self_visibility
+from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.flash import Score, flash
 from pallas_kernels.grouped_softmax import grouped_softmax
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.neural_memory import neural_memory
+from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.prefix_softmax import prefix_softmax
+from pallas_kernels.probe import probe
 from pallas_kernels.shapes import Shape
 from pallas_kernels.softplus import softplus_attention
 
 LANDMARK = 64  # tokens of a landmark block in these calls
+BLOCK = 128  # tokens of a block of block-sparse attention
+PAGE = 64  # tokens of a page of a cache
 FEATURES = 16  # head dim of q and k under BASED's feature map
 
 
@@ -118,6 +123,46 @@ def _prefix(shape: Shape, dtype: Any) -> Call:
     return Call(call, (scores, values), 2, 4.0 * math.prod(values.shape))
 
 
+def _block_sparse(shape: Shape, dtype: Any) -> Call:
+    """A tenth of the causal blocks, one list per key head."""
+    count = -(-shape.length // BLOCK)
+    width = max(2, round(count / 20))
+    lists = Struct((shape.batch, shape.kv_heads, count, width), jnp.int32)
+    vis = self_visibility(shape.batch, shape.length)
+    flops = 2.0 * shape.batch * shape.heads * count * width * BLOCK**2 * (shape.dim + shape.value_dim)
+
+    def call(q: Any, k: Any, v: Any, blocks: Any, backend: str) -> Any:
+        sizes = {"block_q": BLOCK, "block_k": BLOCK}
+        return block_sparse(q, k, v, vis, blocks=blocks, **sizes, scale=q.shape[-1] ** -0.5, backend=backend)
+
+    return Call(call, (*_heads(shape, dtype), lists), 3, flops)
+
+
+def _paged(shape: Shape, dtype: Any) -> Call:
+    """One query over a sixteenth of a cache of `shape.size` tokens."""
+    pages = max(1, shape.size // PAGE)
+    listed = max(1, pages // 16)
+    pool = lambda dim: Struct((shape.batch, shape.kv_heads, pages, PAGE, dim), dtype)
+    query = Struct((shape.batch, 1, shape.heads, shape.dim), dtype)
+    tables = Struct((shape.batch, shape.kv_heads, listed), jnp.int32)
+    flops = 2.0 * shape.batch * shape.heads * listed * PAGE * (shape.dim + shape.value_dim)
+    call = lambda q, k, v, tables, backend: paged_decode(q, k, v, tables, scale=q.shape[-1] ** -0.5, backend=backend)
+    return Call(call, (query, pool(shape.dim), pool(shape.value_dim), tables), 0, flops)
+
+
+def _probe(shape: Shape, dtype: Any) -> Call:
+    """Column sums, diagonals and row sums' logarithms of the last 64 queries."""
+    count = min(64, shape.length)
+    query = Struct((shape.batch, count, shape.heads, shape.dim), dtype)
+    keys = Struct((shape.batch, shape.size, shape.kv_heads, shape.dim), dtype)
+    vis = self_visibility(shape.batch, shape.size).rows(shape.size - count, count)
+    flops = 4.0 * shape.batch * shape.heads * count * shape.size * shape.dim  # q·k twice
+    call = lambda q, k, backend: probe(
+        q, k, vis, scale=q.shape[-1] ** -0.5, want=("columns", "diagonals", "lse"), backend=backend
+    )
+    return Call(call, (query, keys), 0, flops)
+
+
 CALLS: Mapping[str, Callable[[Shape, Any], Call]] = {
     "flash": _flash(Score()),
     "flash, sigmoid": _flash(Score("sigmoid", "none", logit_bias=-8.0)),
@@ -126,4 +171,7 @@ CALLS: Mapping[str, Callable[[Shape, Any], Call]] = {
     "grouped_softmax": _grouped,
     "neural_memory": _memory,
     "prefix_softmax": _prefix,
+    "block_sparse": _block_sparse,
+    "paged_decode": _paged,
+    "probe": _probe,
 }

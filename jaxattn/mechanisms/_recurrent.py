@@ -4,7 +4,8 @@
 
 A mechanism file gives its feature map, its decay per head and whether it divides. The past is one matrix per
 head, so a decode step costs the same at any context length. Maps that need positions, parameters or the layer,
-or that widen q and k, are `Features`; very wide ones are built for a piece of the tokens at a time.
+or that widen q and k, are `Features`; very wide ones are built for a piece of the tokens at a time, or, where
+a kernel can form them on chip, not at all.
 
 Causal means the order of the tokens; inside a segment positions must increase with it. `GLOBAL` keys (sink
 tokens) cannot be served: a token that every document sees would have to enter every document's state, so they
@@ -26,7 +27,7 @@ from jaxattn.masks import PADDING, Visibility, visible
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
 from jaxattn.rope import PositionBias
 from jaxattn.types import Leaf
-from pallas_kernels.linear_scan import CHUNK, linear_scan
+from pallas_kernels.linear_scan import CHUNK, forms_features, linear_scan
 
 Depth = tuple[int | Array, int]  # (layer, num_layers)
 AnyDepth = tuple[int | Array | None, int]  # layer None: whichever, they share one shape
@@ -34,6 +35,8 @@ FeatureMap = Callable[[Array, Any], Array]  # (q or k in f32, spec) -> the same 
 # (q, k, q_positions, k_positions, *, spec, params, scale, depth) -> φ(q) times scale, φ(k)
 Features = Callable[..., tuple[Array, Array]]
 Decay = Callable[[Any, int, Depth], Array | None]  # (spec, heads, depth) -> log decay per token, [H]; None: 0
+# (q, k in f32, spec, scale) -> what φ(q) and φ(k) are Taylor features of, and which ones
+Polynomial = Callable[[Array, Array, Any, float | None], tuple[Array, Array, str]]
 Kernel = Callable[[Array, Array, Any, float | None], tuple[Array, Array]]  # (q, k, spec, scale) -> weights, scores
 
 
@@ -55,6 +58,7 @@ def recurrent_family(
     features: Features,
     width: Callable[[Any, int, AnyDepth], int] = lambda spec, key_dim, depth: key_dim,
     kernel: Kernel | None = None,
+    polynomial: Polynomial | None = None,
     value_map: Callable[[Array, Any], Array] = lambda v, spec: v,
     log_decay: Decay | None = None,
     normaliser_eps: Callable[[Any], float | None] = lambda spec: None,
@@ -70,6 +74,7 @@ def recurrent_family(
       width: D', the width of the features of a key dim.
       kernel: scale · φ(q)·φ(k) of all pairs [B,H,T,S] without features, where it has a closed form, and the
         scores that analysis shows; the reference is made of it. None: the product of the features.
+      polynomial: the same features for kernels that form them on chip; used where the backend is one.
       value_map: what values pass on their way in.
       normaliser_eps: what is added to the row sum before dividing by it; None does not divide.
       piece: build the features of this many tokens at a time, forward and backward; None: of all tokens.
@@ -155,6 +160,9 @@ def recurrent_family(
             fq, fk = features(_exact(q), _exact(k), *places, spec=spec, params=params, scale=scale, depth=depth)
             if piece is None:  # features of all tokens: no wider than what they are made of
                 fq, fk = fq.astype(q.dtype), fk.astype(k.dtype)
+            return advance(fq, fk, wide, segments, state)
+
+        def advance(fq: Array, fk: Array, wide: Array, segments: Array, state: RecurrentState, taylor=None):
             o, last = linear_scan(
                 fq,
                 fk,
@@ -163,11 +171,18 @@ def recurrent_family(
                 segments=segments,
                 initial_state=state.S,
                 initial_segment=state.segment,
+                taylor=taylor,
                 backend=backend,
             )
             return RecurrentState(S=last, segment=_newest(segments, state.segment)), o
 
-        state, o = _in_pieces(run, state, (q, k, wide, positions, segments), piece)
+        on_chip = None
+        if polynomial is not None:
+            x, y, taylor = polynomial(_exact(q), _exact(k), spec, scale)
+            x, y = x.astype(q.dtype), y.astype(k.dtype)
+            if forms_features(x, y, wide, taylor=taylor, backend=backend):
+                on_chip = advance(x, y, wide, segments, state, taylor)
+        state, o = on_chip or _in_pieces(run, state, (q, k, wide, positions, segments), piece)
         return (o if eps is None else (o[..., :-1] / (o[..., -1:] + eps)).astype(v.dtype)), state
 
     def forward(

@@ -12,7 +12,8 @@ comes from the window and convolution layers around it (`jaxattn.models.based`).
 The default features hold each product x_i x_j once, doubled: [1, x / D^(1/4), x_i² / √(2√D √D), x_i x_j / √D
 for i < j], 1 + D + D(D+1)/2 = 153 numbers with the same inner product and 0.56 of the state. The forward pass
 builds features for `PIECE` tokens at a time; those of the whole sequence never exist, in the backward pass
-neither. The state is [H, D', V] and the running sum of φ(k) as one more column.
+neither. On a TPU the kernel forms them on chip, chunk by chunk. The state is [H, D', V] and the running sum of
+φ(k) as one more column.
 
 Deviations by choice:
 - An explicit `scale` replaces 1/sqrt(D) in s.
@@ -25,14 +26,13 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms._recurrent import Depth, recurrent_family
+from pallas_kernels.linear_scan.features import MAPS, feature_width, taylor
 
 PIECE = 256  # tokens whose features exist at one time
-MAPS = ("symmetric", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +52,19 @@ class Spec:
             raise ConfigError(f"based.eps is {self.eps} but must lie between 0 and 0.5, such as 1e-12.")
 
 
-def feature_width(dim: int, map: str) -> int:
-    """D' = 1 + D + (D² or D(D+1)/2)."""
-    return 1 + dim + (dim * dim if map == "full" else dim * (dim + 1) // 2)
-
-
-def taylor(x: Float[Array, "*b D"], map: str) -> Float[Array, "*b F"]:
-    """[1, x, products of two entries]: the inner product of two of them is 1 + x·y + (x·y)²/2."""
-    dim = x.shape[-1]
-    if map == "full":
-        pairs = (x[..., :, None] * x[..., None, :] * 0.5**0.5).reshape(*x.shape[:-1], dim * dim)
-    else:
-        rows, columns = np.triu_indices(dim)
-        pairs = x[..., rows] * x[..., columns] * jnp.asarray(np.where(rows == columns, 0.5**0.5, 1.0), x.dtype)
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], axis=-1)
+def scaled(q: Array, k: Array, spec: Spec, scale: float | None) -> tuple[Array, Array, str]:
+    """What the features are of. Keys always take D^(-1/4), so that a state means the same under every `scale`."""
+    root = q.shape[-1] ** 0.25
+    scale = root**-2 if scale is None else scale
+    return q * (scale * root), k / root, spec.map
 
 
 def features(
     q: Array, k: Array, *positions: Array, spec: Spec, params: Any, scale: float | None, depth: Depth
 ) -> tuple[Array, Array]:
-    """φ(q) and φ(k). Keys always take D^(-1/4), so that a state means the same under every `scale`."""
-    root = q.shape[-1] ** 0.25
-    scale = root**-2 if scale is None else scale
-    return taylor(q * (scale * root), spec.map), taylor(k / root, spec.map)
+    """φ(q) and φ(k)."""
+    q, k, map = scaled(q, k, spec, scale)
+    return taylor(q, map), taylor(k, map)
 
 
 def kernel(q: Array, k: Array, spec: Spec, scale: float | None) -> tuple[Array, Array]:
@@ -93,6 +83,7 @@ MECHANISM = dataclasses.replace(
         features=features,
         width=lambda spec, key_dim, depth: feature_width(key_dim, spec.map),
         kernel=kernel,
+        polynomial=scaled,
         normaliser_eps=lambda spec: spec.eps,
         piece=PIECE,
         variants=(Spec(map="full"),),

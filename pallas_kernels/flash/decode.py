@@ -38,7 +38,7 @@ def flash_decode(q: Array, k: Array, v: Array, vis: Visibility, scale: float) ->
     spread = lambda x, length: jnp.broadcast_to(x, (k.shape[0], length)).astype(jnp.int32)
     query = [spread(x, 1) for x in (vis.q_positions, vis.q_segments)]
     keys = [spread(x, k.shape[1]) for x in (vis.k_positions, vis.k_segments)]
-    other = lambda q, k, v, *rest: flash_xla(q, k, v, vis, Score(), scale=scale).astype(jnp.float32)
+    other = lambda q, k, v, *rest: jnp.asarray(flash_xla(q, k, v, vis, Score(), scale=scale), jnp.float32)
     o = jax.lax.platform_dependent(
         q, k, v, *query, *keys, cpu=partial(_call, scale, vis.window or EVERYTHING), default=other
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import ACTIVATIONS, Score
 
 FLOOR = -1e29  # where running maxima start: far above NEVER, far below any score
@@ -24,7 +25,7 @@ def floor(score: Score) -> float:
 
 def exp_terms(w: Array, s: Array, top: Array, score: Score) -> Array:
     """What each key adds to the mass of an exp row, relative to the maximum `top`."""
-    return w if score.p == 1.0 else jnp.exp(score.p * (s - top))
+    return w if score.power == 1.0 else jnp.exp(score.power * (s - top))
 
 
 def terms(w: Array, see: Array, score: Score) -> Array:
@@ -68,6 +69,11 @@ def saved(mass: Float[Array, "*r"], top: Float[Array, "*r"], score: Score) -> Fl
     return top + jnp.log(divisor(normaliser(mass, top, score))) if score.activation == "exp" else mass
 
 
+def reported(stat: Float[Array, "*r"], score: Score) -> Float[Array, "*r"]:
+    """`saved` as callers get it: the log of an exp row's normaliser is NEVER where the row sees nothing."""
+    return jnp.where(stat <= FLOOR, NEVER, stat) if score.activation == "exp" else stat
+
+
 def gradients(
     s: Array,
     see: Array,
@@ -76,6 +82,7 @@ def gradients(
     dp: Array,
     score: Score,
     once: Callable[[Array], Array] = lambda x: x,
+    d_stat: Array | None = None,
 ) -> tuple[Array, Array]:
     """Normalised weights and the gradient of the scores of one tile.
 
@@ -83,9 +90,11 @@ def gradients(
       s: scores, masked to NEVER for exp.
       see: who sees whom.
       stat: `saved` of the rows.
-      delta: do · o of the rows, the part of the gradient that flows through Z.
+      delta: do · o of the rows, the part of the gradient that flows through Z; for exp minus the gradient of
+        `saved`, which has the same derivative.
       dp: gradient of the normalised weights, do · v.
       once: marks what should be computed once.
+      d_stat: gradient of `saved` of the rows, for elementwise activations.
     """
     if score.activation == "exp":
         p = once(jnp.exp(s - stat))
@@ -94,14 +103,16 @@ def gradients(
     w, slope = jax.vjp(ACTIVATIONS[score.activation], s)
     w = jnp.where(see, w, 0.0)
     dw = dp / z - (delta / z) * _mass_slope(w, see, stat, z, score)
+    if d_stat is not None:
+        dw = dw + d_stat * _term_slope(w, see, score)
     return w / z, slope(jnp.where(see, dw, 0.0))[0]
 
 
 def _exp_share(p: Array, s: Array, stat: Array, score: Score) -> Array:
     """d log Z / ds: p over its row sum, or p^p for the p-norm."""
-    if score.p != 1.0:
-        return jnp.exp(score.p * (s - stat))
-    return p / score.row_sum
+    if score.power != 1.0:
+        return jnp.exp(score.power * (s - stat))
+    return p / score.row_sum if score.normaliser == "sum" else p
 
 
 def _mass_slope(w: Array, see: Array, mass: Array, z: Array, score: Score) -> Array:
@@ -119,6 +130,19 @@ def _mass_slope(w: Array, see: Array, mass: Array, z: Array, score: Score) -> Ar
             return jnp.where(some, (z / size) ** (1.0 - score.p) * _sign(w), 0.0)
         case _:
             return jnp.zeros_like(w)
+
+
+def _term_slope(w: Array, see: Array, score: Score) -> Array:
+    """d `terms` / dw."""
+    match score.normaliser:
+        case "count":
+            return jnp.zeros_like(w)
+        case "p_norm":
+            some = see & (w != 0)
+            size = jnp.where(some, jnp.abs(w), 1.0)
+            return jnp.where(some, score.p * size ** (score.p - 1.0) * _sign(w), 0.0)
+        case _:
+            return jnp.ones_like(w)
 
 
 def _sign(x: Array) -> Array:

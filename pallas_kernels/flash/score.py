@@ -54,3 +54,8 @@ class Score:
             raise ConfigError(f"p is {self.p} but a p-norm needs p > 0.")
         if self.row_sum <= 0:
             raise ConfigError(f"row_sum is {self.row_sum} but rows can only sum to a positive value.")
+
+    @property
+    def power(self) -> float:
+        """The exponent of the weights in the row mass: p where the normaliser reads it."""
+        return self.p if self.normaliser == "p_norm" else 1.0

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels for TPUs share: settings, tiles of scores, and which tiles to visit."""
+"""What the forward and backward kernels for TPUs share: settings, layouts, and which tiles to visit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility
-from jaxattn.rope import Alibi, PositionBias, RawRelativeBias, relative_bucket
-from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import Score
 
 LANES = 128  # row statistics sit in VMEM as columns, repeated over one register's lanes
@@ -34,8 +32,11 @@ class Plan:
     window: int | None
     has_prefix: bool
     aligned: int | None
-    bias: type | None
+    bias: type | None  # of the position bias
     buckets: int
+    factors: int  # numbers of the position bias per query head
+    sharing: int  # query heads that share a head of the key bias; 0: there is none
+    stats: bool  # whether the number kept per row is a result, with a gradient
     interpret: Any
 
     def tiles(self, queries: int, keys: int) -> int:
@@ -80,44 +81,6 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
-
-
-def without_kernel(bias: PositionBias | None) -> str | None:
-    """Why a bias cannot be evaluated on a tile, or None: what can is one number per head times a distance."""
-    if bias is None or isinstance(bias, (Alibi, RawRelativeBias)):
-        return None
-    return (
-        f"backend 'tpu' cannot add the position bias {type(bias).__name__}: it has Alibi and RawRelativeBias, which "
-        "are arithmetic on distances, but no gather per score; use 'xla'."
-    )
-
-
-def basis(q_at: Places, k_at: Places, plan: Plan) -> Array:
-    """What the head's factor multiplies in the position bias of a tile; zero on `GLOBAL` keys."""
-    distance = q_at[POSITION] - k_at[POSITION]
-    if plan.bias is Alibi:
-        x = -jnp.abs(distance).astype(jnp.float32)
-    else:
-        x = relative_bucket(distance, plan.buckets).astype(jnp.float32)
-    return jnp.where(k_at[SEGMENT] != GLOBAL, x, 0.0)
-
-
-def scores(product: Array, masked: bool, prefix: Any, factor: Any, q_at: Places, k_at: Places, plan: Plan):
-    """Scores from q·k, with NEVER where exp must give exactly 0, and who sees whom.
-
-    Args:
-      masked: False where everyone sees everyone.
-      factor: the head's factor of the position bias.
-    """
-    s = product if plan.scale == 1.0 else product * plan.scale
-    if plan.score.logit_bias:
-        s = s + plan.score.logit_bias
-    if plan.bias is not None:
-        s = s + factor * basis(q_at, k_at, plan)
-    if not masked:
-        return s, jnp.ones(s.shape, bool)
-    see = sees(q_at, k_at, prefix, plan)
-    return (jnp.where(see, s, NEVER) if plan.score.activation == "exp" else s), see
 
 
 def sees(q_at: Places, k_at: Places, prefix: Any, plan: Plan) -> Array:
@@ -250,7 +213,7 @@ def cost(plan: Plan, q: Array, k: Array, v: Array, *, products: tuple[int, int],
     batch, heads, queries, dim = q.shape
     tiles = batch * heads * plan.tiles(queries, k.shape[2])
     scores = tiles * plan.block_q * plan.block_k
-    exponents = 2 if plan.score.p != 1.0 else 1
+    exponents = 2 if plan.score.power != 1.0 else 1
     again = plan.block_k * (dim * k.dtype.itemsize + v.shape[3] * v.dtype.itemsize)
     return pl.CostEstimate(
         flops=2 * scores * (products[0] * dim + products[1] * v.shape[3]),

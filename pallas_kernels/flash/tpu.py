@@ -17,9 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from jaxattn.masks import Visibility
-from jaxattn.rope import Alibi, PositionBias
+from jaxattn.rope import PositionBias, RelativeBias
+from pallas_kernels._blocks import blocks
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.flash import rows
+from pallas_kernels.flash.biases import factors, scores, without_kernel
 from pallas_kernels.flash.score import ACTIVATIONS, Score
 from pallas_kernels.flash.tiles import (
     LANES,
@@ -33,9 +35,7 @@ from pallas_kernels.flash.tiles import (
     dot,
     places,
     row,
-    scores,
     tables,
-    without_kernel,
 )
 from pallas_kernels.flash.tpu_backward import backward
 
@@ -63,9 +63,11 @@ def flash_tpu(
     *,
     scale: float,
     bias: PositionBias | None = None,
+    key_bias: Float[Array, "B n S"] | None = None,
+    stats: bool = False,
     block_q: int | None = None,
     block_k: int | None = None,
-) -> Float[Array, "B T H V"]:
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `pallas_kernels.flash.flash`. What is kept for the backward pass: q, k, v, o and a number per row.
 
     Args:
@@ -80,7 +82,9 @@ def flash_tpu(
     batch, length, heads, _ = q.shape
     keys, v_dim = k.shape[1], v.shape[3]
     default = BLOCK if max(q.shape[3], v_dim) * max(q.dtype.itemsize, v.dtype.itemsize) <= WIDEST else BLOCK // 2
-    block_q, block_k = _fitted(block_q or default, length), _fitted(block_k or default, keys)
+    tuned = blocks("flash", "tpu", max(q.shape[3], v_dim), block_q=default, block_k=default)
+    block_q, block_k = _fitted(block_q or tuned["block_q"], length), _fitted(block_k or tuned["block_k"], keys)
+    numbers = factors(bias, heads)
     plan = Plan(
         score=score,
         scale=float(scale),
@@ -92,7 +96,10 @@ def flash_tpu(
         has_prefix=vis.prefix_len is not None,
         aligned=vis.aligned,
         bias=None if bias is None else type(bias),
-        buckets=getattr(bias, "buckets", 0),
+        buckets=bias.table.shape[0] if isinstance(bias, RelativeBias) else getattr(bias, "buckets", 0),
+        factors=numbers.shape[1],
+        sharing=0 if key_bias is None else heads // key_bias.shape[1],
+        stats=stats,
         interpret=interpret,
     )
     dtype = jnp.promote_types(q.dtype, k.dtype)
@@ -107,9 +114,11 @@ def flash_tpu(
         k_segments=wide(vis.k_segments, keys),
     )
     vis = vis.pad_rows(-length % block_q).pad_columns(-keys % block_k)
-    factors = bias.slopes if isinstance(bias, Alibi) else jnp.ones((heads,))
-    o = _attend(plan, q, k, v, vis, factors.astype(jnp.float32))
-    return jnp.swapaxes(o, 1, 2)[:, :length, :, :v_dim]
+    if key_bias is not None:
+        key_bias = jnp.pad(key_bias.astype(jnp.float32), ((0, 0), (0, 0), (0, -keys % block_k)))[:, :, None]
+    o, stat = _attend(plan, q, k, v, vis, numbers, key_bias)
+    o = jnp.swapaxes(o, 1, 2)[:, :length, :, :v_dim]
+    return (o, rows.reported(jnp.swapaxes(stat[:, :, 0, :length], 1, 2), score)) if stats else o
 
 
 def _up(n: int, multiple: int) -> int:
@@ -130,12 +139,12 @@ def _blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B H t d"]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors: Array) -> Array:
-    """[B,H,T,D], [B,K,S,D], [B,K,S,V] in whole blocks to [B,H,T,V]."""
-    return _forward(plan, q, k, v, vis, factors)[0]
+def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors: Array, key_bias: Any) -> Any:
+    """[B,H,T,D], [B,K,S,D], [B,K,S,V] and key biases [B,·,1,S] in whole blocks to [B,H,T,V] and [B,H,1,T]."""
+    return _forward(plan, q, k, v, vis, factors, key_bias)[0]
 
 
-def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors: Array) -> tuple[Array, Any]:
+def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors: Array, key_bias: Any) -> Any:
     batch, heads, length, dim = q.shape
     keys, v_dim, bq, bk = k.shape[2], v.shape[3], plan.block_q, plan.block_k
     steps = length // bq
@@ -148,6 +157,10 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors:
     of_key = lambda d: pl.BlockSpec(
         (None, None, bk, d), lambda b, h, i, j, table, *_: (b, div(h, plan.group), fetch(b, i, j, table), 0)
     )
+    of_key_bias = pl.BlockSpec(
+        (None, None, 1, bk), lambda b, h, i, j, table, *_: (b, div(h, plan.sharing), 0, fetch(b, i, j, table))
+    )
+    extra = [] if key_bias is None else [key_bias]
     kept = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
     out = jax.ShapeDtypeStruct((batch, heads, length, v_dim), v.dtype)
     o, stat = pl.pallas_call(
@@ -161,6 +174,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors:
                 of_key(v_dim),
                 pl.BlockSpec((None, 2, bq), lambda b, h, i, j, table, *_: (b, 0, i)),
                 pl.BlockSpec((None, 2, bk), lambda b, h, i, j, table, *_: (b, 0, fetch(b, i, j, table))),
+                *[of_key_bias for _ in extra],
             ],
             out_specs=[
                 of_query(v_dim),
@@ -176,15 +190,16 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, factors:
         out_shape=[out, kept],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=cost(
-            plan, q, k, v, products=(1, 1), moved=sum(x.size * x.dtype.itemsize for x in (q, out, kept))
+            plan, q, k, v, products=(1, 1), moved=sum(x.size * x.dtype.itemsize for x in (q, out, kept, *extra))
         ),
         interpret=plan.interpret,
         name="flash_forward",
-    )(table, prefix, factors, q, k, v, q_at, k_at)
-    return o, (q, k, v, vis, factors, o, stat)
+    )(table, prefix, factors.reshape(-1), q, k, v, q_at, k_at, *extra)
+    return (o, stat), (q, k, v, vis, factors, key_bias, o, stat)
 
 
-def _forward_kernel(plan: Plan, table, prefix, factors, q, k, v, q_at, k_at, o, stat, acc, top, mass, at):
+def _forward_kernel(plan: Plan, table, prefix, factors, q, k, v, q_at, k_at, *refs):
+    key_bias, (o, stat, acc, top, mass, at) = (refs[0] if plan.sharing else None), refs[-6:]
     b, h, i, j = (pl.program_id(n) for n in range(4))
     score = plan.score
 
@@ -198,13 +213,15 @@ def _forward_kernel(plan: Plan, table, prefix, factors, q, k, v, q_at, k_at, o, 
 
     def tile(masked: bool) -> None:
         here = (at[POSITION][:, :1], at[SEGMENT][:, :1]), (k_at[POSITION][None], k_at[SEGMENT][None])
-        s, see = scores(dot(q[...], k[...], (1, 1)), masked, prefix[b], factors[h], *here, plan)
+        factor = lambda n: factors[h * plan.factors + n]
+        bias = None if key_bias is None else key_bias[...]
+        s, see = scores(dot(q[...], k[...], (1, 1)), masked, prefix[b], factor, bias, *here, plan)
         if score.activation == "exp":
             before = top[:, :1]
             now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
             w = jnp.exp(s - now)  # masked: exp(NEVER - FLOOR) is exactly 0
             added, fade = rows.exp_terms(w, s, now, score), jnp.exp(before - now)
-            fade_mass = fade if score.p == 1.0 else jnp.exp(score.p * (before - now))
+            fade_mass = fade if score.power == 1.0 else jnp.exp(score.power * (before - now))
             mass[...] = mass[...] * fade_mass + jnp.sum(added, axis=1, keepdims=True)
             acc[...] = acc[...] * fade + dot(w.astype(v.dtype), v[...], (1, 0))
             top[...] = jnp.broadcast_to(now, top.shape)
@@ -222,9 +239,9 @@ def _forward_kernel(plan: Plan, table, prefix, factors, q, k, v, q_at, k_at, o, 
         stat[...] = row(rows.saved(m, t, score))
 
 
-def _backward(plan: Plan, saved: Any, do: Array) -> tuple[Array, Array, Array, None, Array]:
-    dq, dk, dv, d_factors = backward(plan, saved, do)
-    return dq, dk, dv, None, d_factors
+def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None, Array, Any]:
+    dq, dk, dv, d_factors, d_key_bias = backward(plan, saved, *d_out)
+    return dq, dk, dv, None, d_factors, d_key_bias
 
 
 _attend.defvjp(_forward, _backward)

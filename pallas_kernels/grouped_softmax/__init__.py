@@ -16,11 +16,12 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.grouped_softmax.reference import grouped_softmax_reference
+from pallas_kernels.grouped_softmax.tpu import grouped_softmax_tpu, unfit
 from pallas_kernels.grouped_softmax.xla import grouped_softmax_xla
 
 __all__ = ["grouped_softmax"]
 
-IMPLEMENTATIONS = {"reference": grouped_softmax_reference, "xla": grouped_softmax_xla}
+IMPLEMENTATIONS = {"reference": grouped_softmax_reference, "xla": grouped_softmax_xla, "tpu": grouped_softmax_tpu}
 
 
 def grouped_softmax(
@@ -44,10 +45,10 @@ def grouped_softmax(
         A document's keys lie in the order of their positions, which differ; padding may lie anywhere.
       block: L, tokens of a block including its landmark.
       scale: multiplies q·k.
-      backend: "auto", "xla", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
 
     Raises:
-      NotImplementedError: a backend this op does not have.
+      NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
-    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla")
+    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, v, block)})
     return run(q, k, v, vis, block=block, scale=scale)

@@ -19,7 +19,7 @@ def linear_scan_reference(
     initial_state: Float[Array, "B H D V"],
     initial_segment: Int[Array, "B"],
     scale: float,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H D V"]]:
     """See `pallas_kernels.linear_scan.linear_scan`; `chunk` plays no part."""
     batch, length, heads, _ = q.shape

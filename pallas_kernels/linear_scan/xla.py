@@ -53,11 +53,11 @@ def linear_scan_xla(
     initial_state: Float[Array, "B H D V"],
     initial_segment: Int[Array, "B"],
     scale: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H D V"]]:
     """See `pallas_kernels.linear_scan.linear_scan`. The largest temporaries are a group's and one state a chunk."""
     live, document = documents(segments, initial_segment)
-    chunk = min(chunk, q.shape[1])
+    chunk = min(chunk or CHUNK, q.shape[1])
     count = -(-q.shape[1] // chunk)
     rounds = -(-count // max(1, GROUP // (q.shape[0] * q.shape[2])))
     group = -(-count // rounds)

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Int
 from jaxattn.errors import ConfigError
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.neural_memory.reference import MemoryState, Weights, empty_memory, mlp, neural_memory_reference
+from pallas_kernels.neural_memory.tpu import neural_memory_tpu, unfit
 from pallas_kernels.neural_memory.xla import memory_rows, neural_memory_xla
 
 __all__ = ["CHUNK", "MemoryState", "Weights", "empty_memory", "memory_rows", "mlp", "neural_memory"]
 
-IMPLEMENTATIONS = {"reference": neural_memory_reference, "xla": neural_memory_xla}
+IMPLEMENTATIONS = {"reference": neural_memory_reference, "xla": neural_memory_xla, "tpu": neural_memory_tpu}
 CHUNK = 16
 
 
@@ -56,16 +57,15 @@ def neural_memory(
       chunk: tokens of a document between two renewals of the weights that gradients are taken at.
       read_after_write: y_t = M_t(q_t); otherwise M_{t-1}(q_t).
       tangents: allow forward-mode derivatives (`jax.jvp`), at the price of a slower backward pass.
-      backend: "auto", "xla", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
 
     Returns:
       y in v's dtype; the state in f32 or wider.
 
     Raises:
       ConfigError: shapes that do not fit, or chunk < 1.
-      NotImplementedError: a backend this op does not have.
+      NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
-    run = resolve("neural_memory", backend, IMPLEMENTATIONS, default="xla")
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ConfigError(f"q {q.shape}, k {k.shape} and v {v.shape} must agree in batch, length, heads and key dim.")
     batch, length, heads, dim = q.shape
@@ -78,6 +78,9 @@ def neural_memory(
         )
     if length == 0 or chunk < 1:
         raise ConfigError(f"neural_memory got {length} tokens and chunk {chunk}; both must be at least 1.")
+    arrays = {"q": q, "k": k, "v": v, "eta": eta, "theta": theta, "alpha": alpha}
+    reason = unfit(arrays, start, state, chunk=chunk, tangents=tangents)
+    run = resolve("neural_memory", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": reason})
     exact = jnp.result_type(jnp.float32, q, k, v)
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)

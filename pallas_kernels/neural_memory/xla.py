@@ -80,7 +80,8 @@ def groups_of(
     first = document != jnp.pad(document[:, :-1], ((0, 0), (1, 0)))
     begin = jax.lax.cummax(jnp.where(first, total, 0), axis=1)
     rank = total - jnp.where(document == 0, -count[:, None], begin)
-    chunk_of = lambda rank: rank // chunk
+    # Neither `//` nor `%`, which ask the attached device how to take a sign; before a document's first token: -1.
+    chunk_of = lambda rank: jnp.where(rank < 0, -1, jax.lax.div(rank, jnp.asarray(chunk, rank.dtype)))
     entered = chunk_of(rank + live - 1)  # the chunk that the state after this token is in
     at_end = lambda x, start: jnp.concatenate([start[:, None], x[:, size - 1 : -1 : size]], axis=1)
     spread = lambda x: jnp.repeat(x, size, axis=1)
@@ -101,7 +102,7 @@ def groups_of(
     newest = jnp.max(jnp.where(live, jnp.arange(live.shape[1]), -1), axis=1)
     owner = jnp.take_along_axis(segments, jnp.maximum(newest, 0)[:, None], axis=1)[:, 0]
     last = jnp.where(newest >= 0, owner, segment).astype(segment.dtype)
-    begins = cut(live & (rank % chunk == 0), size)
+    begins = cut(live & (jax.lax.rem(rank, jnp.asarray(chunk, rank.dtype)) == 0), size)
     return groups, begins, (rank + live)[:, -1].astype(count.dtype), last
 
 

@@ -69,10 +69,12 @@ def measure(call: Call, one_head: Call, device: Any) -> dict[str, Any]:
     arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in call.arguments]
     row: dict[str, Any] = {"equation_flops": call.flops, "argument_bytes": call.bytes}
     with compiling_for("tpu"):
-        for part, function in (("forward", call.run("auto")), ("backward", call.gradient("auto"))):
+        parts = {"forward": call.run("auto")} | ({"backward": call.gradient("auto")} if call.differentiable else {})
+        for part, function in parts.items():
             compiled = jax.jit(function).lower(*arguments).compile()
             row[part] = kernel_costs(function, call.arguments) | {"temporaries": temporaries(compiled)}
-    reference = jax.jit(one_head.gradient("reference")).lower(*one_head.arguments).compile()
+    dense = one_head.gradient("reference") if one_head.differentiable else one_head.run("reference")
+    reference = jax.jit(dense).lower(*one_head.arguments).compile()
     return row | {"reference_one_head": temporaries(reference)}
 
 
@@ -83,21 +85,21 @@ def markdown(result: dict[str, Any]) -> str:
         f"# Every op compiled for a TPU {result['chip']}, ahead of time",
         "",
         f"B {shape['batch']}, T {shape['length']}, H {shape['heads']}, K {shape['kv_heads']}, D {shape['dim']}, "
-        f"bfloat16; jax {result['environment']['versions'].get('jax', '?')}. Kernels' FLOPs and bytes are their own estimates "
+        f"bfloat16; jax {result['environment']['versions']['jax']}. Kernels' FLOPs and bytes are their own estimates "
         "(forward, and forward with backward); temporaries are the compiler's; the reference's are of one head in "
         "f32 on a CPU. Nothing ran: speed is not measured.",
         "",
         "| op | kernels | GFLOP of the equation, forward | of the kernels | MiB of the arguments "
-        "| moved by the kernels | temporaries, MiB: forward | with backward | reference, one head |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| moved by the kernels | MiB of temporaries | of the reference, one head |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    pair = lambda row, key, unit: " / ".join(f"{row[p][key] / unit:,.0f}" for p in ("forward", "backward"))
+    parts = lambda row: [row[p] for p in ("forward", "backward") if p in row]
+    pair = lambda row, key, unit: " / ".join(f"{part[key] / unit:,.0f}" for part in parts(row))
     for op, row in result["ops"].items():
-        kernels = f"{row['forward']['kernels']} / {row['backward']['kernels']}"
         lines.append(
-            f"| {op} | {kernels} | {row['equation_flops'] / 1e9:,.0f} | {pair(row, 'flops', 1e9)} "
+            f"| {op} | {pair(row, 'kernels', 1)} | {row['equation_flops'] / 1e9:,.0f} | {pair(row, 'flops', 1e9)} "
             f"| {row['argument_bytes'] / MIB:,.0f} | {pair(row, 'bytes', MIB)} "
-            f"| {row['forward']['temporaries'] / MIB:,.0f} | {row['backward']['temporaries'] / MIB:,.0f} "
+            f"| {pair(row, 'temporaries', MIB)} "
             f"| {row['reference_one_head'] / MIB:,.0f} |"
         )
     return "\n".join(lines) + "\n"

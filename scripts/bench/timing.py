@@ -28,7 +28,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, least: floa
         repeats[name] = max(1, round(least / max(once(call), 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for r in range(rounds):
-        for name in calls if r % 2 == 0 else reversed(calls):
+        for name in calls if r % 2 == 0 else reversed(list(calls)):
             total = sum(once(calls[name]) for _ in range(repeats[name]))
             seconds[name].append(total / repeats[name])
     return seconds

@@ -239,7 +239,7 @@ def draw(rows: list[study.Row], left: Any, middle: Any, right: Any) -> None:
         (middle, "decoding", "ms_per_token"),
         (right, "decoding", "state_bytes"),
     ):
-        colors = dict(zip(DECODED, study.COLORS, strict=False))
+        colors, x = dict(zip(DECODED, study.COLORS, strict=False)), []
         for attn in dict.fromkeys(row["attention"] for row in rows if row["what"] == what):
             x = study.select(rows, "length", what=what, attention=attn)
             y = study.select(rows, key, what=what, attention=attn)

@@ -144,6 +144,7 @@ def expect(rows: list[study.Row]) -> list[study.Expectation]:
 
 def draw(rows: list[study.Row], left: Any, right: Any) -> None:
     """Loss by window length, and by position in the longest window (mean over seeds)."""
+    lengths: list[int] = []
     for label, color in zip(dict.fromkeys(row["attention"] for row in rows), study.COLORS, strict=False):
         mine = [row for row in rows if row["attention"] == label]
         lengths = sorted({row["length"] for row in mine})

@@ -163,6 +163,7 @@ def expect(rows: list[study.Row], scale: Scale) -> list[study.Expectation]:
 
 def draw(rows: list[study.Row], scale: Scale, ax: Any) -> None:
     """Share of whole keys by length, mean over seeds, every seed as a dot."""
+    lengths: list[int] = []
     for label, color in zip(dict.fromkeys(row["attention"] for row in rows), study.COLORS, strict=False):
         mine = [row for row in rows if row["attention"] == label]
         lengths = sorted({row["length"] for row in mine})

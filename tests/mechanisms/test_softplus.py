@@ -16,7 +16,7 @@ from jaxattn.mechanisms.softplus import MECHANISM, Spec, options, unit
 from jaxattn.rope import Alibi, RelativeBias, alibi_slopes
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus import xla as backend
-from pallas_kernels.softplus.reference import dense_rows, softplus_reference
+from pallas_kernels.softplus.reference import dense_rows, softplus, softplus_reference
 from pallas_kernels.softplus.xla import softplus_xla
 from tests.conformance.cases import close, inputs, packed
 
@@ -287,3 +287,9 @@ def test_a_named_backend_never_falls_back():
     check_call(MECHANISM, q, k, v, causal_self=True)
     with pytest.raises(NotImplementedError, match="no 'gpu' backend"):
         softplus_attention(q, k, v, self_visibility(2, 8), scale=1.0, p=15.0, backend="gpu")
+
+
+def test_the_slope_of_softplus_is_the_sigmoid_at_zero_too():
+    """Scores are exactly 0 where a projection starts at zero; JAX's maximum and abs disagree about the side there."""
+    s = jnp.array([-50.0, -1e-6, 0.0, 1e-6, 50.0])
+    np.testing.assert_allclose(jax.vmap(jax.grad(softplus))(s), jax.nn.sigmoid(s), rtol=1e-6)

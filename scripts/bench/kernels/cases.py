@@ -14,7 +14,7 @@ from jaxattn.masks import Visibility, self_visibility
 from pallas_kernels import Score, flash
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.linear_scan import linear_scan
-from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_decode import paged_decode, pages_of
 from pallas_kernels.shapes import Shape
 from scripts.bench.kernels import rivals
 
@@ -145,11 +145,11 @@ def decode(share: float, page: int, *, dtype: Any) -> Callable[[Shape], dict]:
         )
         scale, pages = 1 / math.sqrt(shape.dim), keys // page
         table = jax.random.permutation(jax.random.key(SEED), pages)[: round(share * pages)][None].astype(jnp.int32)
-        paged = lambda x: x.reshape(pages, page, *x.shape[2:])
-        sparse = lambda q, k, v, table: paged_decode(
-            q, k, v, table, jnp.full((batch,), table.shape[1] * page), scale=scale
-        )[0]
-        dense = lambda q, k, v: flash(q, k, v, vis, Score(), scale=scale)
-        return {OURS: bound(sparse, q, paged(k), paged(v), table), "flash, dense": bound(dense, q, k, v)}
+        table = jnp.broadcast_to(table[None], (batch, 1, table.shape[1]))
+        k, v = (jnp.swapaxes(x, 1, 2).copy() for x in (k, v))  # heads first, as caches lie
+        sparse = lambda q, k, v, table: paged_decode(q, pages_of(k, page), pages_of(v, page), table, scale=scale)[0]
+        turn = lambda x: jnp.swapaxes(x, 1, 2)
+        dense = lambda q, k, v: flash(q, turn(k), turn(v), vis, Score(), scale=scale)
+        return {OURS: bound(sparse, q, k, v, table), "flash, dense": bound(dense, q, k, v)}
 
     return make

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def softmax(shape: Shape, dtype: Any) -> dict[str, Callable[..., Any]]:
     scale, found = 1 / math.sqrt(shape.dim), {}
     missing = absent()
 
-    def builtin(implementation: str) -> Callable[..., Any]:
+    def builtin(implementation: Literal["xla", "cudnn"]) -> Callable[..., Any]:
         return lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, implementation=implementation
         )
@@ -81,10 +81,11 @@ def torch_softmax(q: Any, k: Any, v: Any, backward: bool) -> dict[str, Callable[
     turn = lambda x: torch.from_numpy(np.array(x, np.float32)).to(device, kind).transpose(1, 2).contiguous()
     tensors = [turn(x).requires_grad_(backward) for x in (q, k, v)]
     weight = torch.cos(torch.arange(v.shape[-1], dtype=torch.float32, device=device))
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
 
     def call() -> Any:
         with torch.set_grad_enabled(backward):
-            o = torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+            o = attend(*tensors, is_causal=True, enable_gqa=True)
             out = torch.autograd.grad((o.float() * weight).sum(), tensors) if backward else (o,)
         if device == "cuda":
             torch.cuda.synchronize()

@@ -1,0 +1,226 @@
+"""The one place that knows Pallas Mosaic GPU, whose interface still moves: kernels for Hopper are built from this.
+
+Nothing of it is imported before a kernel is asked for. A kernel is a function of refs run by warpgroups of 128
+threads; operands of matrix products lie in swizzled shared memory, sums in registers (`Layout.WGMMA`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _interpret
+
+SINCE = (0, 11)  # older ones have no simulator, so nothing here was proved on them
+SHARED_BYTES = 232448  # of one block on an H100
+ROWS = 64  # of a product: what one warpgroup multiplies at once
+SWIZZLE = 128  # bytes
+
+
+def missing() -> str | None:
+    """Why no kernel can be built in this process, or None. Asks an attached GPU for its kind."""
+    if jax.__version_info__ < SINCE:
+        return f"backend 'gpu' needs JAX {'.'.join(map(str, SINCE))} but this is {jax.__version__}: use 'xla'."
+    if _interpret.mode() is not False or _interpret._target.value or _interpret.platform() != "gpu":
+        return None
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", "") != "9.0":
+        return f"backend 'gpu' is written for Hopper (H100, H200) but this is a {device.device_kind}: use 'xla'."
+    return None
+
+
+@functools.cache
+def plgpu() -> Any:
+    """The module `jax.experimental.pallas.mosaic_gpu`."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
+def simulated() -> bool:
+    """Whether kernels are interpreted here. The simulator knows no register operands of products."""
+    return _interpret.mode() is not False
+
+
+def mode(interpret: Any) -> Any:
+    """`launch(interpret=)` from `interpret_for`: "plain" is the machine simulator too, the only one there is."""
+    return plgpu().InterpretGPUParams() if interpret is True else interpret
+
+
+def _check_simulator(warpgroups: int) -> None:
+    """Refuse what would wait for ever: each simulated warpgroup holds one of the threads of JAX's CPU client."""
+    threads = int(os.environ.get("NPROC", 0)) or os.cpu_count() or 1
+    if threads <= warpgroups:
+        raise NotImplementedError(
+            f"simulating {warpgroups} warpgroups takes more threads than the {threads} JAX has here: set the "
+            f"environment variable NPROC=8 before JAX starts."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a kernel is run.
+
+    grid: axis name -> blocks; the first axis runs fastest.
+    threads: warpgroups of a block, told apart by `jax.lax.axis_index("wg")`.
+    interpret: see `mode`.
+    approx: exp2, tanh and divisions as the hardware's approximations.
+    """
+
+    name: str
+    grid: Mapping[str, int]
+    threads: int = 1
+    interpret: Any = False
+    approx: bool = True
+    cost: pl.CostEstimate | None = None
+
+
+def launch(how: Launch, body: Callable[..., None], out: Any, scratch: Sequence[Any], *arrays: jax.Array) -> Any:
+    """Runs `body(*inputs, *outputs, *scratch)`; `out` is a pytree of ShapeDtypeStruct."""
+    api = plgpu()
+    if how.interpret is not False:
+        _check_simulator(how.threads)
+    more = {"cost_estimate": how.cost} if "cost_estimate" in inspect.signature(api.kernel).parameters else {}
+    return api.kernel(
+        body,
+        out_type=out,
+        scratch_types=list(scratch),
+        grid=tuple(how.grid.values()),
+        grid_names=tuple(how.grid),
+        num_threads=how.threads,
+        thread_name="wg",
+        compiler_params=api.CompilerParams(approx_math=how.approx, lowering_semantics=api.LoweringSemantics.Warpgroup),
+        kernel_name=how.name,
+        interpret=how.interpret,
+        **more,
+    )(*arrays)
+
+
+# Scratch
+
+
+def operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for operands of products; the last two axes are rows and columns of the tile."""
+    api = plgpu()
+    width = SWIZZLE // jnp.dtype(dtype).itemsize
+    return api.SMEM(shape, dtype, transforms=(api.TilingTransform((8, width)), api.SwizzleTransform(SWIZZLE)))
+
+
+def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """Shared memory as it comes: rows of numbers."""
+    return plgpu().SMEM(shape, dtype)
+
+
+def barriers(count: int, arrivals: int = 1) -> Any:
+    """`count` barriers that open after `arrivals` copies or `arrive`s each."""
+    return plgpu().Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+# Copies and barriers
+
+
+def fetch(source: Any, target: Any, barrier: Any) -> None:
+    """Starts a copy from device to shared memory; one arrival at `barrier` when it is there."""
+    plgpu().copy_gmem_to_smem(source, target, barrier)
+
+
+def wait(barrier: Any) -> None:
+    plgpu().barrier_wait(barrier)
+
+
+def arrive(barrier: Any) -> None:
+    plgpu().barrier_arrive(barrier)
+
+
+def publish() -> None:
+    """Makes this warpgroup's stores to shared memory visible to its own products and copies."""
+    plgpu().commit_smem()
+
+
+def store(*pairs: tuple[Any, Any]) -> None:
+    """Copies (shared memory, device memory) pairs out and waits until they are read."""
+    api = plgpu()
+    api.commit_smem()
+    for source, target in pairs:
+        api.copy_smem_to_gmem(source, target)
+    api.wait_smem_to_gmem(0)
+
+
+def registers(count: int, *, more: bool) -> None:
+    """Sets the registers of a thread of this warpgroup; a multiple of 8. Blocks of one warpgroup must not ask."""
+    plgpu().set_max_registers(count, action="increase" if more else "decrease")
+
+
+# Tiles in registers
+
+
+def turned(ref: Any) -> Any:
+    """A shared-memory tile read with rows and columns exchanged."""
+    return ref.transpose((1, 0))
+
+
+def zeros(rows: int, columns: int) -> jax.Array:
+    """f32 sums of products."""
+    return plgpu().layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu().Layout.WGMMA)
+
+
+def per_row(value: float, count: int = ROWS) -> jax.Array:
+    """One f32 number for each row of a tile."""
+    return plgpu().layout_cast(jnp.full((count,), value, jnp.float32), plgpu().Layout.WGMMA.reduce(1))
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """One number for each row of a tile, from memory."""
+    return plgpu().load(ref, layout=plgpu().Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """One number for each column of a tile, from memory."""
+    return plgpu().load(ref, layout=plgpu().Layout.WGMMA.reduce(0), optimized=False)
+
+
+def down(x: jax.Array, columns: int) -> jax.Array:
+    """A number per row, repeated over `columns`."""
+    return jax.lax.broadcast_in_dim(x, (x.shape[0], columns), (0,))
+
+
+def across(x: jax.Array, rows: int) -> jax.Array:
+    """A number per column, repeated over `rows`."""
+    return jax.lax.broadcast_in_dim(x, (rows, x.shape[0]), (1,))
+
+
+def product(a: Any, b: Any, done: Callable[[], None] | None = None) -> jax.Array:
+    """a @ b in f32: refs of shared memory [64, k] and [k, n]; `done` is called when both have been read."""
+    api = plgpu()
+
+    def multiply(acc: Any) -> jax.Array:
+        api.wgmma(acc, a, b)
+        return acc[...]
+
+    result = pl.run_scoped(multiply, api.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    if done is not None:
+        done()
+    return result
+
+
+def add_product(acc: jax.Array, a: jax.Array, b: Any, stage: Any = None) -> jax.Array:
+    """acc + a @ b with `a` in registers; both have been read on return.
+
+    Args:
+      stage: shared memory of `a`'s shape through which `a` goes instead, as the simulator wants it. The sums are
+        then added outside of the tensor cores.
+    """
+    api = plgpu()
+    if stage is not None:
+        stage[...] = a
+        api.commit_smem()
+        return acc + product(stage, b)
+    return pl.run_state(lambda ref: api.wgmma(ref, a, b))(api.ACC.init(acc))

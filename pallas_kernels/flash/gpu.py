@@ -1,0 +1,255 @@
+"""The Hopper kernel: two warpgroups compute, a third fetches keys and values ahead of them (arXiv 2407.08608).
+
+A block of threads has 128 queries of one head, 64 for each computing warpgroup, and walks over the tiles of keys
+that some of them see. Weights are handed to the second product in registers. The backward pass is in
+`gpu_backward`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxattn.masks import Visibility
+from jaxattn.rope import PositionBias
+from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels._dispatch import interpret_for
+from pallas_kernels.flash import rows
+from pallas_kernels.flash.gpu_backward import backward
+from pallas_kernels.flash.gpu_tiles import (
+    BLOCK,
+    LOG2E,
+    STAGES,
+    WEIGHTS,
+    WGS,
+    Plan,
+    Visit,
+    exponents,
+    logits,
+    masked,
+    nbytes,
+    places,
+    refill,
+    ring,
+    visits,
+    walk,
+)
+from pallas_kernels.flash.score import Score
+
+BLOCK_K = 128
+CONSUMER, PRODUCER = 232, 40  # registers of a thread
+WIDTHS = (64, 128)  # head dims the kernels have; others are padded
+NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum")
+
+
+def unfit(
+    q: Array, k: Array, v: Array, score: Score, bias: PositionBias | None, key_bias: Array | None = None
+) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if reason := mg.missing():
+        return reason
+    if key_bias is not None:
+        return "backend 'gpu' has no key_bias: use 'xla'."
+    if bias is not None:
+        return f"backend 'gpu' has no position bias but this is {type(bias).__name__}: use 'xla'."
+    if score.normaliser not in NORMALISERS:
+        have = ", ".join(NORMALISERS)
+        return f"backend 'gpu' has the normalisers {have} but this is {score.normaliser!r}: use 'xla'."
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != jnp.bfloat16:
+            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
+        if x.shape[3] > WIDTHS[-1]:
+            return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
+    return None
+
+
+def flash_gpu(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K V"],
+    vis: Visibility,
+    score: Score,
+    *,
+    scale: float,
+    bias: PositionBias | None = None,
+    key_bias: Float[Array, "B n S"] | None = None,
+    stats: bool = False,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """See `pallas_kernels.flash.flash`. What is kept for the backward pass: q, k, v, o and a number per row.
+
+    Raises:
+      NotImplementedError: see `unfit`, or the process computes on another platform.
+    """
+    if reason := unfit(q, k, v, score, bias, key_bias):
+        raise NotImplementedError(f"flash: {reason}")
+    interpret = mg.mode(interpret_for("flash", "gpu"))
+    batch, length, heads, _ = q.shape
+    keys, v_dim = k.shape[1], v.shape[3]
+    plan = Plan(
+        score=score,
+        scale=float(scale),
+        group=heads // k.shape[2],
+        causal=vis.causal,
+        window=vis.window,
+        has_prefix=vis.prefix_len is not None,
+        aligned=vis.aligned,
+        stats=stats,
+        staged=mg.simulated(),
+        interpret=interpret,
+    )
+    wide = lambda x, n: jnp.broadcast_to(x, (batch, n)).astype(jnp.int32)
+    vis = dataclasses.replace(
+        vis,
+        q_positions=wide(vis.q_positions, length),
+        q_segments=wide(vis.q_segments, length),
+        k_positions=wide(vis.k_positions, keys),
+        k_segments=wide(vis.k_segments, keys),
+    )
+    vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK_K)
+    o, stat = _attend(plan, _blocked(q, BLOCK), _blocked(k, BLOCK_K), _blocked(v, BLOCK_K), vis)
+    o = o[:, :length, :, :v_dim]
+    return (o, rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)) if stats else o
+
+
+def _blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B t H d"]:
+    """Whole blocks of tokens and a head dim the kernels have."""
+    width = next(n for n in WIDTHS if n >= x.shape[3])
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - x.shape[3])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[Array, Array]:
+    """[B,T,H,D], [B,S,K,D], [B,S,K,V] in whole blocks to [B,T,H,V] and [B,H,T]."""
+    return _forward(plan, q, k, v, vis)[0]
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[tuple[Array, Array], Any]:
+    batch, length, heads, dim = q.shape
+    v_dim, steps = v.shape[3], length // BLOCK
+    more = [mg.operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
+    more += [mg.operand(WGS, mg.ROWS, BLOCK_K)] if plan.staged else []
+    out = [
+        jax.ShapeDtypeStruct((batch, length, heads, v_dim), v.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+    ]
+    again = BLOCK_K * (dim + v_dim) * 2
+    o, stat = mg.launch(
+        mg.Launch(
+            "flash_forward",
+            grid={"head": heads, "block": steps, "batch": batch},
+            threads=WGS + 1,
+            interpret=plan.interpret,
+            cost=plan.cost(q, k, v, (BLOCK, BLOCK_K), (1, 1), nbytes(q, *out), again),
+        ),
+        partial(_forward_kernel, plan, steps),
+        out,
+        [
+            mg.operand(WGS, mg.ROWS, dim),
+            mg.operand(STAGES, BLOCK_K, dim),
+            mg.operand(STAGES, BLOCK_K, v_dim),
+            mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
+            mg.plain(STAGES, 2, BLOCK_K, dtype=jnp.int32),
+            mg.plain(WGS, mg.ROWS),
+            mg.barriers(WGS, 2),  # q and its places, of each computing warpgroup
+            mg.barriers(STAGES, 2),  # k and its places
+            mg.barriers(STAGES),  # v
+            mg.barriers(STAGES, WGS),
+            mg.barriers(STAGES, WGS),
+            *more,
+        ],
+        visits(vis, BLOCK, BLOCK_K),
+        vis.prefix_len if plan.has_prefix else jnp.zeros((batch,), jnp.int32),
+        q,
+        k,
+        v,
+        places(vis.q_positions, vis.q_segments),
+        places(vis.k_positions, vis.k_segments),
+    )
+    return (o, stat), (q, k, v, vis, o, stat)
+
+
+def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, o, stat, *scratch):
+    q_s, k_s, v_s, q_at_s, k_at_s, stat_s, ready, k_full, v_full, k_free, v_free, *more = scratch
+    b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
+    i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
+    visit = Visit(table, b * steps + i)
+
+    @pl.when(wg == WGS)
+    def produce():
+        mg.registers(PRODUCER, more=False)
+        head = jax.lax.div(h, jnp.int32(plan.group))
+        for n in range(WGS):
+            queries = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
+            mg.fetch(q.at[b, queries, h], q_s.at[n], ready.at[n])
+            mg.fetch(q_at.at[b, :, queries], q_at_s.at[n], ready.at[n])
+
+        def step(n: Any, slot: Any) -> None:
+            keys = pl.ds(visit.tile(n) * BLOCK_K, BLOCK_K)
+            mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
+            mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
+            pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
+            mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
+
+        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, step), None)
+
+    @pl.when(wg < WGS)
+    def consume():
+        mg.registers(CONSUMER, more=True)
+        first = i * BLOCK + wg * mg.ROWS
+        stage = more[-1].at[wg] if plan.staged else None
+        mg.wait(ready.at[wg])
+
+        def tile(hides: bool, n: Any, slot: Any, carry: Any) -> Any:
+            acc, top, mass = carry
+            mg.wait(k_full.at[slot])
+            s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot]))
+            mask = partial(masked, q_at=q_at_s.at[wg], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
+            w, fade, top, mass = _weights(plan, s, mask if hides else None, top, mass)
+            mg.arrive(k_free.at[slot])
+            if fade is not None:
+                acc = acc * mg.down(fade, acc.shape[1])
+            mg.wait(v_full.at[slot])
+            acc = mg.add_product(acc, w.astype(v_s.dtype), v_s.at[slot], stage)
+            mg.arrive(v_free.at[slot])
+            return acc, top, mass
+
+        start = mg.zeros(mg.ROWS, v_s.shape[2]), mg.per_row(_floor(plan)), mg.per_row(0.0)
+        acc, top, mass = walk(visit.whole, visit.count, tile, start)
+        top = (top + plan.shift) / LOG2E
+        z = rows.divisor(rows.normaliser(mass, top, plan.score))
+        o_s = q_s if q_s.shape == (*q_s.shape[:2], v_s.shape[2]) else more[0]
+        o_s[wg] = (acc * mg.down(1.0 / z, acc.shape[1])).astype(o.dtype)
+        stat_s[wg] = rows.saved(mass, top, plan.score)
+        mg.store((o_s.at[wg], o.at[b, pl.ds(first, mg.ROWS), h]), (stat_s.at[wg], stat.at[b, h, pl.ds(first, mg.ROWS)]))
+
+
+def _floor(plan: Plan) -> float:
+    """Where the running maximum starts, in powers of two and without the logit bias."""
+    return rows.floor(plan.score) * LOG2E - plan.shift if plan.score.activation == "exp" else 0.0
+
+
+def _weights(plan: Plan, s: Array, mask: Callable[[Array], Array] | None, top: Array, mass: Array) -> Any:
+    """Weights of a tile, what the sums before fade by (None: not at all), the new maximum and mass."""
+    hide = mask or (lambda s: s)
+    if plan.score.activation != "exp":
+        w = WEIGHTS[plan.score.activation](logits(plan, s, hide))
+        return w, None, top, mass if plan.plain else mass + jnp.sum(w, axis=1)
+    s, factor = exponents(plan, s, hide)
+    now = jnp.maximum(top, jnp.max(s, axis=1) * factor)
+    w = jnp.exp2(s * factor - mg.down(now, s.shape[1]))
+    fade = jnp.exp2(top - now)
+    return w, fade, now, mass * fade + jnp.sum(w, axis=1)
+
+
+def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
+    return *backward(plan, saved, *d_out), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,262 @@
+"""The two backward kernels for Hopper: dq over tiles of keys, dk and dv over the queries of all grouped heads.
+
+Both recompute a tile's weights from two numbers per row. Two warpgroups of 64 rows each compute; the first of them
+also starts the copies, one tile ahead, because sums of two products leave no registers for a third warpgroup.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from jaxattn.masks import Visibility
+from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.flash import rows
+from pallas_kernels.flash.gpu_tiles import (
+    BLOCK,
+    LOG2E,
+    SLOPES,
+    STAGES,
+    WEIGHTS,
+    WGS,
+    Plan,
+    Tile,
+    Visit,
+    exponents,
+    logits,
+    masked,
+    nbytes,
+    places,
+    refill,
+    visits,
+    walk,
+)
+
+COLUMNS = 64  # keys (dq) or queries (dk, dv) of a tile
+FIRST, SECOND = 0, 1  # rows of `kept`
+
+
+def backward(plan: Plan, saved: Any, do: Array, d_stat: Array) -> tuple[Array, Array, Array]:
+    """dq, dk and dv from what the forward pass saved."""
+    q, k, v, vis, o, stat = saved
+    delta = jnp.einsum("bthv,bthv->bht", do.astype(jnp.float32), o.astype(jnp.float32))
+    kept = _kept(plan, stat, delta, d_stat if plan.stats else jnp.zeros_like(stat))
+    prefix = vis.prefix_len if plan.has_prefix else jnp.zeros(q.shape[:1], jnp.int32)
+    at = places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
+    arrays = (prefix, q, k, v, do.astype(v.dtype), kept, *at)
+    return _dq(plan, vis, *arrays), *_dk_dv(plan, vis, *arrays)
+
+
+def _kept(plan: Plan, stat: Array, delta: Array, d_stat: Array) -> Float[Array, "B H 2 T"]:
+    """What `_weights` and `_score_gradients` need of a row: log2 Z or 1/Z, and what its scores' gradients lose.
+
+    All [B, H, T]: the number that was saved, do · o, and the gradient of the number saved.
+    """
+    score = plan.score
+    if score.activation == "exp":
+        share = 1.0 / score.row_sum if score.normaliser == "sum" else 1.0
+        return jnp.stack([stat * LOG2E - plan.shift, (delta - d_stat) * share], axis=2)
+    z = rows.divisor(rows.normaliser(stat, stat, score))
+    match score.normaliser:  # dZ / dw
+        case "sum":
+            slope = jnp.full_like(z, 1.0 / score.row_sum)
+        case "sum_plus_one":
+            slope = jnp.ones_like(z)
+        case "clipped_sum":
+            slope = jnp.where(stat < 0, -1.0, 1.0) * (jnp.abs(stat) > 1.0)
+        case _:
+            slope = jnp.zeros_like(z)
+    return jnp.stack([1.0 / z, delta / z * slope - d_stat], axis=2)
+
+
+def _weights(plan: Plan, s: Tile, hide: Any, first: Tile) -> tuple[Tile, Tile]:
+    """Normalised weights, and what `_score_gradients` needs of them, from products and the first kept number."""
+    if plan.score.activation == "exp":
+        s, factor = exponents(plan, s, hide)
+        p = jnp.exp2(s * factor - first)
+        return p, p
+    s = logits(plan, s, hide)
+    w = WEIGHTS[plan.score.activation](s)
+    return (w if plan.plain else w * first), SLOPES[plan.score.activation](s, w)
+
+
+def _score_gradients(plan: Plan, slope: Tile, dp: Tile, first: Tile, second: Tile) -> Tile:
+    """From the gradients of the normalised weights; without `scale`."""
+    if plan.score.activation == "exp":
+        return slope * (dp - second)
+    return slope * dp if plan.plain else slope * (dp * first - second)
+
+
+def _dq(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -> Array:
+    batch, length, heads, dim = q.shape
+    v_dim, steps = v.shape[3], length // BLOCK
+    return mg.launch(
+        mg.Launch(
+            "flash_dq",
+            grid={"head": heads, "block": steps, "batch": batch},
+            threads=WGS,
+            interpret=plan.interpret,
+            cost=plan.cost(q, k, v, (BLOCK, COLUMNS), (2, 1), nbytes(q, q, do, kept), COLUMNS * (dim + v_dim) * 2),
+        ),
+        partial(_dq_kernel, plan, steps),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        [
+            mg.operand(WGS, mg.ROWS, dim),
+            mg.operand(WGS, mg.ROWS, v_dim),
+            mg.plain(WGS, 2, mg.ROWS),
+            mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
+            mg.operand(STAGES, COLUMNS, dim),
+            mg.operand(STAGES, COLUMNS, v_dim),
+            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
+            mg.barriers(WGS, 4),
+            mg.barriers(STAGES, 3),
+            mg.barriers(STAGES, WGS),
+            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+        ],
+        visits(vis, BLOCK, COLUMNS),
+        *(prefix, q, k, v, do, kept, q_at, k_at),
+    )
+
+
+def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k_at, dq, *scratch):
+    q_s, do_s, kept_s, q_at_s, k_s, v_s, k_at_s, ready, full, free, *staging = scratch
+    b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
+    i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
+    head = jax.lax.div(h, jnp.int32(plan.group))
+    queries = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
+    visit = Visit(table, b * steps + i)
+    stage = staging[0].at[wg] if plan.staged else None
+
+    def fetch(n: Any, slot: Any) -> None:
+        keys = pl.ds(visit.tile(n) * COLUMNS, COLUMNS)
+        mg.fetch(k.at[b, keys, head], k_s.at[slot], full.at[slot])
+        mg.fetch(v.at[b, keys, head], v_s.at[slot], full.at[slot])
+        mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], full.at[slot])
+
+    feed = _Feed(wg, visit.count, free, fetch)
+    mg.fetch(q.at[b, queries, h], q_s.at[wg], ready.at[wg])
+    mg.fetch(do.at[b, queries, h], do_s.at[wg], ready.at[wg])
+    mg.fetch(kept.at[b, h, :, queries], kept_s.at[wg], ready.at[wg])
+    mg.fetch(q_at.at[b, :, queries], q_at_s.at[wg], ready.at[wg])
+    feed.start()
+    mg.wait(ready.at[wg])
+    first, second = (mg.load_rows(kept_s.at[wg, n]) for n in (FIRST, SECOND))
+
+    def tile(hides: bool, n: Any, slot: Any, acc: Tile) -> Tile:
+        feed.ahead(n)
+        mg.wait(full.at[slot])
+        hide = partial(masked, q_at=q_at_s.at[wg], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
+        s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot]))
+        _, slope = _weights(plan, s, hide if hides else lambda s: s, mg.down(first, COLUMNS))
+        dp = mg.product(do_s.at[wg], mg.turned(v_s.at[slot]))
+        ds = _score_gradients(plan, slope, dp, mg.down(first, COLUMNS), mg.down(second, COLUMNS))
+        acc = mg.add_product(acc, ds.astype(k_s.dtype), k_s.at[slot], stage)
+        mg.arrive(free.at[slot])
+        return acc
+
+    acc = walk(visit.whole, visit.count, tile, mg.zeros(mg.ROWS, q_s.shape[2]))
+    q_s[wg] = (acc * plan.scale).astype(dq.dtype)
+    mg.store((q_s.at[wg], dq.at[b, queries, h]))
+
+
+def _dk_dv(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -> tuple[Array, Array]:
+    batch, keys, kv_heads, dim = k.shape
+    v_dim, steps = v.shape[3], keys // BLOCK
+    dk, dv = mg.launch(
+        mg.Launch(
+            "flash_dk_dv",
+            grid={"head": kv_heads, "block": steps, "batch": batch},
+            threads=WGS,
+            interpret=plan.interpret,
+            cost=plan.cost(q, k, v, (COLUMNS, BLOCK), (2, 2), nbytes(k, v, k, v), COLUMNS * ((dim + v_dim) * 2 + 8)),
+        ),
+        partial(_dk_dv_kernel, plan, steps),
+        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        [
+            mg.operand(WGS, mg.ROWS, dim),
+            mg.operand(WGS, mg.ROWS, v_dim),
+            mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
+            mg.operand(STAGES, COLUMNS, dim),
+            mg.operand(STAGES, COLUMNS, v_dim),
+            mg.plain(STAGES, 2, COLUMNS),
+            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
+            mg.barriers(WGS, 3),
+            mg.barriers(STAGES, 4),
+            mg.barriers(STAGES, WGS),
+            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+        ],
+        visits(vis, COLUMNS, BLOCK, by_key=True),
+        *(prefix, q, k, v, do, kept, q_at, k_at),
+    )
+    return dk, dv
+
+
+def _dk_dv_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k_at, dk, dv, *scratch):
+    k_s, v_s, k_at_s, q_s, do_s, kept_s, q_at_s, ready, full, free, *staging = scratch
+    b, h, j, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "block", "wg"))
+    keys = pl.ds(j * BLOCK + wg * mg.ROWS, mg.ROWS)
+    visit = Visit(table, b * steps + j)
+    stage = staging[0].at[wg] if plan.staged else None
+    whole, rest = visit.whole, visit.count - visit.whole
+    wholes, total = plan.group * whole, plan.group * visit.count
+
+    def fetch(n: Any, slot: Any) -> None:
+        """Step n: first the whole tiles of each head of the group, then the others of each."""
+        split = lambda n, by: (jax.lax.div(n, jnp.maximum(by, 1)), jax.lax.rem(n, jnp.maximum(by, 1)))
+        (early, at), (late, behind) = split(n, whole), split(n - wholes, rest)
+        head = h * plan.group + jnp.where(n < wholes, early, late)
+        queries = pl.ds(visit.tile(jnp.where(n < wholes, at, whole + behind)) * COLUMNS, COLUMNS)
+        mg.fetch(q.at[b, queries, head], q_s.at[slot], full.at[slot])
+        mg.fetch(do.at[b, queries, head], do_s.at[slot], full.at[slot])
+        mg.fetch(kept.at[b, head, :, queries], kept_s.at[slot], full.at[slot])
+        mg.fetch(q_at.at[b, :, queries], q_at_s.at[slot], full.at[slot])
+
+    feed = _Feed(wg, total, free, fetch)
+    mg.fetch(k.at[b, keys, h], k_s.at[wg], ready.at[wg])
+    mg.fetch(v.at[b, keys, h], v_s.at[wg], ready.at[wg])
+    mg.fetch(k_at.at[b, :, keys], k_at_s.at[wg], ready.at[wg])
+    feed.start()
+    mg.wait(ready.at[wg])
+
+    def tile(hides: bool, n: Any, slot: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        acc_k, acc_v = carry
+        feed.ahead(n)
+        mg.wait(full.at[slot])
+        hide = partial(masked, q_at=q_at_s.at[slot], k_at=k_at_s.at[wg], prefix=prefix[b], plan=plan, by_key=True)
+        number = lambda n: mg.across(mg.load_columns(kept_s.at[slot, n]), mg.ROWS)
+        s = mg.product(k_s.at[wg], mg.turned(q_s.at[slot]))  # [keys, queries]
+        p, slope = _weights(plan, s, hide if hides else lambda s: s, number(FIRST))
+        acc_v = mg.add_product(acc_v, p.astype(do_s.dtype), do_s.at[slot], stage)
+        dp = mg.product(v_s.at[wg], mg.turned(do_s.at[slot]))
+        ds = _score_gradients(plan, slope, dp, number(FIRST), number(SECOND))
+        acc_k = mg.add_product(acc_k, ds.astype(q_s.dtype), q_s.at[slot], stage)
+        mg.arrive(free.at[slot])
+        return acc_k, acc_v
+
+    start = mg.zeros(mg.ROWS, k_s.shape[2]), mg.zeros(mg.ROWS, v_s.shape[2])
+    acc_k, acc_v = walk(wholes, total, tile, start)
+    k_s[wg] = (acc_k * plan.scale).astype(dk.dtype)
+    v_s[wg] = acc_v.astype(dv.dtype)
+    mg.store((k_s.at[wg], dk.at[b, keys, h]), (v_s.at[wg], dv.at[b, keys, h]))
+
+
+class _Feed:
+    """The first warpgroup keeps the buffers filled."""
+
+    def __init__(self, wg: Any, count: Any, free: Any, fetch: Any):
+        self.wg, self.count, self.free, self.fetch = wg, count, free, fetch
+
+    def start(self) -> None:
+        for n in range(STAGES - 1):
+            pl.when((self.wg == 0) & (n < self.count))(partial(self.fetch, jnp.int32(n), jnp.int32(n)))
+
+    def ahead(self, n: Any) -> None:
+        """At the start of step n: waits for the others to finish step n - 1, whose buffer is next."""
+        new = n + (STAGES - 1)
+        slot = jax.lax.rem(new, jnp.int32(STAGES))
+        pl.when((self.wg == 0) & (new < self.count))(lambda: refill(new, slot, self.free, self.fetch))

@@ -1,0 +1,222 @@
+"""What the forward and backward kernels for Hopper share: settings, which tiles to visit, masks and activations.
+
+A tile of scores lies in the registers of one warpgroup: 64 rows, either queries (forward, dq) or keys (dk, dv).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from jaxattn.masks import GLOBAL, PADDING, Visibility
+from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.flash.score import Score
+from pallas_kernels.flash.tiles import certain, reachable, spans
+
+LOG2E = math.log2(math.e)
+NEVER = -1e30  # a masked score of an elementwise activation; all of them and their slopes are 0 there
+WGS = 2  # computing warpgroups of a block of threads
+BLOCK = WGS * mg.ROWS  # queries (forward, dq) or keys (dk, dv) of a block of threads
+STAGES = 2  # tiles under way
+PIECE = 32  # columns that are masked at once, so that what is read for them fits in registers
+POSITION, SEGMENT = 0, 1  # rows of the arrays `places`
+Tile = Float[Array, "m n"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known before the kernels are compiled.
+
+    staged: products read their left operand from shared memory, as the simulator wants it.
+    """
+
+    score: Score
+    scale: float
+    group: int  # query heads of one key head
+    causal: bool
+    window: int | None
+    has_prefix: bool
+    aligned: int | None
+    stats: bool  # whether the number kept per row is a result, with a gradient
+    staged: bool
+    interpret: Any
+
+    @property
+    def factor(self) -> float:
+        """What q·k is multiplied by, in front of 2^x or of an elementwise activation."""
+        return self.scale * LOG2E if self.score.activation == "exp" else self.scale
+
+    @property
+    def shift(self) -> float:
+        """What is added to that."""
+        return self.score.logit_bias * LOG2E if self.score.activation == "exp" else self.score.logit_bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows have no number at all: weights are what they are, and their sum is not asked for."""
+        return self.score.activation != "exp" and self.score.normaliser == "none" and not self.stats
+
+    def tiles(self, queries: int, keys: int, block_q: int, block_k: int) -> int:
+        """How many tiles one head visits at most, as far as positions and segments need not be looked at."""
+        blocks, columns = queries // block_q, keys // block_k
+        if self.aligned is None:
+            return blocks * columns
+        seen = [min(columns, -(-((i + 1) * block_q + self.aligned) // block_k)) for i in range(blocks)]
+        if self.window is not None:  # with keys in front that everyone sees
+            near = -(-(block_q + self.window) // block_k) + 1 + -(-self.aligned // block_k)
+            seen = [min(near, n) for n in seen]
+        return sum(seen)
+
+    def cost(
+        self, q: Array, k: Array, v: Array, block: tuple[int, int], products: tuple[int, int], moved: int, again: int
+    ):
+        """Work of a kernel on tiles of `block`.
+
+        Args:
+          products: matrix products a tile does over the key dim and over the value dim.
+          moved: bytes of everything that is read or written once.
+          again: bytes that are fetched for every tile.
+        """
+        tiles = q.shape[0] * q.shape[2] * self.tiles(q.shape[1], k.shape[1], *block)
+        scores = tiles * block[0] * block[1]
+        return pl.CostEstimate(
+            flops=2 * scores * (products[0] * q.shape[3] + products[1] * v.shape[3]),
+            transcendentals=0 if self.score.activation in ("relu", "identity") else scores,
+            bytes_accessed=moved + tiles * again,
+        )
+
+
+def nbytes(*arrays: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def places(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B 2 T"]:
+    """Positions and segments as one input."""
+    return jnp.stack([positions, segments], axis=1).astype(jnp.int32)
+
+
+def visits(vis: Visibility, block_q: int, block_k: int, *, by_key: bool = False) -> Int[Array, "n"]:
+    """The table of `Visit` for blocks of queries over keys, or for blocks of keys over queries."""
+    tiles, whole = (f(vis, block_q, block_k) for f in (reachable, certain))
+    return spans(*((jnp.swapaxes(x, 1, 2) for x in (tiles, whole)) if by_key else (tiles, whole)))
+
+
+class Visit:
+    """The tiles of one block in the order a kernel goes through them: first `whole` ones without a mask, then the rest.
+
+    Two loops, because a mask that is applied now and then holds its registers all the time.
+    """
+
+    SIZE = 5
+
+    def __init__(self, table: Any, block: Any):
+        self.front, self.first, last, self.start, end = (table[self.SIZE * block + n] for n in range(self.SIZE))
+        self.count = self.front + last - self.first + 1
+        self.whole = jnp.maximum(end - self.start + 1, 0)
+
+    def tile(self, n: Any) -> Any:
+        """The n-th tile."""
+        before = jnp.where(self.start < self.front, self.start, self.start - self.first + self.front)
+        rest = n - self.whole
+        rest = jnp.where(rest < before, rest, rest + self.whole)
+        rest = jnp.where(rest < self.front, rest, rest - self.front + self.first)
+        return jnp.where(n < self.whole, self.start + n, rest)
+
+
+def masked(s: Tile, q_at: Any, k_at: Any, prefix: Any, plan: Plan, *, by_key: bool = False) -> Tile:
+    """Scores in which what nobody sees is replaced, a few columns at a time for the sake of registers.
+
+    Args:
+      q_at, k_at: refs [2, n] of a tile's queries and keys.
+      by_key: rows are keys.
+    """
+    of_row, of_column = (k_at, q_at) if by_key else (q_at, k_at)
+    never = -jnp.inf if plan.score.activation == "exp" else NEVER
+
+    def part(at: int) -> Tile:
+        piece = jax.lax.slice(s, (0, at), (s.shape[0], at + PIECE))
+        row = lambda n: mg.down(mg.load_rows(of_row.at[n]), PIECE)
+        column = lambda n: mg.across(mg.load_columns(of_column.at[n, pl.ds(at, PIECE)]), s.shape[0])
+        q, k = (column, row) if by_key else (row, column)
+        see = sees((q(POSITION), q(SEGMENT)), (k(POSITION), k(SEGMENT)), prefix, plan)
+        return jnp.where(see, piece, never)
+
+    return jnp.concatenate([part(at) for at in range(0, s.shape[1], PIECE)], axis=1)
+
+
+def sees(q: tuple[Array, Array], k: tuple[Array, Array], prefix: Any, plan: Plan) -> Array:
+    """`jaxattn.masks.visible` for one tile; all operands have its shape."""
+    (q_pos, q_seg), (k_pos, k_seg) = q, k
+    allowed = (q_seg == k_seg) & (q_seg != PADDING)
+    rules = None
+    if plan.causal:
+        rules = k_pos <= q_pos
+    if plan.window is not None:
+        near = q_pos - k_pos < plan.window
+        if not plan.causal:
+            near &= k_pos - q_pos < plan.window
+        rules = near if rules is None else rules & near
+    if rules is not None:
+        if plan.has_prefix:
+            rules |= k_pos < prefix
+        allowed &= rules
+    return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
+
+
+def exponents(plan: Plan, s: Tile, hide: Callable[[Tile], Tile]) -> tuple[Tile, float]:
+    """Masked scores and a positive factor, so that exp(scores) is 2^(factor · s + plan.shift)."""
+    return (hide(s), plan.factor) if plan.factor > 0 else (hide(s * plan.factor), 1.0)
+
+
+def logits(plan: Plan, s: Tile, hide: Callable[[Tile], Tile]) -> Tile:
+    """Masked scores of an elementwise activation."""
+    return hide(s * plan.factor + plan.shift)
+
+
+def sigmoid(s: Tile) -> Tile:
+    """From 2^x and a division: the hardware's tanh is wrong by 2^-11, which is more than a small weight."""
+    return 1.0 / (1.0 + jnp.exp2(s * -LOG2E))
+
+
+def elu1(s: Tile) -> Tile:
+    return jnp.where(s > 0.0, s + 1.0, jnp.exp2(jnp.minimum(s, 0.0) * LOG2E))
+
+
+WEIGHTS: dict[str, Callable[[Tile], Tile]] = {
+    "sigmoid": sigmoid,
+    "elu1": elu1,
+    "relu": lambda s: jnp.maximum(s, 0.0),
+    "identity": lambda s: jnp.where(s > NEVER / 2, s, 0.0),
+}
+SLOPES: dict[str, Callable[[Tile, Tile], Tile]] = {  # from scores and their weights
+    "sigmoid": lambda s, w: w * (1.0 - w),
+    "elu1": lambda s, w: jnp.where(s > 0.0, 1.0, w),
+    "relu": lambda s, w: jnp.where(s > 0.0, 1.0, 0.0),
+    "identity": lambda s, w: jnp.where(s > NEVER / 2, 1.0, 0.0),
+}
+
+
+def ring(start: Any, stop: Any, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+    """`carry = body(n, slot, carry)` for n = start ... stop - 1; tile n lies in buffer `slot`."""
+    step = lambda n, carry: body(n, jax.lax.rem(n, jnp.int32(STAGES)), carry)
+    return jax.lax.fori_loop(start, stop, step, carry)
+
+
+def walk(whole: Any, count: Any, body: Callable[[bool, Any, Any, Any], Any], carry: Any) -> Any:
+    """`carry = body(needs a mask, n, slot, carry)` over all tiles of a block."""
+    carry = ring(jnp.int32(0), whole, partial(body, False), carry)
+    return ring(whole, count, partial(body, True), carry)
+
+
+def refill(n: Any, slot: Any, free: Any, fetch: Callable[[Any, Any], None]) -> None:
+    """`fetch(n, slot)` as soon as every computing warpgroup is done with what the buffer held."""
+    pl.when(n >= STAGES)(lambda: mg.wait(free.at[slot]))
+    fetch(n, slot)

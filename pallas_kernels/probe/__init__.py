@@ -1,0 +1,64 @@
+"""`probe`: statistics of attention rows, without the rows: what sparse methods, evictions and head studies ask for.
+
+w_ps = exp(scale · q_p·k_s - L_p) · visible_ps,  L_p = log Σ_s exp(scale · q_p·k_s) · visible_ps
+
+and from it sums over columns, diagonals and blocks, and each row's largest weight. Two passes over the keys, L first;
+memory O(P·H + H·S), for blocks O(P·H·S / block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxattn.errors import ConfigError
+from jaxattn.masks import Visibility
+from pallas_kernels._dispatch import resolve
+from pallas_kernels.probe.reference import probe_reference
+from pallas_kernels.probe.stats import NAMES, Stats, wanted
+from pallas_kernels.probe.tpu import probe_tpu, unfit
+from pallas_kernels.probe.xla import probe_xla
+
+__all__ = ["NAMES", "Stats", "probe"]
+
+IMPLEMENTATIONS = {"reference": probe_reference, "xla": probe_xla, "tpu": probe_tpu}
+
+
+def probe(
+    q: Float[Array, "B P H D"],
+    k: Float[Array, "B S K D"],
+    vis: Visibility,
+    *,
+    scale: float,
+    want: Iterable[str] = ("columns",),
+    block: int = 64,
+    backend: str = "auto",
+) -> Stats:
+    """Statistics of softmax rows; see `Stats` for each. Not differentiable: gradients through it are zero.
+
+    Diagonals at offsets below 0 or from S on, and the keys of segment `GLOBAL`, which have no place, are left out.
+    "tpu" needs key positions that advance by one from index to index over what a query sees; where they do not, its
+    diagonals (of all queries of the call) are NaN.
+
+    Args:
+      q: probe queries, such as the last 64 of a prompt; query head h reads key head h // (H // K). At most 128 for
+        "tpu"; sums over queries add up over calls.
+      k: all keys.
+      vis: who sees whom.
+      scale: multiplies q·k.
+      want: which of `NAMES`; "top" gives index and weight.
+      block: keys of a block, of "blocks" and "block_max".
+      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+
+    Raises:
+      ConfigError: an unknown statistic, or block < 1.
+      NotImplementedError: a backend this op does not have, or that cannot serve this call.
+    """
+    names = wanted(want)
+    if block < 1:
+        raise ConfigError(f"block is {block} but must be at least 1 key.")
+    q, k = jax.lax.stop_gradient((q, k))
+    run = resolve("probe", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, names, block)})
+    return run(q, k, vis, scale=scale, want=names, block=block)

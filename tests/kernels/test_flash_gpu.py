@@ -1,0 +1,256 @@
+"""The Hopper kernels of `flash` in JAX's simulator of GPUs, against the reference; bfloat16 throughout.
+
+What is simulated hands weights to the second product through shared memory; the form with registers is compiled in
+`tests/aot/test_flash_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.masks import Visibility, self_visibility
+from jaxattn.rope import Alibi
+from pallas_kernels import Score, _mosaic_gpu, compiling_for, flash, interpreted
+from pallas_kernels.flash.gpu import flash_gpu
+from pallas_kernels.flash.gpu_tiles import Visit, visits
+from pallas_kernels.flash.reference import flash_reference
+from pallas_kernels.flash.tiles import certain, reachable
+from pallas_kernels.shapes import ODD
+from tests.conformance.cases import close, inputs, packed
+
+if jax.__version_info__ < _mosaic_gpu.SINCE:
+    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+
+SOFTMAX, SIGMOID = Score(), Score("sigmoid", "none", logit_bias=-2.0)
+ids = lambda s: f"{s.activation}-{s.normaliser}"
+
+
+def both(fn, arrays, vis, score, scale=0.2, **options):
+    """Outputs and all gradients of a loss that weighs every entry differently."""
+
+    def loss(q, k, v):
+        o = fn(q, k, v, vis, score, scale=scale, **options)
+        waves = lambda x: jnp.sum(jnp.sin(x.astype(jnp.float32)) * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
+        return sum(waves(x) for x in jax.tree.leaves(o)), o
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+
+def check(arrays, vis, score=SOFTMAX, mode="plain", rtol=2e-2, **options):
+    """Forward and gradients equal the reference's on the same rounded inputs; returns the kernel's output."""
+    with interpreted(mode):
+        (_, o), ours = both(flash_gpu, arrays, vis, score, **options)
+    (_, expected), theirs = both(flash_reference, arrays, vis, score, **options)
+    jax.tree.map(lambda a, b: near(a, b, rtol), o, expected)
+    jax.tree.map(lambda a, b: near(a, b, rtol), ours, theirs)
+    return o
+
+
+def near(actual, expected, rtol=2e-2):
+    """Of the same type and equal up to `rtol` of the largest magnitude."""
+    assert actual.dtype == expected.dtype
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(actual, expected, atol=rtol * float(np.abs(expected).max()), rtol=0)
+
+
+def numbers(length, **shape):
+    return inputs(
+        length, **{"batch": 1, "heads": 2, "kv_heads": 1, "dim": 60, "value_dim": 64, **shape}, dtype=jnp.bfloat16
+    )
+
+
+def test_causal_softmax_of_grouped_heads_over_several_tiles():
+    check(numbers(300, heads=4, kv_heads=2, value_dim=96), self_visibility(1, 300))
+
+
+def test_causal_sigmoid_of_grouped_heads():
+    check(numbers(130, heads=2, kv_heads=1), self_visibility(1, 130), SIGMOID)
+
+
+def test_packed_documents_with_padding_in_front_between_and_behind():
+    """One document of length 1, one that is empty (4), two rows of the batch that differ."""
+    positions, segments = packed([9, 70, 1, 8, 60], 190)
+    segments = jnp.where(segments == 1, 0, jnp.where(segments == 4, 0, segments))
+    segments = segments.at[1, :100].set(1)
+    positions = positions.at[1, :100].set(jnp.arange(100))
+    vis = self_visibility(2, 190, positions=positions, segment_ids=segments)
+    o = check(numbers(190, batch=2), vis, Score("exp", "sum_plus_one"))
+    assert not np.asarray(o, np.float32)[np.asarray(segments) == 0].any(), "padding rows give zeros"
+
+
+def test_window_prefix_and_keys_that_everyone_sees():
+    rules = dict(window=40, prefix_len=jnp.array([30]))
+    check(numbers(140, keys=143), self_visibility(1, 140, **rules).prepend_global(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [s for s in ODD if max(s.dim, s.value_dim) <= 128], ids=lambda s: s.name)
+@pytest.mark.parametrize("score", [SOFTMAX, SIGMOID], ids=ids)
+def test_odd_shapes(shape, score):
+    arrays = numbers(shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, value_dim=shape.value_dim)
+    check(arrays, self_visibility(1, shape.length), score)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "score",
+    [
+        Score("exp", "sum", row_sum=3.0, logit_bias=0.5),
+        Score("exp", "sum_plus_one", logit_bias=-1.0),
+        Score("sigmoid", "sum"),
+        Score("elu1", "sum", row_sum=2.0),
+        Score("elu1", "clipped_sum"),
+        Score("relu", "sum_plus_one"),
+        Score("relu", "none"),
+        Score("identity", "clipped_sum"),
+    ],
+    ids=ids,
+)
+@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
+def test_every_member_on_packed_documents(score, stats):
+    positions, segments = packed([70, 0, 1, 40], 131)
+    vis = self_visibility(2, 131, positions=positions, segment_ids=segments)
+    check(numbers(131, batch=2), vis, score, stats=stats)
+
+
+RULES = {
+    "both sides": (dict(causal=False), 0),
+    "window and keys that everyone sees": (dict(window=20), 2),
+    "window on both sides": (dict(causal=False, window=9), 0),
+    "prefix": (dict(prefix_len=jnp.array([150, 0])), 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rules", "sinks"), RULES.values(), ids=list(RULES))
+def test_every_rule_of_visibility(rules, sinks):
+    segments = packed([180, 21], 210)[1]
+    segments = segments.at[1].set(jnp.where(jnp.arange(210) < 4, 0, 1))
+    vis = self_visibility(2, 210, segment_ids=segments, **rules).prepend_global(sinks)
+    check(numbers(210, batch=2, keys=210 + sinks), vis)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, -0.3], ids=str)
+def test_scales_that_turn_scores_around(scale):
+    check(numbers(70), self_visibility(1, 70), scale=scale)
+
+
+@pytest.mark.slow
+def test_queries_that_continue_a_cache():
+    written = jnp.arange(170) < jnp.array([[40], [166]])
+    vis = Visibility(
+        q_positions=jnp.array([[35], [161]]) + jnp.arange(5),
+        k_positions=jnp.tile(jnp.arange(170), (2, 1)),
+        q_segments=jnp.ones((2, 5), jnp.int32),
+        k_segments=written.astype(jnp.int32),
+        window=30,
+    )
+    check(numbers(5, batch=2, keys=170), vis)
+
+
+def test_no_races_and_nothing_uninitialised_is_read():
+    """What the simulator sees: loads and stores, not operands of products; see also the slot test."""
+    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    check(numbers(200, heads=1), self_visibility(1, 200), mode=simulator)
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
+
+    assert not gpu_callbacks.get_races().races_found
+
+
+def order(vis, block_q, block_k, by_key=False):
+    """The tiles each block goes through [blocks of the batch, steps], and how many of them without a mask."""
+    tiles = reachable(vis, block_q, block_k)
+    table = np.asarray(visits(vis, block_q, block_k, by_key=by_key))
+    for block in range(tiles.shape[0] * tiles.shape[2 if by_key else 1]):
+        visit = Visit(table, block)
+        yield [int(visit.tile(n)) for n in range(int(visit.count))], int(visit.whole)
+
+
+@pytest.mark.parametrize("by_key", [False, True], ids=["by query", "by key"])
+@pytest.mark.parametrize(
+    ("window", "sinks"), [(None, 0), (16, 0), (16, 8)], ids=["causal", "window", "window and sinks"]
+)
+def test_every_tile_is_visited_once_and_masked_where_it_must_be(window, sinks, by_key):
+    segments = packed([64, 1, 31], 104)[1]
+    vis = dataclasses.replace(
+        self_visibility(2, 104, window=window),
+        q_segments=segments.at[1].set(1),
+        k_segments=segments.at[1].set(1),
+    ).prepend_global(sinks)
+    needed, free = np.asarray(reachable(vis, 8, 8)), np.asarray(certain(vis, 8, 8))
+    if by_key:
+        needed, free = needed.swapaxes(1, 2), free.swapaxes(1, 2)
+    needed, free = needed.reshape(-1, needed.shape[2]), free.reshape(-1, free.shape[2])
+    unmasked = 0
+    for row, (tiles, whole) in enumerate(order(vis, 8, 8, by_key)):
+        assert len(set(tiles)) == len(tiles)
+        assert set(np.flatnonzero(needed[row])) <= set(tiles) <= set(range(needed.shape[1]))
+        assert free[row][tiles[:whole]].all()
+        unmasked += whole
+    assert unmasked > 0
+
+
+def test_a_named_backend_says_why_it_cannot_run():
+    q, k, v = numbers(8)
+    call = lambda q=q, k=k, v=v, score=SOFTMAX, **more: flash_gpu(
+        q, k, v, self_visibility(1, 8), score, scale=1.0, **more
+    )
+    with pytest.raises(NotImplementedError, match=r"computes on 'cpu'.*compiling_for"):
+        call()
+    with compiling_for("gpu"):
+        with pytest.raises(NotImplementedError, match="'gpu' computes bfloat16 but k is float32: cast it"):
+            call(k=k.astype(jnp.float32))
+        with pytest.raises(NotImplementedError, match="head dims up to 128 but v has 192"):
+            call(v=jnp.zeros((1, 8, 1, 192), jnp.bfloat16))
+        with pytest.raises(NotImplementedError, match="no position bias but this is Alibi"):
+            call(bias=Alibi(jnp.ones(2)))
+        with pytest.raises(NotImplementedError, match="no key_bias"):
+            call(key_bias=jnp.zeros((1, 1, 8)))
+        with pytest.raises(NotImplementedError, match=r"normalisers .* but this is 'p_norm'"):
+            call(score=Score("exp", "p_norm", p=2.0))
+
+
+def test_a_simulator_with_too_few_threads_is_refused_instead_of_waited_for(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    with interpreted(), pytest.raises(NotImplementedError, match="3 warpgroups takes more threads than the 2"):
+        flash_gpu(*numbers(8), self_visibility(1, 8), SOFTMAX, scale=1.0)
+
+
+def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
+    q, k, v = numbers(8)
+    text = lambda q, bias=None: str(
+        jax.make_jaxpr(lambda q: flash(q, k, v, self_visibility(1, 8), SOFTMAX, scale=1.0, bias=bias))(q)
+    )
+    assert "flash_forward" not in text(q)
+    with compiling_for("gpu"):
+        assert "flash_forward" in text(q)
+        assert "flash_forward" not in text(q, Alibi(jnp.ones(2)))
+        assert "flash_forward" not in text(q.astype(jnp.float32))
+
+
+@pytest.mark.slow
+def test_vmap_and_remat_change_nothing():
+    q, k, v = numbers(40, batch=2)
+    call = lambda q, k, v: flash_gpu(q, k, v, self_visibility(len(q), 40), SOFTMAX, scale=0.3)
+    loss = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x).astype(jnp.float32))), argnums=(0, 1, 2)))
+    with interpreted():
+        plain = loss(call)(q, k, v)
+        one = lambda q, k, v: call(q[None], k[None], v[None])[0]
+        for other in (jax.vmap(one), jax.checkpoint(call)):
+            jax.tree.map(lambda a, b: close(a, b, rtol=1e-2), loss(other)(q, k, v), plain)
+
+
+def test_the_cost_estimate_counts_tiles_up_to_the_diagonal():
+    q, k, v = (jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.bfloat16) for _ in range(3))
+    with compiling_for("gpu"):
+        text = lambda vis: str(jax.make_jaxpr(lambda *x: flash_gpu(*x, vis, SOFTMAX, scale=1.0))(q, k, v))
+        half, whole = text(self_visibility(1, 2048)), text(self_visibility(1, 2048, causal=False))
+    tile = 4 * 128 * 128 * 64
+    assert f"flops={136 * tile}" in half
+    assert f"flops={256 * tile}" in whole

@@ -1,0 +1,331 @@
+"""`paged_decode`: every backend against the reference, and the reference against `flash`."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxattn.errors import ConfigError
+from jaxattn.masks import Visibility
+from jaxattn.rope import Rope, RopeScaling
+from pallas_kernels import Score, compiling_for, flash, interpreted
+from pallas_kernels.flash.merge import merge
+from pallas_kernels.paged_decode import paged_decode, pages_of
+from pallas_kernels.paged_decode.units import units
+from pallas_kernels.shapes import ODD
+from tests.conformance.cases import close
+from tests.conformance.cases import normal as numbers
+
+FAST = ("xla", "tpu")
+normal = lambda seed, shape: jnp.asarray(numbers(seed, shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of one call; the four axes k of the op are 1 or `kv_heads`, 0 = not given."""
+
+    batch: int = 2
+    queries: int = 1
+    heads: int = 6
+    kv_heads: int = 3
+    dim: int = 24
+    value_dim: int = 40
+    pools: int = 1
+    pages: int = 12
+    page: int = 16
+    listed: int = 7
+    tables: int = 1
+    lengths: tuple[int, ...] = ()
+    key_bias: int = 0
+    positions: int = 0
+    rope: Rope | None = None
+    splits: int | None = None
+    dtype: str = "float32"
+    value_dtype: str = ""
+
+    def arguments(self):
+        """Arrays, and settings with more arrays."""
+        draw, slots = np.random.default_rng(1), self.listed * self.page
+        shape = (self.pools, self.kv_heads, self.pages, self.page)
+        q = normal(0, (self.batch, self.queries, self.heads, self.dim)).astype(self.dtype)
+        k = normal(1, (*shape, self.dim)).astype(self.dtype)
+        v = normal(2, (*shape, self.value_dim)).astype(self.value_dtype or self.dtype)
+        tables = jnp.asarray(draw.integers(-1, self.pages, (self.batch, self.tables, self.listed)), jnp.int32)
+        lengths = jnp.asarray(draw.integers(0, slots + 2, self.lengths), jnp.int32) if self.lengths else None
+        more = {"scale": 0.3, "splits": self.splits}
+        if self.key_bias:
+            bias = normal(3, (self.batch, self.key_bias, slots))
+            more["key_bias"] = jnp.where(bias > 1, -1e30, bias)
+        if self.rope is not None:
+            places = draw.integers(0, 500, (self.batch, self.positions, slots))
+            more |= {"rope": self.rope, "key_positions": jnp.asarray(places, jnp.int32)}
+        return (q, k, v, tables, lengths), more
+
+
+def check(arrays, more, backend, rtol=2e-5, mode="plain"):
+    """o and L equal the reference's; returns them."""
+    run = lambda backend: jax.jit(lambda *x: paged_decode(*x, **more, backend=backend))
+    with interpreted(mode):
+        o, lse = run(backend)(*arrays)
+    expected, expected_lse = run("reference")(*arrays)
+    assert (o.dtype, lse.dtype) == (expected.dtype, jnp.float32)
+    close(o, expected, rtol=rtol)
+    close(lse, expected_lse, rtol=1e-6 if rtol < 1e-3 else 1e-3)
+    return np.asarray(o, np.float32), np.asarray(lse)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+def test_odd_lengths_head_dims_and_groups(shape, dtype, backend):
+    """Lists of T slots, most of which end inside a page; pages of 16 fit the tiles of both types."""
+    listed = -(-shape.length // 16)
+    case = Case(
+        1, 1, shape.heads, shape.kv_heads, shape.dim, shape.value_dim, pages=listed + 3, listed=listed, dtype=dtype
+    )
+    (q, k, v, tables, _), more = case.arguments()
+    tables = jnp.abs(tables)
+    check((q, k, v, tables, jnp.array([shape.length])), more, backend, rtol=2e-5 if dtype == "float32" else 2e-2)
+
+
+TURNED = Rope(1e4, fraction=0.5)
+CASES = {
+    "holes in the list": Case(),
+    "a pool per sequence": Case(pools=2, tables=3),
+    "several queries": Case(queries=3, lengths=(2, 1, 1), tables=3),
+    "lengths per head and query": Case(queries=2, lengths=(2, 3, 2), tables=3, key_bias=1, splits=2),
+    "bias that hides": Case(key_bias=3),
+    "tokens": Case(page=1, pages=64, listed=70, lengths=(2,)),
+    "tokens per head, turned": Case(page=1, pages=64, listed=40, tables=3, positions=3, rope=Rope(1e4)),
+    "tokens in 16-bit tiles": Case(page=1, pages=64, listed=33, dtype="bfloat16", key_bias=1),
+    "tokens of a sequence's own": Case(page=1, pages=32, listed=300, pools=2, positions=1, rope=TURNED, splits=2),
+    "pages below a tile": Case(page=4, pages=16, listed=21, lengths=(2, 3), key_bias=3, positions=1, rope=TURNED),
+    "pages of one tile and a half": Case(page=24, pages=5, listed=9),
+    "pages read in parts": Case(page=272, pages=3, listed=2, lengths=(2,)),
+    "long pages": Case(batch=1, page=768, pages=2, listed=2, positions=1, rope=Rope(1e4), kv_heads=1, heads=2),
+    "splits": Case(listed=70, splits=3, lengths=(2, 3), tables=3),
+    "more splits than entries": Case(listed=2, splits=5, lengths=(2,)),
+    "turned keys, 16 bit": Case(positions=1, rope=Rope(1e4), dtype="bfloat16"),
+    "angles that know the length": Case(positions=3, rope=Rope(1e4, scaling=RopeScaling("dynamic", 4.0, 128))),
+    "nothing to turn": Case(positions=1, rope=Rope(1e4, fraction=0.0)),
+    "values narrower than keys": Case(value_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_every_option(case, backend):
+    check(*case.arguments(), backend, rtol=2e-2 if "bfloat16" in (case.dtype, case.value_dtype) else 2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_the_whole_cache_listed_is_flash(backend):
+    """A plain cache [B, K, S, D] whose pages are listed in order, with queries at its end that see each other."""
+    keys = 96
+    q = normal(0, (2, 3, 4, 16))
+    k, v = (normal(n, (2, 2, keys, 16)) for n in (1, 2))
+    ends = jnp.array([50, 96])[:, None] - jnp.array([2, 1, 0])  # live tokens as each query sees them
+    spread = lambda x: jnp.broadcast_to(x, (2, keys))
+    vis = Visibility(
+        q_positions=ends - 1,
+        k_positions=spread(jnp.arange(keys)),
+        q_segments=jnp.ones((2, 3), jnp.int32),
+        k_segments=spread(1),
+    )
+    turn = lambda x: jnp.swapaxes(x, 1, 2)
+    expected = flash(q, turn(k), turn(v), vis, Score(), scale=0.3, backend="reference")
+    tables = jnp.broadcast_to(jnp.arange(keys // 8), (2, 1, keys // 8))
+    with interpreted():
+        call = jax.jit(partial(paged_decode, scale=0.3, backend=backend))
+        o, _ = call(q, pages_of(k, 8), pages_of(v, 8), tables, ends[:, None])
+    close(o, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_disjoint_lists_merge(backend):
+    """Sinks and window as two lists, one of them empty for one sequence."""
+    (q, k, v, _, _), more = Case(pages=8).arguments()
+    first, second = jnp.array([[[0, 3]], [[-1, -1]]]), jnp.array([[[5, 1, 7]], [[2, 2, 6]]])
+    with interpreted():
+        call = jax.jit(partial(paged_decode, **more, backend=backend))
+        parts = [call(q, k, v, tables) for tables in (first, second)]
+    together = jnp.concatenate([first, second], axis=2)
+    expected = paged_decode(q, k, v, together, **more, backend="reference")
+    jax.tree.map(lambda a, b: close(a, b, rtol=2e-5), merge(parts), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_ranks_as_positions_are_keys_turned_by_hand(backend):
+    """Tokens picked one by one and numbered afresh, as TokenSelect does."""
+    rope, picked = Rope(1e4), jnp.array([[[3, 9, 10, 40]]])
+    q, k, v = normal(0, (1, 1, 4, 16)), normal(1, (1, 2, 48, 16)), normal(2, (1, 2, 48, 16))
+    ranks = jnp.arange(4)[None, None]
+    with interpreted():
+        call = partial(paged_decode, scale=0.25, rope=rope, backend=backend)
+        o, _ = jax.jit(call)(rope(q, jnp.array([[3]])), pages_of(k, 1), pages_of(v, 1), picked, key_positions=ranks)
+    chosen = lambda x: jnp.swapaxes(x[:, :, picked[0, 0]], 1, 2)
+    vis = Visibility(jnp.array([[3]]), ranks[0], jnp.ones((1, 1), jnp.int32), jnp.ones((1, 4), jnp.int32))
+    expected = flash(
+        rope(q, jnp.array([[3]])), rope(chosen(k), ranks[0]), chosen(v), vis, Score(), scale=0.25, backend="reference"
+    )
+    close(o, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_who_sees_nothing_gets_zero_and_nothing_unlisted_is_used(page, backend):
+    """NaN in pages that are not listed, behind the end and in hidden slots."""
+    case = Case(page=page, pages=96 // page, listed=32 // page, key_bias=1)
+    (q, k, v, _, _), _ = case.arguments()
+    pages = 16 // page + jnp.arange(32 // page)  # tokens 16 to 47
+    tables = jnp.stack([pages, jnp.full_like(pages, -1)])[:, None]
+    lengths = jnp.array([20, 32])
+    bias = jnp.zeros((2, 1, 32)).at[:, :, 7].set(-1e30)
+    spoil = lambda x: x.reshape(1, 3, 96, -1).at[:, :, :16].set(jnp.nan).at[:, :, 36:].set(jnp.nan).reshape(x.shape)
+    call = partial(paged_decode, scale=0.3, key_bias=bias, backend=backend)
+    run = jax.jit(lambda k, v: call(q, k, v, tables, lengths))
+    with interpreted():
+        (o, lse), (clean, _) = run(spoil(k), spoil(v)), run(k, v)
+    assert not o[1].any(), "no page is listed"
+    assert (lse[1] == -1e30).all()
+    assert np.isfinite(o).all()
+    close(o, clean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_scores_far_from_zero(backend):
+    """All of them far below or above: nothing vanishes or overflows, and splits merge at their true scale."""
+    case = Case(splits=2, listed=40)
+    (q, k, v, tables, _), more = case.arguments()
+    for shift in (-500.0, 500.0):
+        more["key_bias"] = shift + 30 * normal(5, (2, 1, 40 * 16))
+        check((q, k, v, tables, None), more, backend, rtol=5e-5)
+
+
+@pytest.mark.parametrize("page", [1, 8])
+def test_no_races_and_nothing_uninitialised_is_read(page):
+    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    rope = Rope(1e4)
+    case = Case(1, 2, 4, 2, 8, 16, 1, 512 // page, page, 320 // page, 2, (1, 2, 2), 1, positions=2, rope=rope, splits=1)
+    (q, k, v, tables, lengths), more = case.arguments()
+    tables = jnp.where(jnp.arange(320 // page) % 3 == 1, -1, tables)
+    check((q, k, v, tables, lengths), more, "tpu", mode=simulator)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
+
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_vmap_and_remat_change_nothing(backend):
+    arrays, _ = Case(pools=2, lengths=(2,)).arguments()
+    call = jax.jit(partial(paged_decode, scale=0.3, backend=backend))
+    one = lambda *x: jax.tree.map(lambda y: y[0], call(*(y[None] for y in x)))
+    with interpreted():
+        plain = call(*arrays)
+        for other in (jax.jit(jax.vmap(one)), jax.jit(jax.checkpoint(call))):
+            jax.tree.map(lambda a, b: close(a, b, rtol=1e-6), other(*arrays), plain)
+
+
+def test_the_reference_is_differentiable_and_the_others_say_that_they_are_not():
+    (q, k, v, tables, _), more = Case().arguments()
+    loss = lambda q, k, v, backend: jnp.sum(jnp.sin(paged_decode(q, k, v, tables, **more, backend=backend)[0]))
+    for g in jax.grad(loss, argnums=(0, 1, 2))(q, k, v, "reference"):
+        assert np.isfinite(g).all()
+        assert g.any()
+    with interpreted():
+        for backend in FAST:
+            for n in range(3):
+                with pytest.raises(NotImplementedError, match=f"'{backend}' has no gradient.*'reference'"):
+                    jax.grad(loss, argnums=n)(q, k, v, backend)
+
+
+def test_a_named_backend_says_why_it_cannot_run():
+    (q, k, v, tables, _), _ = Case().arguments()
+    call = lambda q=q, k=k, v=v, backend="tpu": paged_decode(q, k, v, tables, scale=0.3, backend=backend)
+    with pytest.raises(NotImplementedError, match=r"computes on 'cpu'.*compiling_for"):
+        call()
+    odd = lambda x: x[:, :, :5, :5]
+    with interpreted():
+        with pytest.raises(NotImplementedError, match="v_pages is float16"):
+            call(v=v.astype(jnp.float16))
+        with pytest.raises(NotImplementedError, match="tiles of 8 tokens but there are 5 pages of 5"):
+            call(k=odd(k), v=odd(v))
+        with pytest.raises(NotImplementedError, match="tiles of 16 tokens but there are 11 pages of 8"):
+            call(k=k[:, :, :11, :8], v=v[:, :, :11, :8].astype(jnp.bfloat16))
+    close(call(k=odd(k), v=odd(v), backend="xla")[0], call(k=odd(k), v=odd(v), backend="reference")[0])
+    with pytest.raises(NotImplementedError, match="has no 'gpu' backend; it has reference, xla, tpu"):
+        call(backend="gpu")
+
+
+def test_impossible_arguments_are_named():
+    (q, k, v, tables, _), _ = Case().arguments()
+    call = lambda q=q, k=k, v=v, tables=tables, lengths=None, **more: paged_decode(
+        q, k, v, tables, lengths, scale=1.0, **more
+    )
+    for match, arguments in {
+        "must hold 1 or 2 pools": {"k": k.repeat(3, 0), "v": v.repeat(3, 0)},
+        "belong together": {"rope": Rope(1e4)},
+        "splits is 0": {"splits": 0},
+        r"tables has shape \(2, 2, 7\)": {"tables": tables.repeat(2, 1)},
+        r"key_bias has shape \(2, 1, 5\) but must be \[2, 1 or 3, 112\]": {"key_bias": jnp.zeros((2, 1, 5))},
+        "last axis must be 1 or 1 queries": {"lengths": jnp.zeros((2, 1, 4), jnp.int32)},
+        "lists no pages": {"tables": tables[:, :, :0]},
+    }.items():
+        with pytest.raises(ConfigError, match=match):
+            call(**arguments)
+    with pytest.raises(ConfigError, match="page is 7 but must divide the cache's capacity 16"):
+        pages_of(jnp.zeros((1, 1, 16, 4)), 7)
+
+
+def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
+    (q, k, v, tables, _), _ = Case().arguments()
+    text = lambda k=k, v=v: str(jax.make_jaxpr(lambda q: paged_decode(q, k, v, tables, scale=1.0))(q))
+    assert "pallas_call" not in text()
+    with compiling_for("tpu"):
+        assert "pallas_call" in text()
+        assert "pallas_call" not in text(k.astype(jnp.float16))
+        assert "pallas_call" not in text(k[:, :, :5, :5], v[:, :, :5, :5])
+    with interpreted():
+        assert "pallas_call" not in text(), "a simulator is for who names the backend"
+
+
+def test_the_cost_estimate_counts_rows_that_are_read():
+    """A list of 64 tokens reads 64 tiles of 8 rows, whatever the cache holds."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    table = jax.ShapeDtypeStruct((1, 1, 64), jnp.int32)
+    call = lambda *x: paged_decode(*x, scale=1.0, backend="tpu")
+    with compiling_for("tpu"):
+        text = str(jax.make_jaxpr(call)(shape(1, 1, 8, 64), shape(1, 1, 4096, 1, 64), shape(1, 1, 4096, 1, 64), table))
+    assert f"flops={4 * 64 * 8 * 8 * 64}" in text
+    assert f"transcendentals={64 * 8 * 8}" in text
+
+
+@pytest.mark.parametrize(("page", "pages", "itemsize"), [(1, 64, 4), (8, 2, 2), (24, 3, 4), (1008, 1, 2), (4096, 2, 2)])
+def test_units_are_whole_tiles_that_fit(page, pages, itemsize):
+    cut = units(page, pages, itemsize)
+    assert cut is not None
+    assert cut.rows % (32 // itemsize) == 0
+    assert cut.chunk % 128 == 0
+    assert 256 <= cut.chunk <= 1024
+    assert page % cut.rows == 0 or cut.rows % page == 0
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("page", [1, 64])
+def test_on_a_cpu_nothing_but_the_list_is_copied(page, dtype):
+    """Temporaries are those of the list, and the cache's shape appears in views only."""
+    keys, listed = 32768, 2048
+    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype)
+    arguments = shape(1, 1, 8, 64), shape(1, 2, keys, 64), shape(1, 2, keys, 64)
+    table = shape(1, 2, listed // page, dtype=jnp.int32)
+    call = lambda q, k, v, t: paged_decode(q, pages_of(k, page), pages_of(v, page), t, scale=0.1, backend="xla")
+    compiled = jax.jit(call).lower(*arguments, table).compile()
+    one = 2 * listed * 64 * 4  # a list's keys, in f32
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * one + 2**20 < 2 * keys * 64 * 2
