@@ -22,6 +22,7 @@ from pallas_kernels.grouped_softmax.xla import grouped_softmax_xla
 __all__ = ["grouped_softmax"]
 
 IMPLEMENTATIONS = {"reference": grouped_softmax_reference, "xla": grouped_softmax_xla, "tpu": grouped_softmax_tpu}
+SHORT = 16  # queries below which "auto" leaves a cache where it lies
 
 
 def grouped_softmax(
@@ -50,5 +51,7 @@ def grouped_softmax(
     Raises:
       NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
-    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, v, block)})
+    few = backend == "auto" and q.shape[1] < SHORT < k.shape[1]
+    reason = f"{q.shape[1]} queries do not pay for laying out {k.shape[1]} keys" if few else unfit(q, k, v, block)
+    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": reason})
     return run(q, k, v, vis, block=block, scale=scale)

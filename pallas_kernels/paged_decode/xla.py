@@ -74,16 +74,11 @@ def _attend(q, k_pages, v_pages, tables, lengths, key_bias, key_positions, *, sc
 
 
 def gathered(pages: Float[Array, "N K P page D"], tables: Int[Array, "B k n"]) -> Float[Array, "B K slots D"]:
-    """The pages of a list; each is one row of a matrix, which XLA copies as a block, unlike windows of five axes.
-
-    16-bit floats go as their bits: XLA's CPU backend would widen the whole cache before it reads from it.
-    """
+    """The pages of a list; each is one row of a matrix, which XLA copies as a block, unlike windows of five axes."""
     pools, kv_heads, count, page, dim = pages.shape
     batch, _, entries = tables.shape
     head = jnp.arange(kv_heads)[:, None]
     pool = jnp.arange(batch)[:, None, None] if pools > 1 else jnp.zeros((batch, 1, 1), jnp.int32)
     row = (pool * kv_heads + head) * count + jnp.clip(tables, 0, count - 1)
-    bits = jax.lax.bitcast_convert_type(pages, jnp.uint16) if pages.dtype.itemsize == 2 else pages
-    out = jnp.take(bits.reshape(-1, page * dim), row.reshape(-1), axis=0, mode="clip")
-    out = out.reshape(batch, kv_heads, entries * page, dim)
-    return out if out.dtype == pages.dtype else jax.lax.bitcast_convert_type(out, pages.dtype)
+    out = pages.reshape(-1, page * dim).at[row.reshape(-1)].get(mode="promise_in_bounds")
+    return out.reshape(batch, kv_heads, entries * page, dim)

@@ -307,6 +307,11 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert "pallas_call" in text(q)
         assert "pallas_call" not in text(q, LONGEST + 1)
         assert "pallas_call" not in text(q.astype(jnp.float16))
+        one = lambda q: grouped_softmax(q, k, v, vis, block=3, scale=1.0)
+        q, k, v = inputs(1, heads=2, kv_heads=1, keys=70)
+        vis = self_visibility(2, 70).rows(69, 1)
+        assert "pallas_call" not in str(jax.make_jaxpr(one)(q)), "a decode step leaves its cache where it lies"
+    q, k, v = inputs(8, heads=2, kv_heads=1)
     with interpreted():
         assert "pallas_call" not in text(q), "a simulator is for who names the backend"
 

@@ -320,12 +320,17 @@ def test_units_are_whole_tiles_that_fit(page, pages, itemsize):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("page", [1, 64])
 def test_on_a_cpu_nothing_but_the_list_is_copied(page, dtype):
-    """Temporaries are those of the list, and the cache's shape appears in views only."""
+    """Temporaries are those of the list; the cache holds 16-bit floats as their bits, as `jaxattn.cache` does."""
     keys, listed = 32768, 2048
-    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype)
-    arguments = shape(1, 1, 8, 64), shape(1, 2, keys, 64), shape(1, 2, keys, 64)
-    table = shape(1, 2, listed // page, dtype=jnp.int32)
-    call = lambda q, k, v, t: paged_decode(q, pages_of(k, page), pages_of(v, page), t, scale=0.1, backend="xla")
-    compiled = jax.jit(call).lower(*arguments, table).compile()
+    shape = lambda *s, dtype="float32": jax.ShapeDtypeStruct(s, dtype)
+    held = shape(1, 2, keys, 64, dtype="uint16" if dtype == "bfloat16" else dtype)
+    floats = lambda x: x if x.dtype == jnp.float32 else jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+
+    def call(q, k, v, tables):
+        pages = (pages_of(floats(x), page) for x in (k, v))
+        return paged_decode(q.astype(dtype), *pages, tables, scale=0.1, backend="xla")
+
+    table = shape(1, 2, listed // page, dtype="int32")
+    compiled = jax.jit(call).lower(shape(1, 1, 8, 64), held, held, table).compile()
     one = 2 * listed * 64 * 4  # a list's keys, in f32
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * one + 2**20 < 2 * keys * 64 * 2

@@ -22,6 +22,12 @@ FAST = ("xla", "tpu")
 FIELDS = ("lse", "top_index", "top_weight", "columns", "diagonals", "blocks", "block_max")
 
 
+@pytest.fixture(autouse=True)
+def tiles_far_smaller_than_the_sequence(monkeypatch):
+    """128 keys, or what the blocks need."""
+    monkeypatch.setattr("pallas_kernels.probe.tpu.BLOCK", 128)
+
+
 def check(q, k, vis, backend, *, block=16, want=NAMES, rtol=2e-5, scale=0.3, mode="plain"):
     """Every statistic equals the reference's; returns the reference's."""
     run = lambda backend: jax.jit(partial(probe, scale=scale, want=want, block=block, backend=backend))(q, k, vis)
