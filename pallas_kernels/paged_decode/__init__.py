@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.rope import Rope
-from pallas_kernels._dispatch import resolve
+from pallas_kernels._dispatch import note, resolve
+from pallas_kernels.paged_decode.cpu import fits, paged_decode_cpu
 from pallas_kernels.paged_decode.reference import paged_decode_reference
 from pallas_kernels.paged_decode.tpu import paged_decode_tpu, unfit
 from pallas_kernels.paged_decode.xla import paged_decode_xla
@@ -38,7 +39,7 @@ def paged_decode(
     """(o in v's dtype, L in f32) of softmax attention over listed pages; cost grows with the list, not the cache.
 
     Results over disjoint lists join by `pallas_kernels.flash.merge.merge`. A query that sees nothing gives 0 and
-    -1e30. For inference: "reference" is differentiable, "xla" and "tpu" refuse gradients.
+    -1e30. For inference: "reference" is differentiable, the others refuse gradients.
 
     The n listed pages of a sequence form slots 0 .. n·page - 1 in the order of the list. Axes k, l, b, r are 1
     (all key heads alike) or K.
@@ -64,6 +65,9 @@ def paged_decode(
     _check(q, k_pages, v_pages, tables, lengths, key_bias, rope, key_positions, splits)
     if lengths is not None:
         lengths = lengths.reshape(*lengths.shape, *(1,) * (3 - lengths.ndim))
+    if backend == "auto" and fits(q, k_pages, v_pages, lengths, key_bias, rope, splits):
+        note("paged_decode", "numba", "single rows on a cpu")
+        return paged_decode_cpu(q, k_pages, v_pages, tables, lengths, scale)
     run = resolve("paged_decode", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k_pages, v_pages)})
     return run(
         q,

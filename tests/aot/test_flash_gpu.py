@@ -92,3 +92,13 @@ def test_the_forward_pass_copies_nothing():
     program, kernels = compiled(128, length=32768, gradients=False)
     check(kernels, gradients=False)
     assert program.memory_analysis().temp_size_in_bytes <= HEADS * 32768 * 4 + 2**22
+
+
+@pytest.mark.slow
+def test_remat_runs_the_forward_kernel_again():
+    """The simulator's effects may not cross `jax.checkpoint`; the compiled kernels may."""
+    call = jax.checkpoint(lambda q, k, v: flash(q, k, v, self_visibility(1, 256), SOFTMAX, scale=0.1))
+    loss = lambda *x: jnp.sum(jnp.sin(call(*x).astype(jnp.float32)))
+    struct = lambda heads: h100.struct((1, 256, heads, 64), jnp.bfloat16)
+    _, kernels = h100.compiled(jax.grad(loss, argnums=(0, 1, 2)), struct(4), struct(2), struct(2))
+    check({kernel.name: kernel for kernel in kernels})

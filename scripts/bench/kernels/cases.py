@@ -150,6 +150,15 @@ def decode(share: float, page: int, *, dtype: Any) -> Callable[[Shape], dict]:
         sparse = lambda q, k, v, table: paged_decode(q, pages_of(k, page), pages_of(v, page), table, scale=scale)[0]
         turn = lambda x: jnp.swapaxes(x, 1, 2)
         dense = lambda q, k, v: flash(q, turn(k), turn(v), vis, Score(), scale=scale)
-        return {OURS: bound(sparse, q, k, v, table), "flash, dense": bound(dense, q, k, v)}
+        plain = lambda q, k, v: flash(q, turn(k), turn(v), vis, Score(), scale=scale, backend="xla")
+        xla = lambda q, k, v, table: paged_decode(
+            q, pages_of(k, page), pages_of(v, page), table, scale=scale, backend="xla"
+        )[0]
+        return {
+            OURS: bound(sparse, q, k, v, table),
+            "paged_decode xla": bound(xla, q, k, v, table),
+            "flash, dense": bound(dense, q, k, v),
+            "flash xla, dense": bound(plain, q, k, v),
+        }
 
     return make
