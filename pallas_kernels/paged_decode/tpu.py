@@ -82,6 +82,8 @@ def paged_decode_tpu(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `pallas_kernels.paged_decode.paged_decode`. The cache stays where it is; memory beside it is O(list).
 
+    Memory is read in row-major order. XLA lays out float32 arguments of a program whose last axis does not fill lanes
+    of 128 with tokens innermost, and copies them: give such caches that layout (`jax.experimental.layout.Format`).
     Cosines and sines of listed positions are made outside, by the same code as everywhere, and applied inside.
 
     Raises:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
-from jax.experimental import pallas as pl
 
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.rope import Alibi
@@ -169,16 +168,23 @@ def test_no_races_and_nothing_uninitialised_is_read():
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("late", ["fetch", "product", "add_product"])
-def test_nobody_relies_on_others_being_quick(late, monkeypatch):
+@pytest.mark.parametrize(
+    ("late", "only"),
+    [("fetch", None), ("product", None), ("add_product", None), ("add_product", 1)],
+    ids=["copies", "first products", "second products", "second products of one warpgroup"],
+)
+def test_nobody_relies_on_others_being_quick(late, only, monkeypatch):
     """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
     do = getattr(_mosaic_gpu, late)
 
+    def sleep(wg):
+        time.sleep(0.03 if only in (None, wg) else 0.0)
+        return np.int32(1)
+
     def slow(*args):
-        """Every copy, or the products of the second warpgroup, which fetches nothing."""
-        sleeps = late == "fetch" or jax.lax.axis_index("wg") == 1
-        pl.when(sleeps)(lambda: io_callback(lambda: time.sleep(0.03), None))
-        return do(*args)
+        """The outcome decides what is done next, so that nothing is done before it is there."""
+        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"))
+        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
 
     monkeypatch.setattr(_mosaic_gpu, late, slow)
     simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")

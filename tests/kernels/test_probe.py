@@ -234,7 +234,7 @@ def test_the_cost_estimate_counts_both_passes():
 
 @pytest.mark.optimised
 def test_on_a_cpu_no_array_has_a_weight_per_query_and_key():
-    """64 queries of 8 heads over 32k keys would be 64 MB, a chunk is 2 MB; keys lie heads first, as caches hold them."""
+    """64 queries of 8 heads over 32k keys would be 64 MB, a chunk is 2 MB; keys lie heads first, as in caches."""
     q, k = jax.ShapeDtypeStruct((1, 64, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1, 2, 32768, 64), jnp.float32)
     vis = self_visibility(1, 32768).rows(32704, 64)
     call = lambda q, k: probe(q, jnp.swapaxes(k, 1, 2), vis, scale=1.0, want=NAMES, backend="xla")
