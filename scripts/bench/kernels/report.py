@@ -34,6 +34,8 @@ def markdown(result: dict[str, Any], platform: str) -> str:
     lines.append("")
     for claim in result["derived"]:
         number = f": {claim['ratio']:.2f} (bar {claim['bar']:g})" if "ratio" in claim else ""
+        if "us_per_token" in claim:
+            number += ", µs a token " + ", ".join(f"{n}: {us:.2f}" for n, us in claim["us_per_token"].items())
         lines.append(f"- {claim['claim']}{number}: {'reached' if claim['reached'] else 'NOT reached'}")
     lines += [f"- {name}: not measured, {why}" for name, why in result["absent"].items()]
     if platform == "cpu":
