@@ -32,7 +32,7 @@ NEVER = -1e30  # a masked exponent: exp gives exactly 0, and so does its gradien
 
 
 class Chunk(NamedTuple):
-    """One chunk of tokens (after `_cut`, all of them along a leading axis)."""
+    """One chunk of tokens (all of a group along a leading axis)."""
 
     q: Array  # [B, H, C, D]
     k: Array  # [B, K, C, D]
@@ -64,13 +64,16 @@ def linear_scan_xla(
 
     @jax.checkpoint
     def run(q: Array, k: Array, v: Array, log_decay: Array | None, state: Array) -> tuple[Array, Array]:
-        chunks = _cut(q, k, v, log_decay, live, document, chunk, group)
         per_head = log_decay if log_decay is not None and log_decay.ndim == 1 else None
-        body = jax.checkpoint(partial(_group, scale, per_head), prevent_cse=False)
-        grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), chunks)
-        state, o = jax.lax.scan(body, state, grouped)
-        o = o.reshape(-1, *o.shape[2:])  # [N, B, H, C, V]
-        o = jnp.moveaxis(o, (0, 3), (1, 2))
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def body(state: Array, tokens: Chunk) -> tuple[Array, Array]:
+            state, o = _group(scale, per_head, state, _heads_first(tokens, group))  # [G, B, H, C, V]
+            o = jnp.moveaxis(o, (0, 3), (1, 2))
+            return state, o.reshape(o.shape[0], -1, *o.shape[3:])
+
+        state, o = jax.lax.scan(body, state, _rounds(q, k, v, log_decay, live, document, chunk, group))
+        o = jnp.moveaxis(o, 0, 1)  # [B, N, G·C, H, V]
         return o.reshape(o.shape[0], -1, *o.shape[3:])[:, : q.shape[1]], state
 
     return run(q, k, v, log_decay, initial_state)
@@ -139,18 +142,33 @@ def _chunk(per_head: Array | None, exact: DTypeLike, x: Chunk) -> tuple[Array, A
     return inside, old[..., None] * q, jnp.broadcast_to(old[..., -1], q.shape[:2]), added
 
 
-def _cut(
+def _rounds(
     q: Array, k: Array, v: Array, log_decay: Array | None, live: Array, document: Array, size: int, group: int
 ) -> Chunk:
-    """Tokens in chunks of `size` along a leading axis, heads before tokens; filled up to whole groups with padding."""
+    """Tokens of a group along a second axis behind the batch, groups first; filled up to whole groups with padding.
+
+    They stay where they are, heads behind tokens: turning whole arrays would cost more than the products do.
+    """
     fill = -q.shape[1] % (size * group)
 
-    def cut(x: Array, mode: str = "constant") -> Array:
-        x = jnp.pad(x, [(0, fill if axis == 1 else 0) for axis in range(x.ndim)], mode=mode)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)  # [N, B, C, ...]
+    def cut(x: Array, by: int = size * group, mode: str = "constant") -> Array:
+        x = jnp.pad(x, [(0, fill if axis == 1 else 0) for axis in range(x.ndim)], mode=mode) if fill else x
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, by, *x.shape[2:]), 1, 0)
 
-    head_major = lambda x: jnp.moveaxis(cut(x), 2, 3)  # [N, B, C, H, ...] -> [N, B, H, C, ...]
-    decay = head_major(log_decay) if log_decay is not None and log_decay.ndim == 3 else None
-    document = cut(document, "edge")
-    before = jnp.concatenate([jnp.zeros_like(document[:1, :, 0]), document[:-1, :, -1]])
-    return Chunk(head_major(q), head_major(k), head_major(v), decay, cut(live), document, before)
+    decay = cut(log_decay) if log_decay is not None and log_decay.ndim == 3 else None
+    last = cut(document, size, "edge")[..., -1]  # [N, B] of chunks
+    before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
+    before = before.reshape(-1, group, *before.shape[1:])
+    return Chunk(cut(q), cut(k), cut(v), decay, cut(live), cut(document, mode="edge"), before)
+
+
+def _heads_first(tokens: Chunk, group: int) -> Chunk:
+    """The chunks of one group along a leading axis, heads before tokens."""
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], group, -1, *x.shape[2:]), 1, 0)  # [G, B, C, ...]
+
+    head_major = lambda x: jnp.moveaxis(cut(x), 2, 3)  # [G, B, C, H, ...] -> [G, B, H, C, ...]
+    decay = None if tokens.decay is None else head_major(tokens.decay)
+    q, k, v = (head_major(x) for x in (tokens.q, tokens.k, tokens.v))
+    return Chunk(q, k, v, decay, cut(tokens.live), cut(tokens.document), tokens.before)
