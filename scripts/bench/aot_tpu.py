@@ -73,6 +73,8 @@ def measure(call: Call, one_head: Call, device: Any) -> dict[str, Any]:
         for part, function in parts.items():
             compiled = jax.jit(function).lower(*arguments).compile()
             row[part] = kernel_costs(function, call.arguments) | {"temporaries": temporaries(compiled)}
+    plain = jax.jit(call.gradient("xla") if call.differentiable else call.run("xla")).lower(*call.arguments).compile()
+    row["xla_cpu"] = temporaries(plain)
     dense = one_head.gradient("reference") if one_head.differentiable else one_head.run("reference")
     reference = jax.jit(dense).lower(*one_head.arguments).compile()
     return row | {"reference_one_head": temporaries(reference)}
@@ -86,12 +88,13 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"B {shape['batch']}, T {shape['length']}, H {shape['heads']}, K {shape['kv_heads']}, D {shape['dim']}, "
         f"bfloat16; jax {result['environment']['versions']['jax']}. Kernels' FLOPs and bytes are their own estimates "
-        "(forward, and forward with backward); temporaries are the compiler's; the reference's are of one head in "
-        "f32 on a CPU. Nothing ran: speed is not measured.",
+        "(forward, and forward with backward); temporaries are the compiler's; xla's and the reference's (of one head "
+        "in f32) are the CPU compiler's, forward with backward. Nothing ran: speed is not measured.",
         "",
         "| op | kernels | GFLOP of the equation, forward | of the kernels | MiB of the arguments "
-        "| moved by the kernels | MiB of temporaries | of the reference, one head |",
-        "|---|---|---|---|---|---|---|---|",
+        "| moved by the kernels | MiB of temporaries | of xla on a CPU "
+        "| of the reference, one head |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     parts = lambda row: [row[p] for p in ("forward", "backward") if p in row]
     pair = lambda row, key, unit: " / ".join(f"{part[key] / unit:,.0f}" for part in parts(row))
@@ -100,7 +103,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {op} | {pair(row, 'kernels', 1)} | {row['equation_flops'] / 1e9:,.0f} | {pair(row, 'flops', 1e9)} "
             f"| {row['argument_bytes'] / MIB:,.0f} | {pair(row, 'bytes', MIB)} "
             f"| {pair(row, 'temporaries', MIB)} "
-            f"| {row['reference_one_head'] / MIB:,.0f} |"
+            f"| {row['xla_cpu'] / MIB:,.0f} | {row['reference_one_head'] / MIB:,.0f} |"
         )
     return "\n".join(lines) + "\n"
 

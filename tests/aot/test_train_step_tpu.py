@@ -52,5 +52,7 @@ def test_the_step_of_every_mechanism_holds_its_kernel(chip, attn):
 
 @pytest.mark.parametrize("chip", ["v5e"], indirect=True)
 def test_a_batch_split_over_four_chips_keeps_its_kernels(chip):
-    _, text = compiled("softmax", list(chip.client.devices()) if hasattr(chip, "client") else [chip])
+    devices = list(chip.client.devices())
+    assert len(devices) == 4
+    _, text = compiled("softmax", devices)
     assert text.count("tpu_custom_call") >= 3
