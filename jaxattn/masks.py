@@ -11,6 +11,7 @@ Keys of segment `GLOBAL` are visible to every query of a non-padding segment wha
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +81,33 @@ class Visibility:
 
 def visible(vis: Visibility) -> Bool[Array, "B T S"]:
     """The boolean matrix of the rules in the module docstring."""
-    q_pos, k_pos = vis.q_positions[:, :, None], vis.k_positions[:, None, :]
-    q_seg, k_seg = vis.q_segments[:, :, None], vis.k_segments[:, None, :]
-    allowed = jnp.ones(jnp.broadcast_shapes(q_pos.shape, k_pos.shape), bool)
-    if vis.causal:
-        allowed &= k_pos <= q_pos
-    if vis.window is not None:
-        allowed &= q_pos - k_pos < vis.window
-        if not vis.causal:
-            allowed &= k_pos - q_pos < vis.window
-    if vis.prefix_len is not None:
-        allowed |= k_pos < vis.prefix_len[:, None, None]
-    allowed &= (q_seg == k_seg) & (q_seg != PADDING)
+    prefix = None if vis.prefix_len is None else vis.prefix_len[:, None, None]
+    q_at = vis.q_positions[:, :, None], vis.q_segments[:, :, None]
+    k_at = vis.k_positions[:, None, :], vis.k_segments[:, None, :]
+    return sees(q_at, k_at, prefix, causal=vis.causal, window=vis.window)
+
+
+def sees(
+    q_at: tuple[Array, Array], k_at: tuple[Array, Array], prefix: Any, *, causal: bool, window: int | None
+) -> Bool[Array, "*s"]:
+    """The rules for any arrays that broadcast against each other, also inside kernels.
+
+    Args:
+      q_at, k_at: positions and segments.
+      prefix: how many first positions rule 2 and 3 exempt; None: no prefix.
+    """
+    (q_pos, q_seg), (k_pos, k_seg) = q_at, k_at
+    allowed = (q_seg == k_seg) & (q_seg != PADDING)
+    rules = None
+    if causal:
+        rules = k_pos <= q_pos
+    if window is not None:
+        near = q_pos - k_pos < window
+        if not causal:
+            near &= k_pos - q_pos < window
+        rules = near if rules is None else rules & near
+    if rules is not None:
+        allowed &= rules if prefix is None else rules | (k_pos < prefix)
     return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
 
 

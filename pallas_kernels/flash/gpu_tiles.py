@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jaxattn.masks import GLOBAL, PADDING, Visibility
+from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.flash.score import Score
-from pallas_kernels.flash.tiles import certain, reachable, spans
+from pallas_kernels.flash.tiles import certain, reachable, sees, spans
 
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # a masked score of an elementwise activation; all of them and their slopes are 0 there
@@ -150,25 +150,6 @@ def masked(s: Tile, q_at: Any, k_at: Any, prefix: Any, plan: Plan, *, by_key: bo
         return jnp.where(see, piece, never)
 
     return jnp.concatenate([part(at) for at in range(0, s.shape[1], PIECE)], axis=1)
-
-
-def sees(q: tuple[Array, Array], k: tuple[Array, Array], prefix: Any, plan: Plan) -> Array:
-    """`jaxattn.masks.visible` for one tile; all operands have its shape."""
-    (q_pos, q_seg), (k_pos, k_seg) = q, k
-    allowed = (q_seg == k_seg) & (q_seg != PADDING)
-    rules = None
-    if plan.causal:
-        rules = k_pos <= q_pos
-    if plan.window is not None:
-        near = q_pos - k_pos < plan.window
-        if not plan.causal:
-            near &= k_pos - q_pos < plan.window
-        rules = near if rules is None else rules & near
-    if rules is not None:
-        if plan.has_prefix:
-            rules |= k_pos < prefix
-        allowed &= rules
-    return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
 
 
 def exponents(plan: Plan, s: Tile, hide: Callable[[Tile], Tile]) -> tuple[Tile, float]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
+from jaxattn import masks
 from jaxattn.masks import GLOBAL, PADDING, Visibility
 from pallas_kernels.flash.score import Score
 
@@ -83,23 +84,9 @@ def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
-def sees(q_at: Places, k_at: Places, prefix: Any, plan: Plan) -> Array:
-    """`jaxattn.masks.visible` for one tile."""
-    (q_pos, q_seg), (k_pos, k_seg) = q_at, k_at
-    allowed = (q_seg == k_seg) & (q_seg != PADDING)
-    rules = None
-    if plan.causal:
-        rules = k_pos <= q_pos
-    if plan.window is not None:
-        near = q_pos - k_pos < plan.window
-        if not plan.causal:
-            near &= k_pos - q_pos < plan.window
-        rules = near if rules is None else rules & near
-    if rules is not None:
-        if plan.has_prefix:
-            rules |= k_pos < prefix
-        allowed &= rules
-    return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
+def sees(q_at: Places, k_at: Places, prefix: Any, plan: Any) -> Array:
+    """`jaxattn.masks.visible` for one tile, by the rules of any op's plan."""
+    return masks.sees(q_at, k_at, prefix if plan.has_prefix else None, causal=plan.causal, window=plan.window)
 
 
 def reachable(vis: Visibility, block_q: int, block_k: int) -> Bool[Array, "B I J"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxattn.masks import GLOBAL, PADDING, Visibility
+from jaxattn.masks import Visibility
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.tiles import (
     LANES,
@@ -21,6 +21,7 @@ from pallas_kernels.flash.tiles import (
     dot,
     places,
     reachable,
+    sees,
     spans,
 )
 
@@ -77,20 +78,4 @@ def scores(plan: Plan, masked: bool, prefix: Any, q, k, q_at, k_at) -> Array:
         return s
     q_pos, q_seg = (q_at[n][:, :1] for n in (POSITION, SEGMENT))
     k_pos, k_seg = (k_at[n][None] for n in (POSITION, SEGMENT))
-    return jnp.where(sees(q_pos, q_seg, k_pos, k_seg, prefix, plan), s, NEVER)
-
-
-def sees(q_pos: Array, q_seg: Array, k_pos: Array, k_seg: Array, prefix: Any, plan: Plan) -> Array:
-    """`jaxattn.masks.visible` for one tile, queries as a column and keys as a row."""
-    allowed = (q_seg == k_seg) & (q_seg != PADDING)
-    rules = None
-    if plan.causal:
-        rules = k_pos <= q_pos
-    if plan.window is not None:
-        near = q_pos - k_pos < plan.window
-        if not plan.causal:
-            near &= k_pos - q_pos < plan.window
-        rules = near if rules is None else rules & near
-    if rules is not None:
-        allowed &= (rules | (k_pos < prefix)) if plan.has_prefix else rules
-    return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
+    return jnp.where(sees((q_pos, q_seg), (k_pos, k_seg), prefix, plan), s, NEVER)

@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from rich.console import Console
 from rich.progress import track
 
 from jaxattn.errors import UserError, run_cli
 from pallas_kernels import compiling_for
+from pallas_kernels._ahead import TOPOLOGIES, tpu_devices
 from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.shapes import Shape
 from train.rundir import result_environment, write_json_atomic
 
-QUIET = {  # for the TPU's compiler: ask no cloud's servers
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 RESULTS = Path("scripts/bench/results")
 MIB = 2**20
 
@@ -121,11 +113,9 @@ def main() -> int:
     if args.length < 1:
         raise UserError(f"--length is {args.length} but must be at least 1.")
     jax.config.update("jax_platforms", "cpu")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     try:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices[0]
-    except (RuntimeError, NotImplementedError) as error:
+        device = tpu_devices(args.chip)[0]
+    except RuntimeError as error:
         raise UserError(
             f"the TPU's compiler is not here ({str(error).splitlines()[0]}): install the extra tpu."
         ) from error
