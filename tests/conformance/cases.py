@@ -29,16 +29,17 @@ class Case:
 
     @functools.cache  # noqa: B019 (cases live as long as the session)
     def params(self, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
-        params = self.mechanism.init_params(
-            jax.random.key(7), self.spec, heads=heads, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
-        )
-
         def away(x: jax.Array) -> jax.Array:
             """From small or zero initial values, so that a forgotten parameter shows."""
             x = 10 * x if x.ndim == 2 and min(x.shape) < 8 else x
             return x if np.any(x) else jnp.asarray(0.3 * normal(8, x.shape), x.dtype)
 
-        return jax.tree.map(away, params)
+        # Values, whoever asks first: a test whose `jax.jit` does would else cache its tracers for the others.
+        with jax.ensure_compile_time_eval():
+            params = self.mechanism.init_params(
+                jax.random.key(7), self.spec, heads=heads, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim
+            )
+            return jax.tree.map(away, params)
 
     def forward(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
         """The forward, compiled: op by op these tests would take several times as long."""
