@@ -17,12 +17,13 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.prefix_softmax.reference import Partial, empty, merge, output, prefix_softmax_reference
+from pallas_kernels.prefix_softmax.tpu import prefix_softmax_tpu, unfit
 from pallas_kernels.prefix_softmax.xla import prefix_softmax_xla
 
 __all__ = ["Partial", "empty", "merge", "output", "prefix_softmax"]
 
-IMPLEMENTATIONS = {"reference": prefix_softmax_reference, "xla": prefix_softmax_xla}
-CHUNK = 64
+IMPLEMENTATIONS = {"reference": prefix_softmax_reference, "xla": prefix_softmax_xla, "tpu": prefix_softmax_tpu}
+SHORT = 16  # "auto" leaves fewer tokens, such as a step of decoding, to XLA: a kernel would compute a whole chunk
 
 
 def prefix_softmax(
@@ -32,7 +33,7 @@ def prefix_softmax(
     segments: Int[Array, "B T"] | None = None,
     initial: Partial | None = None,
     initial_segment: Int[Array, "B"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Array, "B T H V"], Partial]:
     """Softmax over i <= t of the same segment, for all t. Differentiable, also in `initial`.
@@ -45,19 +46,20 @@ def prefix_softmax(
       segments: 0 = padding: contributes nothing, gives zeros, leaves the state alone. Default: one segment.
       initial: what came before: m, u [B, H] and w [B, H, V].
       initial_segment: the segment of `initial`; None = that of the first token that is not padding.
-      chunk: tokens per step of the "xla" backend.
-      backend: "auto", "xla", "reference"; a named backend never falls back.
+      chunk: tokens that are done at once, by "xla" and "tpu"; None: the backend's own.
+      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token.
 
     Raises:
       ConfigError: no tokens, or chunk < 1.
-      NotImplementedError: a backend this op does not have.
+      NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
-    run = resolve("prefix_softmax", backend, IMPLEMENTATIONS, default="xla")
-    if s.shape[1] == 0 or chunk < 1:
+    if s.shape[1] == 0 or (chunk is not None and chunk < 1):
         raise ConfigError(f"prefix_softmax got {s.shape[1]} tokens and chunk {chunk}; both must be at least 1.")
+    short = f"{s.shape[1]} tokens are too few to fill a chunk" if backend == "auto" and s.shape[1] < SHORT else None
+    run = resolve("prefix_softmax", backend, IMPLEMENTATIONS, "xla", {"tpu": short or unfit(s, v, chunk)})
     dtype = jnp.promote_types(jnp.promote_types(s.dtype, v.dtype), jnp.float32)
     if initial is None:
         initial = empty((s.shape[0], s.shape[2]), v.shape[3], dtype)

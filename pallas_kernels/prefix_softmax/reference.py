@@ -56,7 +56,7 @@ def prefix_softmax_reference(
     runs: Int[Array, "B T"],
     initial: Partial,
     *,
-    chunk: int,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Partial]:
     """Every row's own masked softmax in f32, merged with `initial` in run 0; see `xla` for the arguments."""
     steps = jnp.arange(s.shape[1])

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.prefix_softmax.reference import Partial, output
 
+CHUNK = 64
+
 
 def prefix_softmax_xla(
     s: Float[Array, "B T H"],
@@ -23,7 +25,7 @@ def prefix_softmax_xla(
     runs: Int[Array, "B T"],
     initial: Partial,
     *,
-    chunk: int,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Partial]:
     """See `pallas_kernels.prefix_softmax.prefix_softmax`. The largest temporary is [B, H, C, C].
 
@@ -31,10 +33,10 @@ def prefix_softmax_xla(
       live: not padding.
       runs: 0, 1, 2, ...: which segment in order of appearance; 0 continues `initial`.
       initial: m, u [B, H], w [B, H, V].
-      chunk: C.
+      chunk: C; None: 64.
     """
     batch, length, heads, v_dim = v.shape
-    size = min(chunk, length)
+    size = min(chunk or CHUNK, length)
     count = -(-length // size)
     tail = count * size - length
     # Padding behind the end stays in the last run, so that the carry passes through it unchanged.
