@@ -69,11 +69,11 @@ def linear_scan_xla(
         @partial(jax.checkpoint, prevent_cse=False)
         def body(state: Array, tokens: Chunk) -> tuple[Array, Array]:
             state, o = _group(scale, per_head, state, _heads_first(tokens, group))  # [G, B, H, C, V]
-            o = jnp.moveaxis(o, (0, 3), (1, 2))
-            return state, o.reshape(o.shape[0], -1, *o.shape[3:])
+            o = jnp.moveaxis(o, (0, 3), (1, 2))  # [B, G, C, H, V]
+            return state, o.reshape(-1, *o.shape[3:])
 
         state, o = jax.lax.scan(body, state, _rounds(q, k, v, log_decay, live, document, chunk, group))
-        o = jnp.moveaxis(o, 0, 1)  # [B, N, G·C, H, V]
+        o = jnp.moveaxis(o.reshape(o.shape[0], q.shape[0], -1, *o.shape[2:]), 0, 1)  # [B, N, G·C, H, V]
         return o.reshape(o.shape[0], -1, *o.shape[3:])[:, : q.shape[1]], state
 
     return run(q, k, v, log_decay, initial_state)
@@ -145,18 +145,21 @@ def _chunk(per_head: Array | None, exact: DTypeLike, x: Chunk) -> tuple[Array, A
 def _rounds(
     q: Array, k: Array, v: Array, log_decay: Array | None, live: Array, document: Array, size: int, group: int
 ) -> Chunk:
-    """Tokens of a group along a second axis behind the batch, groups first; filled up to whole groups with padding.
+    """Groups along the first axis, the batch and a group's tokens together along the second one; filled up to whole
+    groups with padding.
 
-    They stay where they are, heads behind tokens: turning whole arrays would cost more than the products do.
+    They stay where they are, heads behind tokens: turning whole arrays would cost more than the products do. An axis
+    for a batch of one, between those two, would make XLA copy them.
     """
     fill = -q.shape[1] % (size * group)
 
     def cut(x: Array, by: int = size * group, mode: str = "constant") -> Array:
         x = jnp.pad(x, [(0, fill if axis == 1 else 0) for axis in range(x.ndim)], mode=mode) if fill else x
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, by, *x.shape[2:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(x.shape[0], -1, by, *x.shape[2:]), 1, 0)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     decay = cut(log_decay) if log_decay is not None and log_decay.ndim == 3 else None
-    last = cut(document, size, "edge")[..., -1]  # [N, B] of chunks
+    last = cut(document, size, "edge").reshape(-1, q.shape[0], size)[..., -1]  # [N, B] of chunks
     before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
     before = before.reshape(-1, group, *before.shape[1:])
     return Chunk(cut(q), cut(k), cut(v), decay, cut(live), cut(document, mode="edge"), before)
@@ -166,7 +169,8 @@ def _heads_first(tokens: Chunk, group: int) -> Chunk:
     """The chunks of one group along a leading axis, heads before tokens."""
 
     def cut(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], group, -1, *x.shape[2:]), 1, 0)  # [G, B, C, ...]
+        batch = tokens.before.shape[1]
+        return jnp.moveaxis(x.reshape(batch, group, -1, *x.shape[1:]), 1, 0)  # [G, B, C, ...]
 
     head_major = lambda x: jnp.moveaxis(cut(x), 2, 3)  # [G, B, C, H, ...] -> [G, B, H, C, ...]
     decay = None if tokens.decay is None else head_major(tokens.decay)

@@ -8,6 +8,8 @@ recomputes the rest chunk by chunk.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -46,10 +48,21 @@ def prefix_softmax_xla(
     if count == 1:
         carry, o = _chunk(initial, (s, v, live, runs, before[:, 0]))
         return o, carry
-    split = lambda x: jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
-    body = jax.checkpoint(_chunk, prevent_cse=False)  # a loop body is not merged with its own replay
+
+    def split(x: Array) -> Array:
+        """[N, B·C, ...]: an axis for a batch of one between those two would make XLA copy the array."""
+        x = jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+        return x.reshape(count, batch * size, *x.shape[3:])
+
+    @partial(jax.checkpoint, prevent_cse=False)  # a loop body is not merged with its own replay
+    def body(carry: Partial, part: tuple[Array, ...]) -> tuple[Partial, Array]:
+        *rows, run = part
+        carry, o = _chunk(carry, (*(x.reshape(batch, size, *x.shape[1:]) for x in rows), run))
+        return carry, o.reshape(batch * size, heads, v_dim)
+
     carry, o = jax.lax.scan(body, initial, (split(s), split(v), split(live), split(runs), before.T))
-    return jnp.moveaxis(o, 0, 1).reshape(batch, count * size, heads, v_dim)[:, :length], carry
+    o = jnp.moveaxis(o.reshape(count, batch, size, heads, v_dim), 0, 1)
+    return o.reshape(batch, count * size, heads, v_dim)[:, :length], carry
 
 
 def _chunk(carry: Partial, part: tuple[Array, ...]) -> tuple[Partial, Array]:

@@ -219,6 +219,16 @@ def test_bf16_in_f32_inside():
     near(last, exact_last, 1e-5)
 
 
+@pytest.mark.optimised
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_forward_pass_copies_no_array_of_a_single_sequence(batch):
+    """A long one's copies would be fresh memory in every call; a batch is put in order chunk by chunk, once."""
+    x = jax.ShapeDtypeStruct((batch, 16384, 2, 32), jnp.float32)
+    run = jax.jit(lambda q, k, v: linear_scan(q, k, v, log_decay=jnp.full(2, -0.1))[0])
+    used = run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * x.size * (0.5 if batch == 1 else 4.5)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.optimised
 def test_memory_of_forward_and_backward_is_linear_in_the_length(decay):
