@@ -16,13 +16,20 @@ from jaxtyping import Array, Float, Int
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.prefix_softmax.gpu import prefix_softmax_gpu
+from pallas_kernels.prefix_softmax.gpu import unfit as unfit_gpu
 from pallas_kernels.prefix_softmax.reference import Partial, empty, merge, output, prefix_softmax_reference
 from pallas_kernels.prefix_softmax.tpu import prefix_softmax_tpu, unfit
 from pallas_kernels.prefix_softmax.xla import prefix_softmax_xla
 
 __all__ = ["Partial", "empty", "merge", "output", "prefix_softmax"]
 
-IMPLEMENTATIONS = {"reference": prefix_softmax_reference, "xla": prefix_softmax_xla, "tpu": prefix_softmax_tpu}
+IMPLEMENTATIONS = {
+    "reference": prefix_softmax_reference,
+    "xla": prefix_softmax_xla,
+    "tpu": prefix_softmax_tpu,
+    "gpu": prefix_softmax_gpu,
+}
 SHORT = 16  # "auto" leaves fewer tokens, such as a step of decoding, to XLA: a kernel would compute a whole chunk
 
 
@@ -47,7 +54,7 @@ def prefix_softmax(
       initial: what came before: m, u [B, H] and w [B, H, V].
       initial_segment: the segment of `initial`; None = that of the first token that is not padding.
       chunk: tokens that are done at once, by "xla" and "tpu"; None: the backend's own.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
 
     Returns:
       o [B, T, H, V] in v's dtype, and the state after the last token.
@@ -59,7 +66,8 @@ def prefix_softmax(
     if s.shape[1] == 0 or (chunk is not None and chunk < 1):
         raise ConfigError(f"prefix_softmax got {s.shape[1]} tokens and chunk {chunk}; both must be at least 1.")
     short = f"{s.shape[1]} tokens are too few to fill a chunk" if backend == "auto" and s.shape[1] < SHORT else None
-    run = resolve("prefix_softmax", backend, IMPLEMENTATIONS, "xla", {"tpu": short or unfit(s, v, chunk)})
+    reasons = {"tpu": short or unfit(s, v, chunk), "gpu": short or unfit_gpu(v)}
+    run = resolve("prefix_softmax", backend, IMPLEMENTATIONS, "xla", reasons)
     dtype = jnp.promote_types(jnp.promote_types(s.dtype, v.dtype), jnp.float32)
     if initial is None:
         initial = empty((s.shape[0], s.shape[2]), v.shape[3], dtype)

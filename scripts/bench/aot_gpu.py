@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxattn.errors import UserError, run_cli
-from jaxattn.masks import self_visibility
-from pallas_kernels import Score, flash
-from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels import compiling_for
+from pallas_kernels.calls import CALLS, Call
+from pallas_kernels.shapes import Shape
 from tests.aot import h100
 from train.rundir import result_environment, write_json_atomic
 
@@ -33,28 +32,21 @@ DIMS = (64, 128)
 PLUGIN = "jax-cuda13-plugin"
 
 
-def _flash(score: Score, causal: bool) -> Callable[..., Any]:
-    return lambda q, k, v: flash(q, k, v, self_visibility(1, LENGTH, causal=causal), score, scale=0.1, backend="gpu")
+def refusal(call: Call) -> str:
+    """Why the GPU backend does not serve a call; empty where it does."""
+    try:
+        with compiling_for("gpu"):
+            jax.eval_shape(call.run("gpu"), *call.arguments)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
-def _linear(q: Any, k: Any, v: Any) -> Any:
-    return linear_scan(q, k, v, log_decay=jnp.full((HEADS,), -0.01), backend="gpu")[0]
-
-
-CALLS: Mapping[str, Callable[..., Any]] = {
-    "flash, softmax, causal": _flash(Score(), True),
-    "flash, softmax, full": _flash(Score(), False),
-    "flash, sigmoid, causal": _flash(Score("sigmoid", "none", logit_bias=-8.0), True),
-    "linear_scan, decay per head": _linear,
-}
-
-
-def measure(call: Callable[..., Any], dim: int) -> list[dict[str, Any]]:
-    """Rows of the table: the kernels of the forward and backward pass."""
-    struct = lambda heads: h100.struct((1, LENGTH, heads, dim), jnp.bfloat16)
-    loss = lambda *arrays: jnp.sum(call(*arrays).astype(jnp.float32))
-    arguments, found = (struct(HEADS), struct(KV_HEADS), struct(KV_HEADS)), {}
-    for function in (call, jax.grad(loss, argnums=(0, 1, 2))):
+def measure(call: Call) -> list[dict[str, Any]]:
+    """The kernels of the forward pass, and those that the backward pass adds."""
+    arguments = [h100.struct(x.shape, x.dtype) for x in call.arguments]
+    found: dict[str, Any] = {}
+    for function in (call.run("gpu"), *([call.gradient("gpu")] if call.differentiable else [])):
         found |= {kernel.name: dataclasses.asdict(kernel) for kernel in h100.compiled(function, *arguments)[1]}
     return list(found.values())
 
@@ -68,15 +60,17 @@ def markdown(result: dict[str, Any]) -> str:
         f"{PLUGIN} {result['plugin']}. Registers are per thread, wgmma and TMA are instructions in the program text, "
         f"shared memory may be {h100.SHARED_BYTES:,} B. Nothing ran: speed is not measured.",
         "",
-        "| call | head dim | kernel | registers | spilled, B | shared memory, B | wgmma | TMA |",
+        "| op | head dim | kernel | registers | spilled, B | shared memory, B | wgmma | TMA |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         for kernel in row["kernels"]:
             lines.append(
-                f"| {row['call']} | {row['dim']} | {kernel['name']} | {kernel['registers']} | {kernel['spill_bytes']} "
+                f"| {row['op']} | {row['dim']} | {kernel['name']} | {kernel['registers']} | {kernel['spill_bytes']} "
                 f"| {kernel['shared_bytes']:,} | {kernel['wgmma']} | {kernel['tma']} |"
             )
+        if reason := row["refused"]:
+            lines.append(f"| {row['op']} | {row['dim']} | – | {reason} | | | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -91,11 +85,12 @@ def main() -> int:
     if reason := h100.missing():
         raise UserError(f"{reason}: see the head of this file for what is needed.")
     jax.config.update("jax_platforms", "cpu")
-    rows = [
-        {"call": name, "dim": dim, "kernels": measure(call, dim)}
-        for name, call in track(CALLS.items(), "compiling", console=Console(stderr=True))
-        for dim in DIMS
-    ]
+    rows = []
+    for name, make in track(CALLS.items(), "compiling", console=Console(stderr=True)):
+        for dim in DIMS:
+            call = make(Shape("table", 1, LENGTH, HEADS, KV_HEADS, dim, dim), jnp.bfloat16)
+            reason = refusal(call)
+            rows.append({"op": name, "dim": dim, "refused": reason, "kernels": [] if reason else measure(call)})
     plugin = importlib.metadata.version(PLUGIN)
     result = {"target": "H100, sm_90a", "rows": rows, "plugin": plugin, "environment": result_environment()}
     args.out.mkdir(parents=True, exist_ok=True)

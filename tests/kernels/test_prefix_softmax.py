@@ -236,7 +236,7 @@ def test_low_precision_values_keep_an_f32_state():
 
 def test_bad_calls_are_refused():
     s, v = scores_and_values(4)
-    with pytest.raises(NotImplementedError, match="prefix_softmax has no 'gpu' backend"):
+    with pytest.raises(NotImplementedError, match="prefix_softmax: backend 'gpu'"):
         prefix_softmax(s, v, backend="gpu")
     with pytest.raises(ConfigError, match="chunk 0"):
         prefix_softmax(s, v, chunk=0)
