@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.block_sparse.gpu import block_sparse_gpu
+from pallas_kernels.block_sparse.gpu import unfit as unfit_gpu
 from pallas_kernels.block_sparse.lists import block_lists, check, density
 from pallas_kernels.block_sparse.plan import unfit
 from pallas_kernels.block_sparse.reference import block_sparse_reference
@@ -23,7 +25,12 @@ from pallas_kernels.flash.score import Score
 
 __all__ = ["block_lists", "block_sparse", "density"]
 
-IMPLEMENTATIONS = {"reference": block_sparse_reference, "xla": block_sparse_xla, "tpu": block_sparse_tpu}
+IMPLEMENTATIONS = {
+    "reference": block_sparse_reference,
+    "xla": block_sparse_xla,
+    "tpu": block_sparse_tpu,
+    "gpu": block_sparse_gpu,
+}
 SOFTMAX = Score()
 
 
@@ -52,7 +59,7 @@ def block_sparse(
         the lists; L = K: one per key head; L = H: one per query head. See `block_lists`.
       block_q, block_k: tokens of a block of queries and of keys.
       scale: multiplies q·k.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
       stats: also return the f32 statistic of each row by which outputs over disjoint sets of keys merge: log Z_t
         for exp, -1e30 where nothing is seen, else what adds up over keys (Σw, Σ|w|^p, or keys seen).
 
@@ -61,7 +68,10 @@ def block_sparse(
       NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
     check(q, k, blocks, block_q, block_k)
-    reason = unfit(q, k, v, vis, blocks, block_q, block_k)
-    run = resolve("block_sparse", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": reason})
+    reasons = {
+        "tpu": unfit(q, k, v, vis, blocks, block_q, block_k),
+        "gpu": unfit_gpu(q, k, v, score, block_q, block_k),
+    }
+    run = resolve("block_sparse", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     o, stat = run(q, k, v, vis, score, blocks=blocks, block_q=block_q, block_k=block_k, scale=scale, stats=stats)
     return (o, stat) if stats else o

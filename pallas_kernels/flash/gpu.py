@@ -30,7 +30,6 @@ from pallas_kernels.flash.gpu_tiles import (
     WEIGHTS,
     WGS,
     Plan,
-    Visit,
     exponents,
     logits,
     masked,
@@ -113,12 +112,12 @@ def flash_gpu(
         k_segments=wide(vis.k_segments, keys),
     )
     vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK_K)
-    o, stat = _attend(plan, _blocked(q, BLOCK), _blocked(k, BLOCK_K), _blocked(v, BLOCK_K), vis)
+    o, stat = _attend(plan, blocked(q, BLOCK), blocked(k, BLOCK_K), blocked(v, BLOCK_K), vis)
     o = o[:, :length, :, :v_dim]
     return (o, rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)) if stats else o
 
 
-def _blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B t H d"]:
+def blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B t H d"]:
     """Whole blocks of tokens and a head dim the kernels have."""
     width = next(n for n in WIDTHS if n >= x.shape[3])
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - x.shape[3])))
@@ -131,6 +130,12 @@ def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[
 
 
 def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[tuple[Array, Array], Any]:
+    o, stat = forward(plan, visits(vis, BLOCK, BLOCK_K), q, k, v, vis)
+    return (o, stat), (q, k, v, vis, o, stat)
+
+
+def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[Array, Array]:
+    """As `_attend`, over the tiles of `table`, which `plan.visit` reads."""
     batch, length, heads, dim = q.shape
     v_dim, steps = v.shape[3], length // BLOCK
     more = [mg.operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
@@ -142,7 +147,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple
     again = BLOCK_K * (dim + v_dim) * 2
     o, stat = mg.launch(
         mg.Launch(
-            "flash_forward",
+            f"{plan.OP}_forward",
             grid={"head": heads, "block": steps, "batch": batch},
             threads=WGS + 1,
             interpret=plan.interpret,
@@ -164,7 +169,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple
             mg.barriers(STAGES, WGS),
             *more,
         ],
-        visits(vis, BLOCK, BLOCK_K),
+        table,
         vis.prefix_len if plan.has_prefix else jnp.zeros((batch,), jnp.int32),
         q,
         k,
@@ -172,14 +177,14 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple
         places(vis.q_positions, vis.q_segments),
         places(vis.k_positions, vis.k_segments),
     )
-    return (o, stat), (q, k, v, vis, o, stat)
+    return o, stat
 
 
 def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, o, stat, *scratch):
     q_s, k_s, v_s, q_at_s, k_at_s, stat_s, ready, k_full, v_full, k_free, v_free, *more = scratch
     b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
-    visit = Visit(table, b * steps + i)
+    visit = plan.visit(table, (b, h, i), (q.shape[2], steps))
 
     @pl.when(wg == WGS)
     def produce():

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.flash import rows
 from pallas_kernels.flash.gpu_tiles import (
@@ -26,7 +25,6 @@ from pallas_kernels.flash.gpu_tiles import (
     WGS,
     Plan,
     Tile,
-    Visit,
     exponents,
     logits,
     masked,
@@ -41,15 +39,22 @@ COLUMNS = 64  # keys (dq) or queries (dk, dv) of a tile
 FIRST, SECOND = 0, 1  # rows of `kept`
 
 
-def backward(plan: Plan, saved: Any, do: Array, d_stat: Array) -> tuple[Array, Array, Array]:
-    """dq, dk and dv from what the forward pass saved."""
+def backward(
+    plan: Plan, saved: Any, do: Array, d_stat: Array, tables: tuple[Array, Array] | None = None
+) -> tuple[Array, Array, Array]:
+    """dq, dk and dv from what the forward pass saved.
+
+    Args:
+      tables: what `plan.visit` reads: tiles of keys by block of queries, and of queries by block of keys.
+    """
     q, k, v, vis, o, stat = saved
+    by_query, by_key = tables or (visits(vis, BLOCK, COLUMNS), visits(vis, COLUMNS, BLOCK, by_key=True))
     delta = jnp.einsum("bthv,bthv->bht", do.astype(jnp.float32), o.astype(jnp.float32))
     kept = _kept(plan, stat, delta, d_stat if plan.stats else jnp.zeros_like(stat))
     prefix = vis.prefix_len if plan.has_prefix else jnp.zeros(q.shape[:1], jnp.int32)
     at = places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
     arrays = (prefix, q, k, v, do.astype(v.dtype), kept, *at)
-    return _dq(plan, vis, *arrays), *_dk_dv(plan, vis, *arrays)
+    return _dq(plan, by_query, *arrays), *_dk_dv(plan, by_key, *arrays)
 
 
 def _kept(plan: Plan, stat: Array, delta: Array, d_stat: Array) -> Float[Array, "B H 2 T"]:
@@ -92,12 +97,12 @@ def _score_gradients(plan: Plan, slope: Tile, dp: Tile, first: Tile, second: Til
     return slope * dp if plan.plain else slope * (dp * first - second)
 
 
-def _dq(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -> Array:
+def _dq(plan: Plan, table: Array, prefix, q, k, v, do, kept, q_at, k_at) -> Array:
     batch, length, heads, dim = q.shape
     v_dim, steps = v.shape[3], length // BLOCK
     return mg.launch(
         mg.Launch(
-            "flash_dq",
+            f"{plan.OP}_dq",
             grid={"head": heads, "block": steps, "batch": batch},
             threads=WGS,
             interpret=plan.interpret,
@@ -118,8 +123,7 @@ def _dq(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -> A
             mg.barriers(STAGES, WGS),
             *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
         ],
-        visits(vis, BLOCK, COLUMNS),
-        *(prefix, q, k, v, do, kept, q_at, k_at),
+        *(table, prefix, q, k, v, do, kept, q_at, k_at),
     )
 
 
@@ -129,7 +133,7 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
     head = jax.lax.div(h, jnp.int32(plan.group))
     queries = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
-    visit = Visit(table, b * steps + i)
+    visit = plan.visit(table, (b, h, i), (q.shape[2], steps))
     stage = staging[0].at[wg] if plan.staged else None
 
     def fetch(n: Any, slot: Any) -> None:
@@ -164,12 +168,12 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
     mg.store((q_s.at[wg], dq.at[b, queries, h]))
 
 
-def _dk_dv(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -> tuple[Array, Array]:
+def _dk_dv(plan: Plan, table: Array, prefix, q, k, v, do, kept, q_at, k_at) -> tuple[Array, Array]:
     batch, keys, kv_heads, dim = k.shape
     v_dim, steps = v.shape[3], keys // BLOCK
     dk, dv = mg.launch(
         mg.Launch(
-            "flash_dk_dv",
+            f"{plan.OP}_dk_dv",
             grid={"head": kv_heads, "block": steps, "batch": batch},
             threads=WGS,
             interpret=plan.interpret,
@@ -190,8 +194,7 @@ def _dk_dv(plan: Plan, vis: Visibility, prefix, q, k, v, do, kept, q_at, k_at) -
             mg.barriers(STAGES, WGS),
             *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
         ],
-        visits(vis, COLUMNS, BLOCK, by_key=True),
-        *(prefix, q, k, v, do, kept, q_at, k_at),
+        *(table, prefix, q, k, v, do, kept, q_at, k_at),
     )
     return dk, dv
 
@@ -200,17 +203,18 @@ def _dk_dv_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at
     k_s, v_s, k_at_s, q_s, do_s, kept_s, q_at_s, ready, full, free, *staging = scratch
     b, h, j, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "block", "wg"))
     keys = pl.ds(j * BLOCK + wg * mg.ROWS, mg.ROWS)
-    visit = Visit(table, b * steps + j)
+    visit = plan.visit(table, (b, h, j), (k.shape[2], steps))
     stage = staging[0].at[wg] if plan.staged else None
     whole, rest = visit.whole, visit.count - visit.whole
-    wholes, total = plan.group * whole, plan.group * visit.count
+    wholes, total = plan.turns * whole, plan.turns * visit.count
 
     def fetch(n: Any, slot: Any) -> None:
-        """Step n: first the whole tiles of each head of the group, then the others of each."""
+        """Step n: first the whole tiles of each head that shares the table, then the others of each."""
         split = lambda n, by: (jax.lax.div(n, jnp.maximum(by, 1)), jax.lax.rem(n, jnp.maximum(by, 1)))
         (early, at), (late, behind) = split(n, whole), split(n - wholes, rest)
-        head = h * plan.group + jnp.where(n < wholes, early, late)
-        queries = pl.ds(visit.tile(jnp.where(n < wholes, at, whole + behind)) * COLUMNS, COLUMNS)
+        first, tile = plan.query_tile(visit.tile(jnp.where(n < wholes, at, whole + behind)))
+        head = h * plan.group + first + jnp.where(n < wholes, early, late)
+        queries = pl.ds(tile * COLUMNS, COLUMNS)
         mg.fetch(q.at[b, queries, head], q_s.at[slot], full.at[slot])
         mg.fetch(do.at[b, queries, head], do_s.at[slot], full.at[slot])
         mg.fetch(kept.at[b, head, :, queries], kept_s.at[slot], full.at[slot])

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,12 @@ Tile = Float[Array, "m n"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that is known before the kernels are compiled.
+    """All that is known before the kernels are compiled. Ops that visit other tiles overwrite the methods.
 
     staged: products read their left operand from shared memory, as the simulator wants it.
     """
+
+    OP: ClassVar[str] = "flash"  # in the names of the kernels
 
     score: Score
     scale: float
@@ -64,16 +66,39 @@ class Plan:
         """Whether rows have no number at all: weights are what they are, and their sum is not asked for."""
         return self.score.activation != "exp" and self.score.normaliser == "none" and not self.stats
 
+    @property
+    def turns(self) -> int:
+        """Heads of a group that share the entries of a table by key: the dk, dv kernel goes through it for each."""
+        return self.group
+
+    def visit(self, table: Any, at: tuple[Any, Any, Any], size: tuple[int, int]) -> Visit:
+        """What a block of threads visits.
+
+        Args:
+          at: row of the batch, head, and block of queries or keys.
+          size: heads, and blocks of a head.
+        """
+        batch, _, block = at
+        return Visit(table, batch * size[1] + block)
+
+    def query_tile(self, entry: Any) -> tuple[Any, Any]:
+        """Of an entry of a table by key: the first head in the group, and the tile of queries."""
+        return 0, entry
+
     def tiles(self, queries: int, keys: int, block_q: int, block_k: int) -> int:
         """How many tiles one head visits at most, as far as positions and segments need not be looked at."""
+        return sum(self.seen(queries, keys, block_q, block_k))
+
+    def seen(self, queries: int, keys: int, block_q: int, block_k: int) -> list[int]:
+        """`tiles` of each block of queries."""
         blocks, columns = queries // block_q, keys // block_k
         if self.aligned is None:
-            return blocks * columns
+            return [columns] * blocks
         seen = [min(columns, -(-((i + 1) * block_q + self.aligned) // block_k)) for i in range(blocks)]
         if self.window is not None:  # with keys in front that everyone sees
             near = -(-(block_q + self.window) // block_k) + 1 + -(-self.aligned // block_k)
             seen = [min(near, n) for n in seen]
-        return sum(seen)
+        return seen
 
     def cost(
         self, q: Array, k: Array, v: Array, block: tuple[int, int], products: tuple[int, int], moved: int, again: int
