@@ -13,13 +13,20 @@ from jaxattn.errors import ConfigError
 from jaxattn.rope import Rope
 from pallas_kernels._dispatch import note, resolve
 from pallas_kernels.paged_decode.cpu import fits, paged_decode_cpu
+from pallas_kernels.paged_decode.gpu import paged_decode_gpu
+from pallas_kernels.paged_decode.gpu import unfit as unfit_gpu
 from pallas_kernels.paged_decode.reference import paged_decode_reference
 from pallas_kernels.paged_decode.tpu import paged_decode_tpu, unfit
 from pallas_kernels.paged_decode.xla import paged_decode_xla
 
 __all__ = ["paged_decode", "pages_of"]
 
-IMPLEMENTATIONS = {"reference": paged_decode_reference, "xla": paged_decode_xla, "tpu": paged_decode_tpu}
+IMPLEMENTATIONS = {
+    "reference": paged_decode_reference,
+    "xla": paged_decode_xla,
+    "tpu": paged_decode_tpu,
+    "gpu": paged_decode_gpu,
+}
 
 
 def paged_decode(
@@ -56,7 +63,7 @@ def paged_decode(
       rope: turns keys, which are then kept un-rotated, by `key_positions`: absolute positions, ranks in the list,
         or slots, as the caller chooses.
       splits: parts of the list computed next to each other and merged, for parallel hardware. None: what fits.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
 
     Raises:
       ConfigError: shapes that do not belong together.
@@ -68,7 +75,8 @@ def paged_decode(
     if backend == "auto" and fits(q, k_pages, v_pages, lengths, key_bias, rope, splits):
         note("paged_decode", "numba", "single rows on a cpu")
         return paged_decode_cpu(q, k_pages, v_pages, tables, lengths, scale)
-    run = resolve("paged_decode", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k_pages, v_pages)})
+    reasons = {"tpu": unfit(q, k_pages, v_pages), "gpu": unfit_gpu(q, k_pages, v_pages, rope)}
+    run = resolve("paged_decode", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(
         q,
         k_pages,

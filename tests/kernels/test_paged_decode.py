@@ -259,7 +259,7 @@ def test_a_named_backend_says_why_it_cannot_run():
         with pytest.raises(NotImplementedError, match="tiles of 16 tokens but there are 11 pages of 8"):
             call(k=k[:, :, :11, :8], v=v[:, :, :11, :8].astype(jnp.bfloat16))
     close(call(k=odd(k), v=odd(v), backend="xla")[0], call(k=odd(k), v=odd(v), backend="reference")[0])
-    with pytest.raises(NotImplementedError, match="has no 'gpu' backend; it has reference, xla, tpu"):
+    with pytest.raises(NotImplementedError, match=r"backend 'gpu' needs JAX|'gpu' computes bfloat16 but q is float32"):
         call(backend="gpu")
 
 
