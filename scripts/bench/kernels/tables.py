@@ -10,7 +10,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import Score
 from pallas_kernels.shapes import Shape
-from scripts.bench.kernels.cases import OURS, Case, attention, causal_flops, decode, recurrence, sparse
+from scripts.bench.kernels.cases import (
+    OURS,
+    Case,
+    attention,
+    causal_flops,
+    decode,
+    recurrence,
+    sparse,
+    whole_cache,
+)
 from scripts.bench.timing import interleaved, ratio
 
 SIGMOID = Score("sigmoid", "none", logit_bias=-8.0)
@@ -76,7 +85,10 @@ def _accelerator(platform: str) -> list[Case]:
     shape = dataclasses.replace(shape, heads=32, kv_heads=8)
     make = decode(1 / 16, 64, dtype=bf16)
     cases.append(Case("paged_decode 1/16 of 32768", "paged_decode", shape, make, 8.0, ("flash, dense",), same=False))
-    return cases
+    case = Case(
+        "paged_decode all of 32768", "paged_decode", shape, whole_cache(64, dtype=bf16), 1.6, ("copy",), same=False
+    )
+    return [*cases, case]
 
 
 def derived(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
