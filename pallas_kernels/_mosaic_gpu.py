@@ -114,6 +114,15 @@ def operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return api.SMEM(shape, dtype, transforms=(api.TilingTransform((8, width)), api.SwizzleTransform(SWIZZLE)))
 
 
+def narrow_operand(*shape: int) -> Any:
+    """bfloat16 operands in tiles of 32 columns, so that warpgroups can write half a tile of 64 each.
+
+    The operands of one product are either all narrow or all not.
+    """
+    api = plgpu()
+    return api.SMEM(shape, jnp.bfloat16, transforms=(api.TilingTransform((8, 32)), api.SwizzleTransform(64)))
+
+
 def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
     """Shared memory as it comes: rows of numbers."""
     return plgpu().SMEM(shape, dtype)
@@ -224,3 +233,45 @@ def add_product(acc: jax.Array, a: jax.Array, b: Any, stage: Any = None) -> jax.
         api.commit_smem()
         return acc + product(stage, b)
     return pl.run_state(lambda ref: api.wgmma(ref, a, b))(api.ACC.init(acc))
+
+
+def accumulate(acc: jax.Array, a: Any, b: Any, *, staged: bool) -> jax.Array:
+    """acc + a @ b of refs of shared memory, in place; both have been read on return.
+
+    Args:
+      staged: added outside of the tensor cores, as the simulator has no sums that outlive a product.
+    """
+    if staged:
+        return acc + product(a, b)
+    api = plgpu()
+    return pl.run_state(lambda ref: api.wgmma(ref, a, b))(api.ACC.init(acc))
+
+
+def products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+    """a @ b in f32 of each pair of refs of shared memory, all under way at once; all have been read on return."""
+    api = plgpu()
+
+    def multiply(*sums: Any) -> tuple[jax.Array, ...]:
+        for acc, (a, b) in zip(sums, pairs, strict=True):
+            api.wgmma(acc, a, b)
+        return tuple(acc[...] for acc in sums)
+
+    return pl.run_scoped(multiply, *(api.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
+
+
+def add_products(*terms: tuple[jax.Array, Any, Any], staged: bool) -> tuple[jax.Array, ...]:
+    """acc + a @ b of each (acc, a, b), all under way at once and in place; all have been read on return.
+
+    Args:
+      staged: added outside of the tensor cores, as the simulator has no sums that outlive a product.
+    """
+    api = plgpu()
+    if staged:
+        sums = products(*((a, b) for _, a, b in terms))
+        return tuple(acc + x for (acc, _, _), x in zip(terms, sums, strict=True))
+
+    def multiply(sums: Any) -> None:
+        for acc, (_, a, b) in zip(sums, terms, strict=True):
+            api.wgmma(acc, a, b)
+
+    return pl.run_state(multiply)(tuple(api.ACC.init(acc) for acc, _, _ in terms))

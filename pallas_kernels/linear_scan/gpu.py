@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.linear_scan.gpu_backward import backward, directions
-from pallas_kernels.linear_scan.gpu_kernel import CHUNK, Plan, scan
+from pallas_kernels.linear_scan.gpu_chunk import CHUNK
+from pallas_kernels.linear_scan.gpu_kernel import Plan, scan
 from pallas_kernels.linear_scan.xla import FORGET, documents
 
 WIDTHS = (64, 128)  # key and value dims the kernel has; others are padded

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear_scan.gpu_kernel import CHUNK, MARK, Plan, scan
+from pallas_kernels.linear_scan.gpu_chunk import CHUNK
+from pallas_kernels.linear_scan.gpu_kernel import MARK, Plan, scan
 
 LOG2E = math.log2(math.e)
 

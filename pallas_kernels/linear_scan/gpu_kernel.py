@@ -5,8 +5,10 @@ With chunks of 64 tokens, S the state before a chunk and rows a, b, c of it (q, 
     o = read · a S + scale · (within ∘ a bᵀ) c,   S <- fade · S + bᵀ (write · c)
 
 `within` is 2^(fade_t + boost_s) where s <= t are of one document; where time runs backwards, s >= t.
-One warpgroup has 64 columns of c and of the state, which stays in its registers in f32 from the first chunk to the
-last; the next chunks are fetched while one is computed.
+
+A block of threads has one head. Each of two computing warpgroups has half of the columns of c, of the state, which
+stays in its registers in f32 from the first chunk to the last, and of the scores a bᵀ, which both need whole. A third
+warpgroup does nothing but fetch chunks, several ahead, into a ring of buffers.
 """
 
 from __future__ import annotations
@@ -21,21 +23,19 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.linear_scan.gpu_chunk import CHUNK, HALF, READ, WORKERS, WRITE, get, laid, put, weighed
 
-CHUNK = 64  # tokens; the rows of a product
-COLUMNS = 64  # of the state and of the output in one block of threads
-STAGES = 2  # chunks under way
 MARK = 8  # chunks from one saved state to the next
-# What there is for every token, beside a, b and c. What rows and columns of a tile both need is there twice: loads
-# of one number for both would be merged by the compiler, which then finds no layout that suits both.
-FADE, BOOST, DOCUMENT, AGAIN, READ, WRITE = range(6)
+DEPTH = 4  # chunks under way, if there is room
+CONSUMER, PRODUCER = 232, 40  # registers of a thread, where the compiler heeds it; 168 of each do too
+SLACK = 2048  # bytes of shared memory for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All that is known before the kernels are compiled.
 
-    staged: products read their left operand from shared memory, as the simulator wants it.
+    staged: sums are added outside of the tensor cores, as the simulator wants it.
     """
 
     scale: float
@@ -74,27 +74,18 @@ def scan(
     out = [jax.ShapeDtypeStruct((batch, length, heads, columns), dtype), f32(*start.shape)]
     if mark:
         out.append(f32(batch, heads, -(-count // MARK), rows, columns))
-    out_stage = [] if dtype == jnp.float32 else [mg.operand(CHUNK, COLUMNS, dtype=dtype)]
-    staging = [mg.operand(CHUNK, CHUNK)] if plan.staged else []
+    groups = tuple(heads // n for n in (a.shape[2], b.shape[2], c.shape[2], tokens.shape[1]))
     o, last, *marks = mg.launch(
         mg.Launch(
             name,
-            grid={"column": columns // COLUMNS, "head": heads, "batch": batch},
+            grid={"head": heads, "batch": batch},
+            threads=WORKERS + 1,
             interpret=plan.interpret,
             cost=_cost(plan, batch * heads, length, rows, columns, (a, b, c, start, tokens, *out)),
         ),
-        partial(_kernel, plan, reverse, mark, [heads // x.shape[2] for x in (a, b, c)] + [heads // tokens.shape[1]]),
+        partial(_kernel, plan, reverse, mark, groups),
         out,
-        [
-            mg.operand(STAGES, CHUNK, rows),
-            mg.operand(STAGES, CHUNK, rows),
-            mg.operand(STAGES, CHUNK, COLUMNS),
-            mg.plain(STAGES, 6, CHUNK),
-            mg.operand(rows, COLUMNS),
-            mg.barriers(STAGES, 4),
-            *out_stage,
-            *staging,
-        ],
+        _scratch(rows, columns, dtype),
         a,
         b,
         c,
@@ -105,110 +96,110 @@ def scan(
     return o, last, marks[0] if mark else None
 
 
-def _kernel(plan: Plan, reverse: bool, mark: bool, groups: list[int], a, b, c, start, tokens, fade, o, last, *rest):
-    marks, rest = rest[:mark], rest[mark:]
-    a_s, b_s, c_s, tokens_s, state_s, full, *rest = rest
-    o_s, stage = (None, rest) if o.dtype == jnp.float32 else (rest[0], rest[1:])
-    batch, head, block = (jax.lax.axis_index(name) for name in ("batch", "head", "column"))
-    count = tokens.shape[3] // CHUNK
-    at = [jax.lax.div(head, jnp.int32(group)) for group in groups]
-    columns = pl.ds(block * COLUMNS, COLUMNS)
+def _scratch(rows: int, columns: int, dtype: Any) -> list[Any]:
+    """Shared memory: as many chunks as fit, up to `DEPTH`."""
+    half = columns // WORKERS
+    small = dtype != jnp.float32
+    chunk = CHUNK * (2 * rows + columns + CHUNK) * 2 + 6 * CHUNK * 4
+    always = (rows + small * CHUNK) * columns * 2
+    stages = min(DEPTH, (mg.SHARED_BYTES - SLACK - always) // chunk)
+    return [
+        mg.narrow_operand(stages, CHUNK, rows),
+        mg.narrow_operand(stages, CHUNK, rows),
+        mg.narrow_operand(stages, CHUNK, columns),
+        mg.plain(stages, 6, CHUNK),
+        mg.narrow_operand(stages, CHUNK, CHUNK),
+        mg.narrow_operand(WORKERS, rows, half),
+        mg.barriers(stages, 4),
+        mg.barriers(stages, WORKERS),
+        mg.barriers(stages, WORKERS),
+        *([mg.narrow_operand(WORKERS, CHUNK, half)] if small else []),
+    ]
+
+
+def _kernel(
+    plan: Plan, reverse: bool, mark: bool, groups: tuple[int, ...], a, b, c, start, tokens, fade, o, last, *rest
+):
+    marks, (a_s, b_s, c_s, tokens_s, scores_s, state_s, full, free, scored, *o_s) = rest[:mark], rest[mark:]
+    batch, head, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
+    count, stages, half = tokens.shape[3] // CHUNK, a_s.shape[0], state_s.shape[2]
+    at_a, at_b, at_c, at_tokens = (jax.lax.div(head, jnp.int32(group)) for group in groups)
     chunk = lambda n: count - 1 - n if reverse else n
+    tokens_of = lambda n: pl.ds(chunk(n) * CHUNK, CHUNK)
+    turn = lambda n, of: jax.lax.rem(n, jnp.int32(of))
+    following = lambda slot: jnp.where(slot == stages - 1, 0, slot + 1)
 
-    def fetch(n: Any, slot: Any) -> None:
-        here = pl.ds(chunk(n) * CHUNK, CHUNK)
-        mg.fetch(a.at[batch, here, at[0]], a_s.at[slot], full.at[slot])
-        mg.fetch(b.at[batch, here, at[1]], b_s.at[slot], full.at[slot])
-        mg.fetch(c.at[batch, here, at[2], columns], c_s.at[slot], full.at[slot])
-        mg.fetch(tokens.at[batch, at[3], :, here], tokens_s.at[slot], full.at[slot])
+    @pl.when(wg == WORKERS)
+    def produce():
+        mg.registers(PRODUCER, more=False)
 
-    for n in range(min(STAGES, count)):
-        fetch(n, n)
+        def step(n: Any, slot: Any) -> Any:
+            here = tokens_of(n)
+            pl.when(n >= stages)(lambda: mg.wait(free.at[slot]))
+            mg.fetch(a.at[batch, here, at_a], a_s.at[slot], full.at[slot])
+            mg.fetch(b.at[batch, here, at_b], b_s.at[slot], full.at[slot])
+            mg.fetch(c.at[batch, here, at_c], c_s.at[slot], full.at[slot])
+            mg.fetch(tokens.at[batch, at_tokens, :, here], tokens_s.at[slot], full.at[slot])
+            return following(slot)
 
-    def save(state: Array, n: Any) -> None:
-        """States at the start of a chunk; reverse in time that is behind it."""
-        due = jax.lax.rem(n, jnp.int32(MARK)) == 0
-        where = marks[0].at[batch, head, jax.lax.div(n, jnp.int32(MARK)), :, columns]
-        pl.when(due)(lambda: _put(where, state))
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, jnp.int32(0))
 
-    def step(n: Any, state: Array) -> Array:
-        slot = jax.lax.rem(n, jnp.int32(STAGES))
-        kept = fade[(batch * tokens.shape[1] + at[3]) * count + chunk(n)]
-        if mark and not reverse:
-            save(state, n)
-        mg.wait(full.at[slot])
-        state_s[...] = _laid(state.astype(state_s.dtype))
-        mg.publish()
-        scores = mg.product(a_s.at[slot], mg.turned(b_s.at[slot]))
-        inside = (scores * plan.scale * _within(plan, tokens_s.at[slot], reverse)).astype(c_s.dtype)
-        tile = mg.product(a_s.at[slot], state_s) * mg.down(mg.load_rows(tokens_s.at[slot, READ]), COLUMNS)
-        tile = mg.add_product(tile, inside, c_s.at[slot], *stage)
-        written = _get(c_s.at[slot]).astype(jnp.float32) * mg.down(mg.load_rows(tokens_s.at[slot, WRITE]), COLUMNS)
-        mg.plgpu().wait_smem_to_gmem(0, wait_read_only=True)  # o_s is free, and everyone has read c_s
-        c_s[slot] = _laid(written.astype(c_s.dtype))
-        target = o.at[batch, pl.ds(chunk(n) * CHUNK, CHUNK), head, columns]
-        if o_s is None:  # f32 from registers: four threads write 32 bytes, and two blocks fit on a multiprocessor
-            _put(target, tile)
-        else:
-            o_s[...] = _laid(tile.astype(o_s.dtype))
-        mg.publish()
-        if o_s is not None:
-            mg.plgpu().copy_smem_to_gmem(o_s, target)
-        state = _accumulate(plan, state * kept, mg.turned(b_s.at[slot]), c_s.at[slot])
-        if mark and reverse:
-            save(state, chunk(n))
-        mg.publish()  # everyone has read what is overwritten now
-        pl.when(n + STAGES < count)(lambda: fetch(n + STAGES, slot))
-        return state
+    @pl.when(wg < WORKERS)
+    def compute():
+        mg.registers(CONSUMER, more=True)
+        columns, own = pl.ds(wg * half, half), pl.ds(wg * HALF, HALF)
 
-    whole = lambda ref: ref.at[batch, head, :, columns]
-    state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, _get(whole(start)))
-    _put(whole(last), state)
-    mg.plgpu().wait_smem_to_gmem(0)
+        def save(state: Array, n: Any) -> None:
+            """States at the start of a chunk; reverse in time that is behind it."""
+            where = marks[0].at[batch, head, jax.lax.div(n, jnp.int32(MARK)), :, columns]
+            pl.when(turn(n, MARK) == 0)(lambda: put(where, state))
 
+        def step(n: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            slot, state = carry
+            values, numbers = c_s.at[slot, :, columns], tokens_s.at[slot]
+            kept = fade[(batch * tokens.shape[1] + at_tokens) * count + chunk(n)]
+            weights = lambda which: mg.down(mg.load_rows(numbers.at[which]), half)
+            if mark and not reverse:
+                save(state, n)
+            state_s[wg] = laid(state.astype(state_s.dtype))
+            mg.wait(full.at[slot])
+            mg.publish()
+            tile, seen = mg.products((a_s.at[slot], state_s.at[wg]), (a_s.at[slot], mg.turned(b_s.at[slot, own])))
+            seen = weighed(seen, numbers, wg * HALF, scale=plan.scale, decay=plan.decay, reverse=reverse)
+            scores_s[slot, :, own] = laid(seen.astype(scores_s.dtype))
+            mg.publish()  # also: all four warps have read the state
+            mg.arrive(scored.at[slot])
+            written = state_s.at[wg, pl.ds(0, CHUNK)]
+            written[...] = laid((get(values).astype(jnp.float32) * weights(WRITE)).astype(state_s.dtype))
+            tile, state = tile * weights(READ), state * kept
+            mg.publish()  # also: what is loaded from the buffers is loaded, so copies may follow
+            mg.wait(scored.at[slot])
+            tile, state = mg.add_products(
+                (tile, scores_s.at[slot], values), (state, mg.turned(b_s.at[slot]), written), staged=plan.staged
+            )
+            mg.arrive(free.at[slot])
+            target = o.at[batch, tokens_of(n), head, columns]
+            if o_s:
+                mg.plgpu().wait_smem_to_gmem(0, wait_read_only=True)  # the tile before is on its way
+                o_s[0][wg] = laid(tile.astype(o.dtype))
+                mg.publish()
+                mg.plgpu().copy_smem_to_gmem(o_s[0].at[wg], target)
+            else:  # f32, for which there is no room: four threads write 32 bytes
+                put(target, tile)
+                mg.publish()  # all four warps have read what was written
+            if mark and reverse:
+                save(state, chunk(n))
+            return following(slot), state
 
-def _within(plan: Plan, tokens: Any, reverse: bool) -> Array:
-    """[64, 64]: how much of a column's token a row's token still sees."""
-    api = mg.plgpu()
-    row, column = (api.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=api.Layout.WGMMA) for axis in (0, 1))
-    of_row = lambda n: mg.down(mg.load_rows(tokens.at[n]), CHUNK)
-    of_column = lambda n: mg.across(mg.load_columns(tokens.at[n]), CHUNK)
-    see = column >= row if reverse else column <= row
-    see &= of_row(DOCUMENT) == of_column(AGAIN)
-    if not plan.decay:
-        return jnp.where(see, 1.0, 0.0)
-    return jnp.where(see, jnp.exp2(of_row(FADE) + of_column(BOOST)), 0.0)
-
-
-def _accumulate(plan: Plan, acc: Array, a: Any, b: Any) -> Array:
-    """acc + a @ b, in place where that can be: the simulator has no sums that outlive a product."""
-    if plan.staged:
-        return acc + mg.product(a, b)
-    api = mg.plgpu()
-    return pl.run_state(lambda ref: api.wgmma(ref, a, b))(api.ACC.init(acc))
-
-
-def _laid(value: Array) -> Array:
-    """Says where a tile lies; the compiler would search for long."""
-    return mg.plgpu().layout_cast(value, mg.plgpu().Layout.WGMMA)
-
-
-def _get(ref: Any) -> Array:
-    """A tile from memory into the registers of a product's result."""
-    return mg.plgpu().load(ref, layout=mg.plgpu().Layout.WGMMA, optimized=False)
-
-
-def _put(ref: Any, value: Array) -> None:
-    """A tile from registers to device memory."""
-    mg.plgpu().store(ref, _laid(value), optimized=False)
+        whole = lambda ref: ref.at[batch, head, :, columns]
+        carry = jnp.int32(0), get(whole(start))
+        put(whole(last), jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)[1])
+        mg.plgpu().wait_smem_to_gmem(0)
 
 
 def _cost(plan: Plan, count: int, length: int, rows: int, columns: int, arrays: tuple[Any, ...]) -> pl.CostEstimate:
-    """Scores are computed again for every 64 columns."""
-    per_token = CHUNK * rows * (columns // COLUMNS) + CHUNK * columns + 2 * rows * columns
-    powers = CHUNK * (columns // COLUMNS) if plan.decay else 0
     return pl.CostEstimate(
-        flops=2 * count * length * per_token,
-        transcendentals=count * length * powers,
+        flops=2 * count * length * (CHUNK * (rows + columns) + 2 * rows * columns),
+        transcendentals=count * length * CHUNK * plan.decay,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted
-from pallas_kernels.linear_scan import linear_scan
+from pallas_kernels.linear_scan import gpu_backward, gpu_kernel, linear_scan
 from pallas_kernels.linear_scan.gpu import linear_scan_gpu, unfit
 from pallas_kernels.linear_scan.gpu_kernel import Plan, scan
 from pallas_kernels.linear_scan.reference import linear_scan_reference
@@ -88,20 +90,28 @@ def check(arrays, segments=None, owner=None, *, mode="plain", rtol=1e-2):
     return ours
 
 
-@pytest.mark.parametrize("shape", FITTING, ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(x, marks=[pytest.mark.slow] * (x.length != 100)) for x in FITTING], ids=lambda x: x.name
+)
 def test_odd_lengths_dims_and_groups(shape):
     arrays = inputs(shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, width=shape.value_dim)
     check(arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 def test_every_kind_of_decay(decay):
     check(inputs(130, decay), rtol=3e-2 if decay == "head" else 1e-2)  # a head's is a sum that nearly cancels
 
 
-def test_long_sequences_start_again_from_saved_states():
+@pytest.mark.parametrize(
+    ("length", "mark"), [(290, 2), pytest.param(1100, gpu_kernel.MARK, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_long_sequences_start_again_from_saved_states(length, mark, monkeypatch):
     """More than two stretches between saved states, the last one short."""
-    check(inputs(1100, "token", heads=1, dim=8, width=8, strong=0.05))
+    for module in (gpu_kernel, gpu_backward):
+        monkeypatch.setattr(module, "MARK", mark)
+    check(inputs(length, "token", heads=1, dim=8, width=8, strong=0.05))
 
 
 def test_tokens_that_forget_all():
@@ -119,7 +129,7 @@ def packs(length):
     return jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", ["head", "token", pytest.param("none", marks=pytest.mark.slow)])
 def test_packed_documents_and_padding(decay):
     """The first row's state before token 0 belongs to its first document, the second row's to nobody."""
     q, k, v, start, log_decay = inputs(200, decay, batch=2, dim=16, width=16)
@@ -147,15 +157,67 @@ def check_values(arrays, segments):
         return both(linear_scan_gpu, arrays, segments, segments[:, 0])
 
 
-def test_no_races_and_nothing_uninitialised_is_read():
-    """More chunks than buffers, so that buffers are filled again."""
+def test_no_races_and_nothing_uninitialised_is_read(monkeypatch):
+    """More chunks than buffers, so that buffers are filled again; what the simulator sees are loads and stores."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
 
+    monkeypatch.setattr(gpu_kernel, "DEPTH", 2)
     simulator = mg.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     check(inputs(64 * 4, heads=1, dim=16, width=16), mode=simulator)
     assert gpu_callbacks._races is None or not gpu_callbacks._races.races_found
 
 
+@pytest.mark.parametrize(
+    ("late", "only"),
+    [("fetch", None), ("products", 0), ("products", 1), ("add_products", 0), ("add_products", 1)],
+    ids=["copies", "first products of 0", "first products of 1", "second products of 0", "second products of 1"],
+)
+def test_nobody_relies_on_others_being_quick(late, only, monkeypatch):
+    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
+    do = getattr(mg, late)
+
+    def sleep(wg, _):
+        time.sleep({None: 0.03, int(wg): 0.5}.get(only, 0.0))  # long enough for the other to do a step
+        return np.int32(1)
+
+    def slow(*args, **options):
+        """The outcome decides what is done next, so that nothing is done before it is there.
+
+        A callback runs as soon as its arguments are there: second products are late, not the whole step, because
+        it gets a number of the sums so far.
+        """
+        so_far = args[0][0][0, 0] if late == "add_products" else 0.0
+        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"), so_far)
+        return jax.lax.cond(slept > 0, lambda: do(*args, **options), lambda: do(*args, **options))
+
+    monkeypatch.setattr(mg, late, slow)
+    monkeypatch.setattr(gpu_kernel, "DEPTH", 2)
+    simulator = mg.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    arrays, segments = inputs(64 * 4 - 3, heads=1, dim=16, width=16), jnp.ones((1, 64 * 4 - 3), jnp.int32)
+    if only is None:
+        check(arrays, mode=simulator)
+    else:  # each of the four calls of the kernel waits alike
+        exact = tuple(x.astype(jnp.float32) for x in arrays)
+        with interpreted(simulator):
+            ours = forward(linear_scan_gpu, arrays, segments)
+        close(ours, forward(linear_scan_reference, exact, segments), 1e-2)
+
+
+def forward(run, arrays, segments):
+    """Outputs alone, in f32."""
+    q, k, v, start, decay = arrays
+    options = dict(segments=segments, initial_state=start, initial_segment=segments[:, 0], scale=0.3, chunk=None)
+    out = jax.jit(lambda q, k, v: run(q, k, v, log_decay=decay, **options))(q, k, v)
+    return {name: x.astype(jnp.float32) for name, x in zip(RESULTS[:2], out, strict=True)}
+
+
+def test_a_simulator_with_too_few_threads_is_refused_instead_of_waited_for(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(NotImplementedError, match="3 warpgroups takes more threads than the 2"):
+        check_values(inputs(8), jnp.ones((1, 8), jnp.int32))
+
+
+@pytest.mark.slow
 def test_vmap_changes_nothing():
     """Rematerialisation is tested where kernels are compiled: JAX cannot do it to the simulator."""
     arrays = inputs(70, batch=2, heads=1, dim=8, width=8)
@@ -214,8 +276,8 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert kernel not in text(q, k, v), "a simulator is for who names the backend"
 
 
-@pytest.mark.parametrize(("decay", "powers"), [(True, 2 * 2 * 256 * 64 * 2), (False, 0)])
-def test_the_cost_estimate_counts_scores_once_for_every_64_columns(decay, powers):
+@pytest.mark.parametrize(("decay", "powers"), [(True, 2 * 2 * 256 * 64), (False, 0)])
+def test_the_cost_estimate_counts_scores_once(decay, powers):
     struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     plan = Plan(scale=1.0, decay=decay, staged=False, interpret=False)
     arrays = (
@@ -228,6 +290,6 @@ def test_the_cost_estimate_counts_scores_once_for_every_64_columns(decay, powers
     )
     with compiling_for("gpu"):
         text = str(jax.make_jaxpr(lambda *x: scan(plan, *x, name="linear_scan_forward"))(*arrays))
-    flops = 2 * 2 * 2 * 256 * (64 * 64 * 2 + 64 * 128 + 2 * 64 * 128)
+    flops = 2 * 2 * 2 * 256 * (64 * (64 + 128) + 2 * 64 * 128)
     assert f"flops={flops}" in text
     assert f"transcendentals={powers}" in text
