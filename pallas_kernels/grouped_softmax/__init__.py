@@ -15,13 +15,20 @@ from jaxtyping import Array, Float
 
 from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.grouped_softmax.gpu import grouped_softmax_gpu
+from pallas_kernels.grouped_softmax.gpu import unfit as unfit_gpu
 from pallas_kernels.grouped_softmax.reference import grouped_softmax_reference
 from pallas_kernels.grouped_softmax.tpu import grouped_softmax_tpu, unfit
 from pallas_kernels.grouped_softmax.xla import grouped_softmax_xla
 
 __all__ = ["grouped_softmax"]
 
-IMPLEMENTATIONS = {"reference": grouped_softmax_reference, "xla": grouped_softmax_xla, "tpu": grouped_softmax_tpu}
+IMPLEMENTATIONS = {
+    "reference": grouped_softmax_reference,
+    "xla": grouped_softmax_xla,
+    "tpu": grouped_softmax_tpu,
+    "gpu": grouped_softmax_gpu,
+}
 SHORT = 16  # queries below which "auto" leaves a cache where it lies
 
 
@@ -46,12 +53,13 @@ def grouped_softmax(
         A document's keys lie in the order of their positions, which differ; padding may lie anywhere.
       block: L, tokens of a block including its landmark.
       scale: multiplies q·k.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
 
     Raises:
       NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
     few = backend == "auto" and q.shape[1] < SHORT < k.shape[1]
-    reason = f"{q.shape[1]} queries do not pay for laying out {k.shape[1]} keys" if few else unfit(q, k, v, block)
-    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": reason})
+    reason = f"{q.shape[1]} queries do not pay for laying out {k.shape[1]} keys" if few else None
+    reasons = {"tpu": reason or unfit(q, k, v, block), "gpu": reason or unfit_gpu(q, k, v, block)}
+    run = resolve("grouped_softmax", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(q, k, v, vis, block=block, scale=scale)

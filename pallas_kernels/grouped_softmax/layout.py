@@ -107,6 +107,11 @@ def _changes(x: Int[Array, "B n"]) -> Bool[Array, "B n"]:
     return jnp.concatenate([jnp.ones_like(x[:, :1], bool), x[:, 1:] != x[:, :-1]], axis=1)
 
 
+def default_page(keys: int, block: int) -> int:
+    """Slots of one document of all keys and a quarter more; one for a query past a block that is full."""
+    return -(-5 * keys // (4 * block)) + 1
+
+
 def pages(place: Places, plan: Plan) -> Int[Array, ""]:
     """How many pages are in use."""
     return div(place.count + plan.page - 1, plan.page)

@@ -78,7 +78,7 @@ def grouped_softmax_tpu(
     keys, v_dim = k.shape[1], v.shape[3]
     default = BLOCK if max(q.shape[3], v_dim) * max(q.dtype.itemsize, v.dtype.itemsize) <= WIDEST else BLOCK // 2
     slot = _up(block, 8 if block <= LANES else 16)
-    slots, tiles = _tiling(slot, tile_k or default, page or _page(keys, block))
+    slots, tiles = _tiling(slot, tile_k or default, page or layout.default_page(keys, block))
     room = default * default // (slot * slots) // LANES * LANES
     plan = Plan(
         block=block,
@@ -112,11 +112,6 @@ def _up(n: int, multiple: int) -> int:
 def _fitted(block: int, length: int) -> int:
     """The block size that cuts `length` into as many blocks with the least padding."""
     return min(block, _up(-(-length // -(-length // block)), LANES))
-
-
-def _page(keys: int, block: int) -> int:
-    """Slots of one document of all keys and a quarter more; one for a query past a block that is full."""
-    return -(-5 * keys // (4 * block)) + 1
 
 
 def _tiling(slot: int, tile: int, page: int) -> tuple[int, int]:

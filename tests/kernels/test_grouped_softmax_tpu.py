@@ -293,7 +293,7 @@ def test_a_named_backend_says_why_it_cannot_run():
         with pytest.raises(NotImplementedError, match=r"at most 2048 tokens .* but block is 2049: use 'xla'"):
             call(block=LONGEST + 1)
         jax.tree.map(lambda a, b: near(a, b, 5e-6), call(), call(backend="reference"))
-    with pytest.raises(NotImplementedError, match="has no 'gpu' backend; it has reference, xla, tpu"):
+    with pytest.raises(NotImplementedError, match=r"backend 'gpu' (needs JAX|computes bfloat16)"):
         call(backend="gpu")
 
 
