@@ -17,13 +17,20 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.neural_memory.gpu import neural_memory_gpu
+from pallas_kernels.neural_memory.gpu import unfit as unfit_gpu
 from pallas_kernels.neural_memory.reference import MemoryState, Weights, empty_memory, mlp, neural_memory_reference
 from pallas_kernels.neural_memory.tpu import neural_memory_tpu, unfit
 from pallas_kernels.neural_memory.xla import memory_rows, neural_memory_xla
 
 __all__ = ["CHUNK", "MemoryState", "Weights", "empty_memory", "memory_rows", "mlp", "neural_memory"]
 
-IMPLEMENTATIONS = {"reference": neural_memory_reference, "xla": neural_memory_xla, "tpu": neural_memory_tpu}
+IMPLEMENTATIONS = {
+    "reference": neural_memory_reference,
+    "xla": neural_memory_xla,
+    "gpu": neural_memory_gpu,
+    "tpu": neural_memory_tpu,
+}
 CHUNK = 16
 
 
@@ -45,7 +52,8 @@ def neural_memory(
 ) -> tuple[Float[Array, "B T H V"], MemoryState]:
     """Reads of the memory and its state after the last token; differentiable in every array, twice through the memory.
 
-    Computed in f32, or f64 where an input is: steps as small as these are lost in lower precision.
+    Computed in f32, or f64 where an input is: steps as small as these are lost in lower precision. "gpu" takes bfloat16
+    q, k and v, and a memory of one matrix; its products read bfloat16, its sums and the state are f32.
 
     Args:
       q, k, v: not normalised here; a linear memory is stable for 2 θ ||k||² < 2 at chunk 1, less at larger chunks.
@@ -57,7 +65,7 @@ def neural_memory(
       chunk: tokens of a document between two renewals of the weights that gradients are taken at.
       read_after_write: y_t = M_t(q_t); otherwise M_{t-1}(q_t).
       tangents: allow forward-mode derivatives (`jax.jvp`), at the price of a slower backward pass.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "gpu", "tpu", "reference"; a named backend never falls back.
 
     Returns:
       y in v's dtype; the state in f32 or wider.
@@ -78,19 +86,24 @@ def neural_memory(
         )
     if length == 0 or chunk < 1:
         raise ConfigError(f"neural_memory got {length} tokens and chunk {chunk}; both must be at least 1.")
-    arrays = {"q": q, "k": k, "v": v, "eta": eta, "theta": theta, "alpha": alpha}
-    reason = unfit(arrays, start, state, chunk=chunk, tangents=tangents)
-    run = resolve("neural_memory", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": reason})
+    rates = {"eta": eta, "theta": theta, "alpha": alpha}
+    reasons = {
+        "gpu": unfit_gpu(q, k, v, rates, start, state, tangents=tangents),
+        "tpu": unfit({"q": q, "k": k, "v": v, **rates}, start, state, chunk=chunk, tangents=tangents),
+    }
+    run = resolve("neural_memory", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     exact = jnp.result_type(jnp.float32, q, k, v)
+    options = {}
+    if run is neural_memory_gpu:
+        options["whole"] = segments is None and state is None
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
     if state is None:
         state = empty_memory(batch, start, exact)
     cast = lambda x: x.astype(exact)
+    tokens = (q, k, v) if run is neural_memory_gpu else (cast(x) for x in (q, k, v))
     y, state = run(
-        cast(q),
-        cast(k),
-        cast(v),
+        *tokens,
         cast(eta),
         cast(theta),
         cast(alpha),
@@ -100,5 +113,6 @@ def neural_memory(
         chunk=chunk,
         read_after_write=read_after_write,
         tangents=tangents,
+        **options,
     )
     return y.astype(v.dtype), state

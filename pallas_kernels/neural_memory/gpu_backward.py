@@ -1,0 +1,299 @@
+"""The backward Hopper kernel: visits from the last to the first, the gradients of M and S in registers.
+
+With the M, S and F that a visit found, kept by the forward pass, and the names of `gpu_kernel`, X' after the visit,
+
+    A = q kᵀ        dA = G ∘ (dy Uᵀ)        dG = A ∘ (dy Uᵀ)
+    dU = (G ∘ A)ᵀ dy + write_m · k dM' + write_s · k dS'        dP = 2 dU        dv = -dP
+    dq = read_m · dy Mᵀ + read_s · dy Sᵀ + dA k
+    dk = dP Fᵀ + dAᵀ q + write_m · U dM'ᵀ + write_s · U dS'ᵀ
+    dM = keep · dM' + qᵀ (read_m · dy)        dS = add · dM' + carry · dS' + qᵀ (read_s · dy)        dF = dF' + kᵀ dP
+
+Each warpgroup has 64 rows of the state, hence 64 columns of dq and dk; what all of a visit's rows need, the first and
+the last one share out between them. A block of threads has 64 columns of the state: dq, dk and the gradients of the
+rates' side are sums over blocks, formed in XLA.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.neural_memory.gpu_kernel import ROWS, Place, accumulate, all_met, down, get, laid, numbers, put
+from pallas_kernels.neural_memory.gpu_plan import (
+    ADD,
+    CARRY,
+    COLUMNS,
+    FINAL,
+    FIRST,
+    KEEP,
+    READ_M,
+    READ_S,
+    TILE,
+    VISIT,
+    WRITE_M,
+    WRITE_S,
+    Coefficients,
+    Plan,
+    Visits,
+)
+from pallas_kernels.neural_memory.xla import GROUPS
+
+
+def backward(
+    plan: Plan, at: Visits, c: Coefficients, saved: Any, dy: Array, d_memory: tuple[Array, Array, Array]
+) -> tuple[Coefficients, Array, Array, Array, Array, tuple[Array, Array, Array]]:
+    """Gradients of c, q, k, v, M_0 and the first M, S and F."""
+    q, k, v, (kept_M, kept_S) = saved
+    batch, _, heads, rows = q.shape
+    columns = v.shape[3]
+    wgs, blocks = rows // ROWS, columns // COLUMNS
+    stages = 2 if wgs == 1 else 1  # tiles under way; there is shared memory for no more
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    part = jax.ShapeDtypeStruct((blocks, *q.shape), q.dtype if blocks == 1 else jnp.float32)
+    out = [
+        part,
+        part,
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        f32(blocks, *c.G.shape),
+        f32(blocks, wgs, *c.rows.shape),
+        f32(blocks, batch, heads, plan.tiles * plan.groups, 3, rows),
+        *[f32(batch, heads, rows, columns)] * 4,
+    ]
+    arrays = (q, k, v, dy.astype(v.dtype), kept_M, kept_S, *d_memory, c.G.astype(v.dtype), numbers(c, at))
+    arrays = (*arrays, c.ends.reshape(-1), at.count)
+    dq, dk, dv, dG, d_rows, d_ends, d_start, dM, dS, dF = mg.launch(
+        mg.Launch(
+            "neural_memory_backward",
+            grid={"column": blocks, "head": heads, "batch": batch},
+            threads=wgs,
+            interpret=plan.interpret,
+            cost=plan.cost(rows, columns, batch * heads, 14, 2, (*arrays, *out)),
+        ),
+        partial(_kernel, plan, stages),
+        out,
+        [
+            *[mg.operand(stages, TILE, rows)] * 2,
+            *[mg.operand(stages, TILE, COLUMNS)] * 2,
+            mg.operand(stages, TILE, TILE),
+            mg.plain(stages, 5, TILE),
+            *[mg.operand(1, rows, COLUMNS)] * 5,
+            *[mg.operand(1, TILE, COLUMNS)] * 6,
+            mg.operand(rows, COLUMNS, dtype=jnp.float32),
+            mg.plain(wgs, 4, TILE),
+            mg.barriers(stages, 6),
+            mg.barriers(1, 3),
+            mg.barriers(1, wgs),
+        ],
+        *arrays,
+        at.table.reshape(-1),
+    )
+    d_ends = jnp.sum(d_ends, axis=(0, 5)).reshape(c.ends.shape)
+    d_ends = jnp.where(at.there[:, None, ..., None], d_ends, 0.0)
+    d_c = Coefficients(jnp.sum(dG, axis=0), jnp.sum(d_rows, axis=(0, 1)), d_ends)
+    dq, dk = (jnp.sum(x, axis=0, dtype=jnp.float32).astype(q.dtype) for x in (dq, dk))
+    return d_c, dq, dk, dv, jnp.sum(d_start, axis=0), (dM, dS, dF)
+
+
+def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G, tokens, ends, count, table, *rest):
+    dq, dk, dv, dG, d_rows, d_ends, d_start, first_dM, first_dS, first_dF, *rest = rest
+    tiles, (*operands, dF_s, sums, full, found, met) = rest[:6], rest[6:]
+    q_s, k_s, v_s, dy_s, G_s, tokens_s = tiles
+    batch, head, block, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "column", "wg"))
+    columns = pl.ds(block * COLUMNS, COLUMNS)
+    wgs = q_s.shape[2] // ROWS
+    rows = pl.ds(wg * ROWS, ROWS)
+    here = lambda ref: ref.at[batch, head, rows, columns]
+    meet = partial(all_met, met, wgs)
+    visits = count[batch]
+
+    def fetch(n: Any, slot: Any) -> None:
+        where = pl.ds(n * TILE, TILE)
+        mg.fetch(q.at[batch, where, head], q_s.at[slot], full.at[slot])
+        mg.fetch(k.at[batch, where, head], k_s.at[slot], full.at[slot])
+        mg.fetch(v.at[batch, where, head, columns], v_s.at[slot], full.at[slot])
+        mg.fetch(dy.at[batch, where, head, columns], dy_s.at[slot], full.at[slot])
+        mg.fetch(G.at[batch, head, n], G_s.at[slot], full.at[slot])
+        mg.fetch(tokens.at[batch, head, n], tokens_s.at[slot], full.at[slot])
+
+    def fetch_state(at: Place, t: Shared) -> None:
+        mg.fetch(kept_M.at[batch, head, at.slot, :, columns], t.M, found.at[0])
+        mg.fetch(kept_S.at[batch, head, at.slot, :, columns], t.S, found.at[0])
+        mg.fetch(kept_M.at[batch, head, at.frozen, :, columns], t.F, found.at[0])
+
+    for n in range(max(0, plan.tiles - stages), plan.tiles):
+        pl.when(wg == 0)(partial(fetch, n, n % stages))
+    put(here(d_start), mg.zeros(ROWS, COLUMNS))
+    dF_s[rows] = get(here(dF))
+
+    def visit(back: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        i = visits - 1 - back
+        at = Place(plan, batch, head, i, table, ends)
+        slot = jax.lax.rem(at.tile, jnp.int32(stages))
+        opens, closes = at.flag(FINAL), at.flag(FIRST)
+        where = pl.ds(at.tile * TILE, TILE)
+        dM, dS = carry
+        views = [Shared(at, slot, tiles, operands, phase) for phase in range(4)]
+        old = views[0]
+        pl.when(wg == 0)(lambda: fetch_state(at, old))
+        old.dM[rows] = laid(dM.astype(old.dM.dtype))
+        old.dS[rows] = laid(dS.astype(old.dS.dtype))
+
+        @pl.when(opens)
+        def begin():
+            mg.wait(full.at[slot])
+            for which in range(4):
+                sums[wg, which] = mg.per_row(0.0)
+
+        mg.wait(found.at[0])
+        for which, d, ref in ((KEEP, dM, old.M), (ADD, dM, old.S), (CARRY, dS, old.S)):
+            share = jnp.sum(d * get(ref.at[rows]).astype(jnp.float32), axis=1)
+            put_rows(d_ends.at[block, batch, head, at.place, which, rows], share)
+
+        def merged(new: Array, ref: Any) -> Array:
+            """What this visit and those to the same tile before it say."""
+            if plan.single:
+                return jnp.where(old.member(), new, 0.0)
+            before = jax.lax.cond(opens, lambda: mg.zeros(TILE, COLUMNS), lambda: get(ref).astype(jnp.float32))
+            return jnp.where(old.member(), new, before)
+
+        def d_errors(t: Shared) -> None:
+            dU = mg.product(t.k, t.dM) * down(t.number(WRITE_M))
+            dU += mg.product(t.k, t.dS) * down(t.number(WRITE_S))
+            dU = accumulate(plan, dU, mg.turned(t.W), t.dy)
+            dP = jnp.where(t.member(), 2.0 * dU, 0.0)
+            t.dP[...] = laid(dP.astype(t.dP.dtype))
+            target = dv.at[batch, where, head, columns]
+            put(target, merged(-dP, target).astype(dv.dtype))
+
+        def d_scores(t: Shared, A: Array) -> None:
+            dW = mg.product(t.dy, mg.turned(t.U))
+            t.dA[...] = laid((dW * get(t.G).astype(jnp.float32)).astype(t.dA.dtype))
+            target = dG.at[block, batch, head, at.tile]
+            put(target, merged(A.astype(jnp.float32) * dW, target))
+
+        if wgs == 1:
+            _errors(views[0])
+            A = _scores(views[0])
+            meet()
+            d_errors(views[1])
+            d_scores(views[1], A)
+            meet()
+        else:
+
+            @pl.when(wg == 0)
+            def of_errors():
+                _errors(views[0])
+                meet()
+                d_errors(views[1])
+                meet()
+
+            @pl.when(wg == wgs - 1)
+            def of_scores():
+                A = _scores(views[0])
+                meet()
+                d_scores(views[1], A)
+                meet()
+
+        t = views[2]
+        half = lambda ref: mg.turned(ref.at[rows])
+        own_q, own_k = t.q.at[:, rows], t.k.at[:, rows]
+
+        def from_state(which: int, a: Any, b: Any, mine: Any) -> Array:
+            """A number per token times a bᵀ, and its own gradient; others' stay."""
+            x = mg.product(a, half(b))
+            new = jnp.sum(x * get(mine).astype(jnp.float32), axis=1)
+            sums[wg, which] = jnp.where(t.mine(), new, mg.load_rows(sums.at[wg, which]))
+            mg.publish()  # in order, for the sake of registers
+            return x * down(t.number(which))
+
+        new = from_state(READ_M, t.dy, t.M, own_q)
+        new += from_state(READ_S, t.dy, t.S, own_q)
+        new = accumulate(plan, new, t.dA, own_k)
+        target = dq.at[block, batch, where, head, rows]
+        put(target, merged(new, target).astype(dq.dtype))
+        new = from_state(WRITE_M, t.U, t.dM, own_k)
+        new += from_state(WRITE_S, t.U, t.dS, own_k)
+        new = accumulate(plan, new, t.dP, half(t.F))
+        new = accumulate(plan, new, mg.turned(t.dA), own_q)
+        target = dk.at[block, batch, where, head, rows]
+        put(target, merged(new, target).astype(dk.dtype))
+
+        t = views[3]
+        q_turned, k_turned = (mg.turned(ref.at[:, rows]) for ref in (t.q, t.k))
+        dF = accumulate(plan, get(dF_s.at[rows]), k_turned, t.dP)
+        dS = accumulate(plan, dM * at.end(ADD) + dS * at.end(CARRY), q_turned, t.read_S)
+        dM = accumulate(plan, dM * at.end(KEEP), q_turned, t.read_M)
+        meet()  # everyone has read what is overwritten next
+
+        @pl.when(closes)
+        def close():
+            mg.plgpu().copy_smem_to_gmem(sums.at[wg], d_rows.at[block, wg, batch, head, at.tile])
+            mg.plgpu().wait_smem_to_gmem(0)
+            before = at.tile - stages
+            pl.when((wg == 0) & (before >= 0))(lambda: fetch(before, slot))
+
+        none = lambda: mg.zeros(ROWS, COLUMNS)
+        dM, dF = jax.lax.cond(at.kind > 0, lambda dM, dF: (dM + dF, none()), lambda *x: x, dM, dF)
+        dF_s[rows] = laid(dF)
+
+        @pl.when(at.kind == GROUPS - 1)
+        def restart():
+            put(here(d_start), get(here(d_start)) + dM)
+
+        dM, dS = jax.lax.cond(at.kind == GROUPS - 1, lambda *_: (none(), none()), lambda *x: x, dM, dS)
+        return dM, dS
+
+    dM, dS = jax.lax.fori_loop(jnp.int32(0), visits, visit, (get(here(dM)), get(here(dS))))
+    for ref, x in ((first_dM, dM), (first_dS, dS), (first_dF, get(dF_s.at[rows]))):
+        put(here(ref), x)
+
+
+class Shared:
+    """Shared memory as one phase of a visit sees it.
+
+    Every phase has its own 0 to count places from (see `Place.nought`), so that none is held from one to the next.
+    """
+
+    def __init__(self, at: Place, slot: Any, tiles: Any, operands: Any, phase: int):
+        nought = at.nought(phase)
+        self.q, self.k, self.v, self.dy, self.G, self.tokens = (x.at[slot + nought] for x in tiles)
+        self.M, self.S, self.F, self.dM, self.dS, *small = (x.at[nought] for x in operands)
+        self.U, self.W, self.dA, self.dP, self.read_M, self.read_S = small
+        self.group = at.group.astype(jnp.float32)
+
+    def number(self, which: int) -> Array:
+        return mg.load_rows(self.tokens.at[which])
+
+    def mine(self) -> Array:
+        """Which tokens are of this visit."""
+        return self.number(VISIT) == self.group
+
+    def member(self) -> Array:
+        return mg.down(self.number(VISIT), COLUMNS) == self.group
+
+
+def _errors(t: Shared) -> None:
+    """U, and what the reads' gradients bring to M and S."""
+    U = mg.product(t.k, t.F) - get(t.v).astype(jnp.float32)
+    t.U[...] = laid(jnp.where(t.member(), 2.0 * U, 0.0).astype(t.U.dtype))
+    asked = jnp.where(t.member(), get(t.dy).astype(jnp.float32), 0.0)
+    for ref, which in ((t.read_M, READ_M), (t.read_S, READ_S)):
+        ref[...] = laid((asked * down(t.number(which))).astype(ref.dtype))
+
+
+def _scores(t: Shared) -> Array:
+    """A, in bfloat16 as all that is kept."""
+    A = mg.product(t.q, mg.turned(t.k))
+    t.W[...] = laid((A * get(t.G).astype(jnp.float32)).astype(t.W.dtype))
+    return A.astype(t.W.dtype)
+
+
+def put_rows(ref: Any, value: Array) -> None:
+    """A number per row to device memory."""
+    mg.plgpu().store(ref, value, optimized=False)
