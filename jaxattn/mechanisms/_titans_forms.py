@@ -60,7 +60,7 @@ def squash(spec: Any, raw: dict[str, Array]) -> dict[str, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """One layer's tokens, keys and values repeated to the query heads, everything but v in f32 or wider."""
+    """One layer's tokens in f32 or wider, keys and values repeated to the query heads; `kind` is what they came in."""
 
     q: Float[Array, "B T H D"]
     k: Float[Array, "B T H D"]
@@ -72,6 +72,7 @@ class Inputs:
     spec: Any
     params: dict
     attention: dict[str, Any]  # scale, rope
+    kind: Any
 
     def maps(self, user: str, *xs: Array) -> tuple[Array, ...]:
         """q, k and v by the maps of memory or attention."""
@@ -119,7 +120,7 @@ def prepare(
     start = tuple(wide(params[f"memory_{i}"]) for i in range(int(spec.depth)))
     attention = {"scale": scale, "rope": rope}
     tokens = (wide(q), wide(k), wide(v), positions, own_documents(segments))
-    return Inputs(*tokens, jax.tree.map(wide, rates), start, spec, params, attention)
+    return Inputs(*tokens, jax.tree.map(wide, rates), start, spec, params, attention, jnp.result_type(q, k, v))
 
 
 def run(x: Inputs, state: TitansState | None, *, backend: str, tangents: bool = False) -> tuple[Array, TitansState]:
@@ -131,8 +132,11 @@ def run(x: Inputs, state: TitansState | None, *, backend: str, tangents: bool = 
     common: dict[str, Any] = {"start": x.start, "backend": backend, "tangents": tangents}
 
     def remember(q: Array, k: Array, v: Array) -> tuple[Array, MemoryState]:
+        """In the tokens' own precision, which kernels need for speed, and all that the one for GPUs has."""
         call: dict[str, Any] = {"segments": x.segments, "read_after_write": x.spec.read_after_write, **x.rates}
-        return neural_memory(q, k, v, state=state.memory, chunk=int(x.spec.chunk), **call, **common)
+        q, k, v = (t.astype(x.kind) for t in (q, k, v))
+        o, memory = neural_memory(q, k, v, state=state.memory, chunk=int(x.spec.chunk), **call, **common)
+        return o.astype(x.v.dtype), memory
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
         way = "reference" if tangents else backend  # the fast one has no forward-mode derivative

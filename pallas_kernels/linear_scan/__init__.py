@@ -63,8 +63,8 @@ def linear_scan(
         that F = `features.feature_width(D, taylor)`; padding has none. None: q and k as they are, F = D.
       scale: multiplies q, or φ(q).
       chunk: tokens that are done at once, by "xla" and "tpu"; None: the backend's own.
-      backend: "auto", "xla", "gpu", "tpu", "reference"; a named backend never falls back. "tpu" multiplies in the dtype
-        of q and k, also where v is wider; sums and states are f32.
+      backend: "auto", "xla", "gpu", "tpu", "reference"; a named backend never falls back. "tpu" and "gpu"
+        multiply in the dtype of q and k, also where v is wider; sums and states are f32.
 
     Returns:
       o in v's dtype, the state in f32 (f64 where an input is f64).

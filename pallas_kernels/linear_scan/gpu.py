@@ -1,7 +1,8 @@
 """The Hopper kernel's wrapper: chunks of 64 tokens, one state per head in registers (arXiv 2405.17381).
 
 Operands of products are bfloat16, the state before a chunk among them; sums, decays and the state that is carried
-on are f32. The kernel is in `gpu_kernel`, its second, third and fourth call in `gpu_backward`.
+on are f32, and so are outputs where v is. The kernel is in `gpu_kernel`, its second, third and fourth call in
+`gpu_backward`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def unfit(q: Array, k: Array, v: Array, *, key_dim: int) -> str | None:
     if key_dim != q.shape[3]:
         return f"backend 'gpu' forms no features but taylor makes {key_dim} of {q.shape[3]} numbers: use 'xla'."
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
+        if x.dtype != jnp.bfloat16 and (name, x.dtype) != ("v", jnp.float32):  # whose outputs are wanted in float32
             return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
         if x.shape[3] > WIDTHS[-1]:
             return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
@@ -60,12 +61,14 @@ def linear_scan_gpu(
     plan = Plan(
         scale=float(scale),
         decay=log_decay is not None,
+        out=v.dtype,
         staged=mg.simulated(),
         interpret=mg.mode(interpret_for("linear_scan", "gpu")),
     )
     length, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     live, document = documents(segments, initial_segment)
-    q, k, v = (_blocked(x, live) for x in (q, k, v))  # zeroed padding neither reads nor writes, even nan
+    # Zeroed padding neither reads nor writes, even nan.
+    q, k, v = (_blocked(x.astype(jnp.bfloat16), live) for x in (q, k, v))
     fill = -length % CHUNK
     g = None
     if log_decay is not None:
@@ -98,12 +101,13 @@ def _forward(
     plan: Plan, q: Array, k: Array, v: Array, g: Array | None, document: Array, start: Array
 ) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
     ahead, _, fade = directions(plan, g, document)
-    o, last, _ = scan(plan, q, k, v, start, ahead, fade, name="linear_scan_forward")
+    o, last, _ = scan(plan, q, k, v, start, ahead, fade, name="linear_scan_forward", dtype=plan.out)
     return (o, last), (q, k, v, g, document, start, last)
 
 
 def _backward(plan: Plan, saved: tuple[Array | None, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
-    dq, dk, dv, dg, d_start = backward(plan, saved, *cotangents)
+    do, d_last = cotangents
+    dq, dk, dv, dg, d_start = backward(plan, saved, do.astype(jnp.bfloat16), d_last)
     return dq, dk, dv, dg, None, d_start
 
 

@@ -40,6 +40,7 @@ class Plan:
 
     scale: float
     decay: bool
+    out: Any  # dtype of the outputs
     staged: bool
     interpret: Any
 

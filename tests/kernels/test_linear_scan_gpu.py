@@ -82,9 +82,8 @@ def check(arrays, segments=None, owner=None, *, mode="plain", rtol=1e-2):
     theirs = both(linear_scan_reference, exact, segments, owner)
     with interpreted(mode):
         ours = both(linear_scan_gpu, arrays, segments, owner)
-    for name, like in zip(
-        ("o", "last", "dq", "dk", "dv"), (jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3), strict=True
-    ):
+    wide = arrays[2].dtype
+    for name, like in zip(("o", "last", "dq", "dk", "dv"), (wide, jnp.float32, *[jnp.bfloat16] * 2, wide), strict=True):
         assert ours[name].dtype == like, name
     close(ours, theirs, rtol)
     return ours
@@ -112,6 +111,13 @@ def test_long_sequences_start_again_from_saved_states(length, mark, monkeypatch)
     for module in (gpu_kernel, gpu_backward):
         monkeypatch.setattr(module, "MARK", mark)
     check(inputs(length, "token", heads=1, dim=8, width=8, strong=0.05))
+
+
+def test_values_in_float32_have_outputs_in_float32():
+    """Sums that are divided by afterwards; products are bfloat16 all the same."""
+    q, k, v, *rest = inputs(100, "none")
+    ours = check((q, k, v.astype(jnp.float32), *rest))
+    assert (np.asarray(ours["o"]) != np.asarray(ours["o"].astype(jnp.bfloat16), np.float32)).any()
 
 
 def test_tokens_that_forget_all():
@@ -268,7 +274,9 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
     with compiling_for("gpu"):
         assert kernel in text(q, k, v)
         assert kernel in text(q, k, v, backend="gpu")
-        assert kernel not in text(q, k, v.astype(jnp.float32))
+        assert kernel in text(q, k, v.astype(jnp.float32))
+        assert kernel not in text(q, k, v.astype(jnp.float16))
+        assert kernel not in text(q, k.astype(jnp.float32), v)
         assert kernel not in text(q[..., :8], k[..., :8], v, taylor="symmetric")
         with pytest.raises(NotImplementedError, match="forms no features"):
             text(q, k, v, taylor="full", backend="gpu")
@@ -279,7 +287,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
 @pytest.mark.parametrize(("decay", "powers"), [(True, 2 * 2 * 256 * 64), (False, 0)])
 def test_the_cost_estimate_counts_scores_once(decay, powers):
     struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    plan = Plan(scale=1.0, decay=decay, staged=False, interpret=False)
+    plan = Plan(scale=1.0, decay=decay, out=jnp.bfloat16, staged=False, interpret=False)
     arrays = (
         struct(2, 256, 2, 64),
         struct(2, 256, 1, 64),
