@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.probe.gpu import probe_gpu
+from pallas_kernels.probe.gpu import unfit as unfit_gpu
 from pallas_kernels.probe.reference import probe_reference
 from pallas_kernels.probe.stats import NAMES, Stats, wanted
 from pallas_kernels.probe.tpu import probe_tpu, unfit
@@ -23,7 +25,7 @@ from pallas_kernels.probe.xla import probe_xla
 
 __all__ = ["NAMES", "Stats", "probe"]
 
-IMPLEMENTATIONS = {"reference": probe_reference, "xla": probe_xla, "tpu": probe_tpu}
+IMPLEMENTATIONS = {"reference": probe_reference, "xla": probe_xla, "tpu": probe_tpu, "gpu": probe_gpu}
 
 
 def probe(
@@ -39,8 +41,8 @@ def probe(
     """Statistics of softmax rows; see `Stats` for each. Not differentiable: gradients through it are zero.
 
     Diagonals at offsets below 0 or from S on, and the keys of segment `GLOBAL`, which have no place, are left out.
-    "tpu" needs key positions that advance by one from index to index over what a query sees; where they do not, its
-    diagonals (of all queries of the call) are NaN.
+    "tpu" and "gpu" need key positions that advance by one from index to index over what a query sees; where they do
+    not, their diagonals (of all queries of the call) are NaN. "gpu" computes bfloat16.
 
     Args:
       q: probe queries, such as the last 64 of a prompt; query head h reads key head h // (H // K). At most 128 for
@@ -50,7 +52,7 @@ def probe(
       scale: multiplies q·k.
       want: which of `NAMES`; "top" gives index and weight.
       block: keys of a block, of "blocks" and "block_max".
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
 
     Raises:
       ConfigError: an unknown statistic, or block < 1.
@@ -60,5 +62,6 @@ def probe(
     if block < 1:
         raise ConfigError(f"block is {block} but must be at least 1 key.")
     q, k = jax.lax.stop_gradient((q, k))
-    run = resolve("probe", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, names, block)})
+    reasons = {"tpu": unfit(q, k, names, block), "gpu": unfit_gpu(q, k, names, block)}
+    run = resolve("probe", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(q, k, vis, scale=scale, want=names, block=block)

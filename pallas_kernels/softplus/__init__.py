@@ -14,13 +14,15 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from jaxattn.rope import PositionBias
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.softplus.gpu import softplus_gpu
+from pallas_kernels.softplus.gpu import unfit as unfit_gpu
 from pallas_kernels.softplus.reference import softplus_reference
 from pallas_kernels.softplus.tpu import softplus_tpu, unfit
 from pallas_kernels.softplus.xla import softplus_xla
 
 __all__ = ["softplus_attention"]
 
-IMPLEMENTATIONS = {"reference": softplus_reference, "xla": softplus_xla, "tpu": softplus_tpu}
+IMPLEMENTATIONS = {"reference": softplus_reference, "xla": softplus_xla, "tpu": softplus_tpu, "gpu": softplus_gpu}
 
 
 def softplus_attention(
@@ -47,12 +49,14 @@ def softplus_attention(
       p: exponent of the re-weighting; None leaves it out.
       exempt: rows with N_i <= exempt keep all their keys (mean 0).
       bias: position bias added to the scaled scores, zero on `GLOBAL` keys.
-      backend: "auto", "xla", "tpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back. "gpu" takes v in bfloat16
+        and rounds q and k to it.
 
     Raises:
       NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
     if inspect.isfunction(bias):
         bias = jax.tree_util.Partial(bias)  # a pytree without leaves, so that it may cross a custom_vjp
-    run = resolve("softplus_attention", backend, IMPLEMENTATIONS, default="xla", unfit={"tpu": unfit(q, k, v, bias)})
+    reasons = {"tpu": unfit(q, k, v, bias), "gpu": unfit_gpu(q, k, v, bias)}
+    run = resolve("softplus_attention", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(q, k, v, vis, scale=scale, p=p, exempt=exempt, bias=bias)
