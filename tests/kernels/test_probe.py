@@ -198,7 +198,7 @@ def test_a_named_backend_says_why_it_cannot_run():
         with pytest.raises(NotImplementedError, match=r"blocks of 8, .* but block is 12"):
             call(want="blocks", block=12)
         jax.eval_shape(lambda q: call(q, want="columns", block=12), q)
-    with pytest.raises(NotImplementedError, match="backend 'gpu' (needs JAX|computes bfloat16)"):
+    with pytest.raises(NotImplementedError, match=r"backend 'gpu' (needs JAX|computes bfloat16)"):
         call(backend="gpu")
     with pytest.raises(ConfigError, match=r"want is \['rows'\] but must name some of lse, top"):
         call(want=["rows"])

@@ -285,7 +285,7 @@ def test_impossible_options_are_refused_by_name(fields, message):
 def test_a_named_backend_never_falls_back():
     q, k, v = inputs(8)
     check_call(MECHANISM, q, k, v, causal_self=True)
-    with pytest.raises(NotImplementedError, match="backend 'gpu' (needs JAX|computes bfloat16)"):
+    with pytest.raises(NotImplementedError, match=r"backend 'gpu' (needs JAX|computes bfloat16)"):
         softplus_attention(q, k, v, self_visibility(2, 8), scale=1.0, p=15.0, backend="gpu")
 
 
