@@ -144,7 +144,7 @@ def whoami(wg: Any, dim: int, v_dim: int) -> Any:
     """`wg`, which kernels for wide heads ask for again in every step.
 
     What does not change is computed before the loop, and the addresses of all parts of a wide operand would hold
-    their registers all the time: 34 of a thread, and in dk that much is missing.
+    their registers all the time: 34 of a thread in dq, and dk would spill.
     """
     return jax.lax.axis_index("wg") if wide(dim, v_dim) else wg
 
