@@ -107,8 +107,10 @@ def test_wide_keys_or_values(dims, score):
 @pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
 @pytest.mark.parametrize("score", [SOFTMAX, SIGMOID], ids=ids)
 def test_odd_shapes(shape, score):
-    arrays = numbers(shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, value_dim=shape.value_dim)
-    check(arrays, self_visibility(1, shape.length), score)
+    q, k, v = numbers(
+        shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, value_dim=shape.value_dim
+    )
+    check((q, k, 0.05 * v), self_visibility(1, shape.length), score)  # outputs whose rounding no loss amplifies
 
 
 @pytest.mark.slow
