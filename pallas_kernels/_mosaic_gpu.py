@@ -107,11 +107,15 @@ def launch(how: Launch, body: Callable[..., None], out: Any, scratch: Sequence[A
 # Scratch
 
 
-def operand(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory for operands of products; the last two axes are rows and columns of the tile."""
+def operand(*shape: int, dtype: Any = jnp.bfloat16, swizzle: int = SWIZZLE) -> Any:
+    """Shared memory for operands of products; the last two axes are rows and columns of the tile.
+
+    Args:
+      swizzle: in bytes: 128, 64 or 32, the same for both operands. What a product sums over is a multiple of it.
+    """
     api = plgpu()
-    width = SWIZZLE // jnp.dtype(dtype).itemsize
-    return api.SMEM(shape, dtype, transforms=(api.TilingTransform((8, width)), api.SwizzleTransform(SWIZZLE)))
+    width = swizzle // jnp.dtype(dtype).itemsize
+    return api.SMEM(shape, dtype, transforms=(api.TilingTransform((8, width)), api.SwizzleTransform(swizzle)))
 
 
 def narrow_operand(*shape: int) -> Any:

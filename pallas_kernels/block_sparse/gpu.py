@@ -18,11 +18,11 @@ from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.block_sparse.gpu_lists import Plan, by_key, by_query
 from pallas_kernels.block_sparse.lists import in_blocks
 from pallas_kernels.flash import gpu, gpu_backward, rows
-from pallas_kernels.flash.gpu import BLOCK_K, blocked
-from pallas_kernels.flash.gpu_tiles import BLOCK
+from pallas_kernels.flash.gpu import blocked
+from pallas_kernels.flash.gpu_tiles import BLOCK, column_tile, key_tile
 from pallas_kernels.flash.score import Score
 
-TOKENS = {"block_q": BLOCK, "block_k": max(BLOCK, BLOCK_K)}  # what a block of threads, or a step of one, works on
+TOKENS = {"block_q": BLOCK, "block_k": BLOCK}  # what a block of threads works on; its steps are parts of that
 
 
 def unfit(q: Array, k: Array, v: Array, score: Score, block_q: int, block_k: int) -> str | None:
@@ -60,6 +60,8 @@ def block_sparse_gpu(
         raise NotImplementedError(f"block_sparse: {reason}")
     interpret = mg.mode(interpret_for("block_sparse", "gpu"))
     batch, length, heads, _ = q.shape
+    v_dim, (q, k, v) = v.shape[3], map(blocked, (q, k, v))
+    dims = q.shape[3], v.shape[3]
     plan = Plan(
         score=score,
         scale=float(scale),
@@ -76,11 +78,10 @@ def block_sparse_gpu(
         width=blocks.shape[3],
         block_q=block_q,
         block_k=block_k,
-        query_tiles=-(-length // BLOCK) * (BLOCK // gpu_backward.COLUMNS),
+        query_tiles=-(-length // BLOCK) * (BLOCK // column_tile(*dims)),
     )
-    vis = in_blocks(vis, batch, BLOCK, BLOCK_K)
-    o, stat = _attend(plan, blocked(q, BLOCK), blocked(k, BLOCK_K), blocked(v, BLOCK_K), vis, blocks)
-    return o[:, :length, :, : v.shape[3]], rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)
+    o, stat = _attend(plan, q, k, v, in_blocks(vis, batch, BLOCK, BLOCK), blocks)
+    return o[:, :length, :, :v_dim], rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,13 +91,14 @@ def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: A
 
 
 def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: Array) -> tuple[Any, Any]:
-    o, stat = gpu.forward(plan, by_query(plan, blocks, vis, BLOCK, BLOCK_K), q, k, v, vis)
+    tile = key_tile(q.shape[3], v.shape[3])
+    o, stat = gpu.forward(plan, by_query(plan, blocks, vis, BLOCK, tile), q, k, v, vis)
     return (o, stat), ((q, k, v, vis, o, stat), blocks)
 
 
 def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None, None]:
-    (_, _, _, vis, _, _), blocks = saved
-    columns = gpu_backward.COLUMNS
+    (q, _, v, vis, _, _), blocks = saved
+    columns = column_tile(q.shape[3], v.shape[3])
     tables = by_query(plan, blocks, vis, BLOCK, columns), by_key(plan, blocks, vis, columns, BLOCK)
     return *gpu_backward.backward(plan, saved[0], *d_out, tables), None, None
 

@@ -1,8 +1,8 @@
 """The Hopper kernel: two warpgroups compute, a third fetches keys and values ahead of them (arXiv 2407.08608).
 
 A block of threads has 128 queries of one head, 64 for each computing warpgroup, and walks over the tiles of keys
-that some of them see. Weights are handed to the second product in registers. The backward pass is in
-`gpu_backward`.
+that some of them see. Weights are handed to the second product in registers. The wider the heads, the smaller the
+tiles: see `gpu_tiles.key_tile`. The backward pass is in `gpu_backward`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from pallas_kernels.flash.gpu_tiles import (
     STAGES,
     WEIGHTS,
     WGS,
+    WIDTHS,
+    Feed,
     Plan,
     exponents,
+    key_tile,
     logits,
     masked,
     nbytes,
+    operands,
     places,
     refill,
     ring,
     visits,
     walk,
+    whoami,
 )
 from pallas_kernels.flash.score import Score
 
-BLOCK_K = 128
 CONSUMER, PRODUCER = 232, 40  # registers of a thread
-WIDTHS = (64, 128)  # head dims the kernels have; others are padded
 NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum")
 
 
@@ -111,13 +114,13 @@ def flash_gpu(
         k_positions=wide(vis.k_positions, keys),
         k_segments=wide(vis.k_segments, keys),
     )
-    vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK_K)
-    o, stat = _attend(plan, blocked(q, BLOCK), blocked(k, BLOCK_K), blocked(v, BLOCK_K), vis)
+    vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK)
+    o, stat = _attend(plan, blocked(q), blocked(k), blocked(v), vis)
     o = o[:, :length, :, :v_dim]
     return (o, rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)) if stats else o
 
 
-def blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B t H d"]:
+def blocked(x: Float[Array, "B T H D"], block: int = BLOCK) -> Float[Array, "B t H d"]:
     """Whole blocks of tokens and a head dim the kernels have."""
     width = next(n for n in WIDTHS if n >= x.shape[3])
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - x.shape[3])))
@@ -130,7 +133,7 @@ def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[
 
 
 def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[tuple[Array, Array], Any]:
-    o, stat = forward(plan, visits(vis, BLOCK, BLOCK_K), q, k, v, vis)
+    o, stat = forward(plan, visits(vis, BLOCK, key_tile(q.shape[3], v.shape[3])), q, k, v, vis)
     return (o, stat), (q, k, v, vis, o, stat)
 
 
@@ -138,29 +141,31 @@ def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibil
     """As `_attend`, over the tiles of `table`, which `plan.visit` reads."""
     batch, length, heads, dim = q.shape
     v_dim, steps = v.shape[3], length // BLOCK
-    more = [mg.operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
-    more += [mg.operand(WGS, mg.ROWS, BLOCK_K)] if plan.staged else []
+    block_k = key_tile(dim, v_dim)
+    operand = operands(block_k)
+    more = [operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
+    more += [operand(WGS, mg.ROWS, block_k)] if plan.staged else []
     out = [
         jax.ShapeDtypeStruct((batch, length, heads, v_dim), v.dtype),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
-    again = BLOCK_K * (dim + v_dim) * 2
+    again = block_k * (dim + v_dim) * 2
     o, stat = mg.launch(
         mg.Launch(
             f"{plan.OP}_forward",
             grid={"head": heads, "block": steps, "batch": batch},
-            threads=WGS + 1,
+            threads=threads(v_dim),
             interpret=plan.interpret,
-            cost=plan.cost(q, k, v, (BLOCK, BLOCK_K), (1, 1), nbytes(q, *out), again),
+            cost=plan.cost(q, k, v, (BLOCK, block_k), (1, 1), nbytes(q, *out), again),
         ),
         partial(_forward_kernel, plan, steps),
         out,
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(STAGES, BLOCK_K, dim),
-            mg.operand(STAGES, BLOCK_K, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(STAGES, block_k, dim),
+            operand(STAGES, block_k, v_dim),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.plain(STAGES, 2, BLOCK_K, dtype=jnp.int32),
+            mg.plain(STAGES, 2, block_k, dtype=jnp.int32),
             mg.plain(WGS, mg.ROWS),
             mg.barriers(WGS, 2),  # q and its places, of each computing warpgroup
             mg.barriers(STAGES, 2),  # k and its places
@@ -186,36 +191,32 @@ def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, 
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
     visit = plan.visit(table, (b, h, i), (q.shape[2], steps))
 
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        head = jax.lax.div(h, jnp.int32(plan.group))
+    def queries() -> None:
         for n in range(WGS):
-            queries = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
-            mg.fetch(q.at[b, queries, h], q_s.at[n], ready.at[n])
-            mg.fetch(q_at.at[b, :, queries], q_at_s.at[n], ready.at[n])
+            rows_of = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
+            mg.fetch(q.at[b, rows_of, h], q_s.at[n], ready.at[n])
+            mg.fetch(q_at.at[b, :, rows_of], q_at_s.at[n], ready.at[n])
 
-        def step(n: Any, slot: Any) -> None:
-            keys = pl.ds(visit.tile(n) * BLOCK_K, BLOCK_K)
-            mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
-            mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
-            pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
-            mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
+    def keys_and_values(n: Any, slot: Any) -> None:
+        head = jax.lax.div(h, jnp.int32(plan.group))
+        keys = pl.ds(visit.tile(n) * k_s.shape[1], k_s.shape[1])
+        mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
+        mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
+        pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
+        mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
 
-        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, step), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
+    def compute(ahead: Callable[[Any], None]) -> None:
         first = i * BLOCK + wg * mg.ROWS
         stage = more[-1].at[wg] if plan.staged else None
         mg.wait(ready.at[wg])
 
         def tile(hides: bool, n: Any, slot: Any, carry: Any) -> Any:
             acc, top, mass = carry
+            me = whoami(wg, q_s.shape[2], v_s.shape[2])
+            ahead(n)
             mg.wait(k_full.at[slot])
-            s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot]))
-            mask = partial(masked, q_at=q_at_s.at[wg], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
+            s = mg.product(q_s.at[me], mg.turned(k_s.at[slot]))
+            mask = partial(masked, q_at=q_at_s.at[me], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
             w, fade, top, mass = _weights(plan, s, mask if hides else None, top, mass)
             mg.arrive(k_free.at[slot])
             if fade is not None:
@@ -233,6 +234,29 @@ def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, 
         o_s[wg] = (acc * mg.down(1.0 / z, acc.shape[1])).astype(o.dtype)
         stat_s[wg] = rows.saved(mass, top, plan.score)
         mg.store((o_s.at[wg], o.at[b, pl.ds(first, mg.ROWS), h]), (stat_s.at[wg], stat.at[b, h, pl.ds(first, mg.ROWS)]))
+
+    if threads(v_s.shape[2]) == WGS:
+        feed = Feed(wg, visit.count, k_free, keys_and_values)
+        pl.when(wg == 0)(queries)
+        feed.start()
+        compute(feed.ahead)
+        return
+
+    @pl.when(wg == WGS)
+    def produce():
+        mg.registers(PRODUCER, more=False)
+        queries()
+        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
+
+    @pl.when(wg < WGS)
+    def consume():
+        mg.registers(CONSUMER, more=True)
+        compute(lambda n: None)
+
+
+def threads(v_dim: int) -> int:
+    """Warpgroups of the forward kernel. Sums of the widest values leave no registers for one that only fetches."""
+    return WGS if v_dim > 192 else WGS + 1
 
 
 def _floor(plan: Plan) -> float:

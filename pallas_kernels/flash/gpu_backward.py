@@ -1,7 +1,8 @@
-"""The two backward kernels for Hopper: dq over tiles of keys, dk and dv over the queries of all grouped heads.
+"""The backward kernels for Hopper: dq over tiles of keys, dk and dv over the queries of all grouped heads.
 
-Both recompute a tile's weights from two numbers per row. Two warpgroups of 64 rows each compute; the first of them
-also starts the copies, one tile ahead, because sums of two products leave no registers for a third warpgroup.
+All recompute a tile's weights from two numbers per row. Two warpgroups of 64 rows each compute; the first of them
+also starts the copies, one tile ahead, because sums of two products leave no registers for a third warpgroup. The
+sums of wide heads leave none for each other: dk and dv then are a kernel each, which costs a fifth product.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ from pallas_kernels.flash.gpu_tiles import (
     STAGES,
     WEIGHTS,
     WGS,
+    Feed,
     Plan,
     Tile,
+    column_tile,
     exponents,
     logits,
     masked,
     nbytes,
+    operands,
     places,
-    refill,
     visits,
     walk,
+    whoami,
 )
 
-COLUMNS = 64  # keys (dq) or queries (dk, dv) of a tile
 FIRST, SECOND = 0, 1  # rows of `kept`
+SUMS = 256  # columns of sums a warpgroup has registers for
 
 
 def backward(
@@ -48,13 +52,16 @@ def backward(
       tables: what `plan.visit` reads: tiles of keys by block of queries, and of queries by block of keys.
     """
     q, k, v, vis, o, stat = saved
-    by_query, by_key = tables or (visits(vis, BLOCK, COLUMNS), visits(vis, COLUMNS, BLOCK, by_key=True))
+    columns = column_tile(q.shape[3], v.shape[3])
+    by_query, by_key = tables or (visits(vis, BLOCK, columns), visits(vis, columns, BLOCK, by_key=True))
     delta = jnp.einsum("bthv,bthv->bht", do.astype(jnp.float32), o.astype(jnp.float32))
     kept = _kept(plan, stat, delta, d_stat if plan.stats else jnp.zeros_like(stat))
     prefix = vis.prefix_len if plan.has_prefix else jnp.zeros(q.shape[:1], jnp.int32)
     at = places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
     arrays = (prefix, q, k, v, do.astype(v.dtype), kept, *at)
-    return _dq(plan, by_query, *arrays), *_dk_dv(plan, by_key, *arrays)
+    parts = (("dk", "dv"),) if q.shape[3] + v.shape[3] <= SUMS else (("dk",), ("dv",))
+    dk, dv = (x for some in parts for x in _dk_dv(plan, some, by_key, *arrays))
+    return _dq(plan, by_query, *arrays), dk, dv
 
 
 def _kept(plan: Plan, stat: Array, delta: Array, d_stat: Array) -> Float[Array, "B H 2 T"]:
@@ -100,28 +107,30 @@ def _score_gradients(plan: Plan, slope: Tile, dp: Tile, first: Tile, second: Til
 def _dq(plan: Plan, table: Array, prefix, q, k, v, do, kept, q_at, k_at) -> Array:
     batch, length, heads, dim = q.shape
     v_dim, steps = v.shape[3], length // BLOCK
+    columns = column_tile(dim, v_dim)
+    operand = operands(columns)
     return mg.launch(
         mg.Launch(
             f"{plan.OP}_dq",
             grid={"head": heads, "block": steps, "batch": batch},
             threads=WGS,
             interpret=plan.interpret,
-            cost=plan.cost(q, k, v, (BLOCK, COLUMNS), (2, 1), nbytes(q, q, do, kept), COLUMNS * (dim + v_dim) * 2),
+            cost=plan.cost(q, k, v, (BLOCK, columns), (2, 1), nbytes(q, q, do, kept), columns * (dim + v_dim) * 2),
         ),
         partial(_dq_kernel, plan, steps),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(WGS, mg.ROWS, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(WGS, mg.ROWS, v_dim),
             mg.plain(WGS, 2, mg.ROWS),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.operand(STAGES, COLUMNS, dim),
-            mg.operand(STAGES, COLUMNS, v_dim),
-            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
+            operand(STAGES, columns, dim),
+            operand(STAGES, columns, v_dim),
+            mg.plain(STAGES, 2, columns, dtype=jnp.int32),
             mg.barriers(WGS, 4),
             mg.barriers(STAGES, 3),
             mg.barriers(STAGES, WGS),
-            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+            *([operand(WGS, mg.ROWS, columns)] if plan.staged else []),
         ],
         *(table, prefix, q, k, v, do, kept, q_at, k_at),
     )
@@ -135,14 +144,15 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
     queries = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
     visit = plan.visit(table, (b, h, i), (q.shape[2], steps))
     stage = staging[0].at[wg] if plan.staged else None
+    columns = k_s.shape[1]
 
     def fetch(n: Any, slot: Any) -> None:
-        keys = pl.ds(visit.tile(n) * COLUMNS, COLUMNS)
+        keys = pl.ds(visit.tile(n) * columns, columns)
         mg.fetch(k.at[b, keys, head], k_s.at[slot], full.at[slot])
         mg.fetch(v.at[b, keys, head], v_s.at[slot], full.at[slot])
         mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], full.at[slot])
 
-    feed = _Feed(wg, visit.count, free, fetch)
+    feed = Feed(wg, visit.count, free, fetch)
     mg.fetch(q.at[b, queries, h], q_s.at[wg], ready.at[wg])
     mg.fetch(do.at[b, queries, h], do_s.at[wg], ready.at[wg])
     mg.fetch(kept.at[b, h, :, queries], kept_s.at[wg], ready.at[wg])
@@ -152,13 +162,14 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
     first, second = (mg.load_rows(kept_s.at[wg, n]) for n in (FIRST, SECOND))
 
     def tile(hides: bool, n: Any, slot: Any, acc: Tile) -> Tile:
+        me = whoami(wg, q_s.shape[2], do_s.shape[2])
         feed.ahead(n)
         mg.wait(full.at[slot])
-        hide = partial(masked, q_at=q_at_s.at[wg], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
-        s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot]))
-        _, slope = _weights(plan, s, hide if hides else lambda s: s, mg.down(first, COLUMNS))
-        dp = mg.product(do_s.at[wg], mg.turned(v_s.at[slot]))
-        ds = _score_gradients(plan, slope, dp, mg.down(first, COLUMNS), mg.down(second, COLUMNS))
+        hide = partial(masked, q_at=q_at_s.at[me], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
+        s = mg.product(q_s.at[me], mg.turned(k_s.at[slot]))
+        _, slope = _weights(plan, s, hide if hides else lambda s: s, mg.down(first, columns))
+        dp = mg.product(do_s.at[me], mg.turned(v_s.at[slot]))
+        ds = _score_gradients(plan, slope, dp, mg.down(first, columns), mg.down(second, columns))
         acc = mg.add_product(acc, ds.astype(k_s.dtype), k_s.at[slot], stage)
         mg.arrive(free.at[slot])
         return acc
@@ -168,38 +179,43 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
     mg.store((q_s.at[wg], dq.at[b, queries, h]))
 
 
-def _dk_dv(plan: Plan, table: Array, prefix, q, k, v, do, kept, q_at, k_at) -> tuple[Array, Array]:
+def _dk_dv(plan: Plan, parts: tuple[str, ...], table: Array, prefix, q, k, v, do, kept, q_at, k_at) -> list[Array]:
+    """Those of dk and dv that `parts` names."""
     batch, keys, kv_heads, dim = k.shape
     v_dim, steps = v.shape[3], keys // BLOCK
-    dk, dv = mg.launch(
+    columns = column_tile(dim, v_dim)
+    operand = operands(columns)
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ({"dk": k, "dv": v}[name] for name in parts)]
+    products = 1 + ("dk" in parts), len(parts)
+    return mg.launch(
         mg.Launch(
-            f"{plan.OP}_dk_dv",
+            f"{plan.OP}_{'_'.join(parts)}",
             grid={"head": kv_heads, "block": steps, "batch": batch},
             threads=WGS,
             interpret=plan.interpret,
-            cost=plan.cost(q, k, v, (COLUMNS, BLOCK), (2, 2), nbytes(k, v, k, v), COLUMNS * ((dim + v_dim) * 2 + 8)),
+            cost=plan.cost(q, k, v, (columns, BLOCK), products, nbytes(k, v, *out), columns * ((dim + v_dim) * 2 + 8)),
         ),
-        partial(_dk_dv_kernel, plan, steps),
-        [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        partial(_dk_dv_kernel, plan, steps, parts),
+        out,
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(WGS, mg.ROWS, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(WGS, mg.ROWS, v_dim),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.operand(STAGES, COLUMNS, dim),
-            mg.operand(STAGES, COLUMNS, v_dim),
-            mg.plain(STAGES, 2, COLUMNS),
-            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
-            mg.barriers(WGS, 3),
+            operand(STAGES, columns, dim),
+            operand(STAGES, columns, v_dim),
+            mg.plain(STAGES, 2, columns),
+            mg.plain(STAGES, 2, columns, dtype=jnp.int32),
+            mg.barriers(WGS, 2 + ("dk" in parts)),  # k and its places, and v for dk
             mg.barriers(STAGES, 4),
             mg.barriers(STAGES, WGS),
-            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+            *([operand(WGS, mg.ROWS, columns)] if plan.staged else []),
         ],
         *(table, prefix, q, k, v, do, kept, q_at, k_at),
     )
-    return dk, dv
 
 
-def _dk_dv_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k_at, dk, dv, *scratch):
+def _dk_dv_kernel(plan: Plan, steps: int, parts, table, prefix, q, k, v, do, kept, q_at, k_at, *refs):
+    out, scratch = dict(zip(parts, refs, strict=False)), refs[len(parts) :]
     k_s, v_s, k_at_s, q_s, do_s, kept_s, q_at_s, ready, full, free, *staging = scratch
     b, h, j, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "block", "wg"))
     keys = pl.ds(j * BLOCK + wg * mg.ROWS, mg.ROWS)
@@ -214,53 +230,40 @@ def _dk_dv_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at
         (early, at), (late, behind) = split(n, whole), split(n - wholes, rest)
         first, tile = plan.query_tile(visit.tile(jnp.where(n < wholes, at, whole + behind)))
         head = h * plan.group + first + jnp.where(n < wholes, early, late)
-        queries = pl.ds(tile * COLUMNS, COLUMNS)
+        queries = pl.ds(tile * q_s.shape[1], q_s.shape[1])
         mg.fetch(q.at[b, queries, head], q_s.at[slot], full.at[slot])
         mg.fetch(do.at[b, queries, head], do_s.at[slot], full.at[slot])
         mg.fetch(kept.at[b, head, :, queries], kept_s.at[slot], full.at[slot])
         mg.fetch(q_at.at[b, :, queries], q_at_s.at[slot], full.at[slot])
 
-    feed = _Feed(wg, total, free, fetch)
+    feed = Feed(wg, total, free, fetch)
     mg.fetch(k.at[b, keys, h], k_s.at[wg], ready.at[wg])
-    mg.fetch(v.at[b, keys, h], v_s.at[wg], ready.at[wg])
+    if "dk" in out:
+        mg.fetch(v.at[b, keys, h], v_s.at[wg], ready.at[wg])
     mg.fetch(k_at.at[b, :, keys], k_at_s.at[wg], ready.at[wg])
     feed.start()
     mg.wait(ready.at[wg])
 
-    def tile(hides: bool, n: Any, slot: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        acc_k, acc_v = carry
+    def tile(hides: bool, n: Any, slot: Any, sums: dict[str, Tile]) -> dict[str, Tile]:
+        sums, me = dict(sums), whoami(wg, k_s.shape[2], v_s.shape[2])
         feed.ahead(n)
         mg.wait(full.at[slot])
-        hide = partial(masked, q_at=q_at_s.at[slot], k_at=k_at_s.at[wg], prefix=prefix[b], plan=plan, by_key=True)
+        hide = partial(masked, q_at=q_at_s.at[slot], k_at=k_at_s.at[me], prefix=prefix[b], plan=plan, by_key=True)
         number = lambda n: mg.across(mg.load_columns(kept_s.at[slot, n]), mg.ROWS)
-        s = mg.product(k_s.at[wg], mg.turned(q_s.at[slot]))  # [keys, queries]
+        s = mg.product(k_s.at[me], mg.turned(q_s.at[slot]))  # [keys, queries]
         p, slope = _weights(plan, s, hide if hides else lambda s: s, number(FIRST))
-        acc_v = mg.add_product(acc_v, p.astype(do_s.dtype), do_s.at[slot], stage)
-        dp = mg.product(v_s.at[wg], mg.turned(do_s.at[slot]))
-        ds = _score_gradients(plan, slope, dp, number(FIRST), number(SECOND))
-        acc_k = mg.add_product(acc_k, ds.astype(q_s.dtype), q_s.at[slot], stage)
+        if "dv" in sums:
+            sums["dv"] = mg.add_product(sums["dv"], p.astype(do_s.dtype), do_s.at[slot], stage)
+        if "dk" in sums:
+            dp = mg.product(v_s.at[me], mg.turned(do_s.at[slot]))
+            ds = _score_gradients(plan, slope, dp, number(FIRST), number(SECOND))
+            sums["dk"] = mg.add_product(sums["dk"], ds.astype(q_s.dtype), q_s.at[slot], stage)
         mg.arrive(free.at[slot])
-        return acc_k, acc_v
+        return sums
 
-    start = mg.zeros(mg.ROWS, k_s.shape[2]), mg.zeros(mg.ROWS, v_s.shape[2])
-    acc_k, acc_v = walk(wholes, total, tile, start)
-    k_s[wg] = (acc_k * plan.scale).astype(dk.dtype)
-    v_s[wg] = acc_v.astype(dv.dtype)
-    mg.store((k_s.at[wg], dk.at[b, keys, h]), (v_s.at[wg], dv.at[b, keys, h]))
-
-
-class _Feed:
-    """The first warpgroup keeps the buffers filled."""
-
-    def __init__(self, wg: Any, count: Any, free: Any, fetch: Any):
-        self.wg, self.count, self.free, self.fetch = wg, count, free, fetch
-
-    def start(self) -> None:
-        for n in range(STAGES - 1):
-            pl.when((self.wg == 0) & (n < self.count))(partial(self.fetch, jnp.int32(n), jnp.int32(n)))
-
-    def ahead(self, n: Any) -> None:
-        """At the start of step n: waits for the others to finish step n - 1, whose buffer is next."""
-        new = n + (STAGES - 1)
-        slot = jax.lax.rem(new, jnp.int32(STAGES))
-        pl.when((self.wg == 0) & (new < self.count))(lambda: refill(new, slot, self.free, self.fetch))
+    place = {"dk": k_s, "dv": v_s}
+    sums = walk(wholes, total, tile, {name: mg.zeros(mg.ROWS, place[name].shape[2]) for name in parts})
+    for name, factor in (("dk", plan.scale), ("dv", 1.0)):
+        if name in sums:
+            place[name][wg] = (sums[name] * factor).astype(out[name].dtype)
+    mg.store(*((place[name].at[wg], out[name].at[b, keys, h]) for name in parts))

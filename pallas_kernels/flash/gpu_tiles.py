@@ -23,6 +23,7 @@ from pallas_kernels.flash.tiles import certain, reachable, sees, spans
 
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # a masked score of an elementwise activation; all of them and their slopes are 0 there
+WIDTHS = (64, 128, 192, 256)  # head dims the kernels have; others are padded
 WGS = 2  # computing warpgroups of a block of threads
 BLOCK = WGS * mg.ROWS  # queries (forward, dq) or keys (dk, dv) of a block of threads
 STAGES = 2  # tiles under way
@@ -117,6 +118,35 @@ class Plan:
             transcendentals=0 if self.score.activation in ("relu", "identity") else scores,
             bytes_accessed=moved + tiles * again,
         )
+
+
+def wide(dim: int, v_dim: int) -> bool:
+    """Whether a kernel must save registers and shared memory."""
+    return max(dim, v_dim) > 128
+
+
+def key_tile(dim: int, v_dim: int) -> int:
+    """Keys of a tile in the forward pass: fewer of wide heads, two tiles of which would not fit."""
+    return column_tile(dim, v_dim) if wide(dim, v_dim) else BLOCK
+
+
+def column_tile(dim: int, v_dim: int) -> int:
+    """Keys (dq) or queries (dk, dv) of a tile in the backward pass."""
+    return 64 if dim + v_dim <= 384 else 32
+
+
+def operands(tile: int) -> Any:
+    """`mg.operand` of kernels whose tiles have so many keys or queries, over which products sum."""
+    return partial(mg.operand, swizzle=min(mg.SWIZZLE, 2 * tile))
+
+
+def whoami(wg: Any, dim: int, v_dim: int) -> Any:
+    """`wg`, which kernels for wide heads ask for again in every step.
+
+    What does not change is computed before the loop, and the addresses of all parts of a wide operand would hold
+    their registers all the time: 34 of a thread in dq, and dk would spill.
+    """
+    return jax.lax.axis_index("wg") if wide(dim, v_dim) else wg
 
 
 def nbytes(*arrays: Any) -> int:
@@ -226,3 +256,20 @@ def refill(n: Any, slot: Any, free: Any, fetch: Callable[[Any, Any], None]) -> N
     """`fetch(n, slot)` as soon as every computing warpgroup is done with what the buffer held."""
     pl.when(n >= STAGES)(lambda: mg.wait(free.at[slot]))
     fetch(n, slot)
+
+
+class Feed:
+    """The first warpgroup keeps the buffers filled."""
+
+    def __init__(self, wg: Any, count: Any, free: Any, fetch: Any):
+        self.wg, self.count, self.free, self.fetch = wg, count, free, fetch
+
+    def start(self) -> None:
+        for n in range(STAGES - 1):
+            pl.when((self.wg == 0) & (n < self.count))(partial(self.fetch, jnp.int32(n), jnp.int32(n)))
+
+    def ahead(self, n: Any) -> None:
+        """At the start of step n: waits for the others to finish step n - 1, whose buffer is next."""
+        new = n + (STAGES - 1)
+        slot = jax.lax.rem(new, jnp.int32(STAGES))
+        pl.when((self.wg == 0) & (new < self.count))(lambda: refill(new, slot, self.free, self.fetch))

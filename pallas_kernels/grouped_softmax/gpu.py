@@ -20,12 +20,12 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, refill, ring
+from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, nbytes, refill, ring
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
 from pallas_kernels.grouped_softmax.gpu_backward import backward
-from pallas_kernels.grouped_softmax.gpu_tile import Plan, in_slots, levels, nbytes, tokens_of, weights
+from pallas_kernels.grouped_softmax.gpu_tile import Plan, in_slots, levels, tokens_of, weights
 from pallas_kernels.grouped_softmax.layout import Page, Places
 from pallas_kernels.grouped_softmax.reference import NEVER
 

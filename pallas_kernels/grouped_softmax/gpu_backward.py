@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, ring
+from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Feed, Visit, nbytes, ring
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
-from pallas_kernels.grouped_softmax.gpu_tile import Feed, Plan, gradients, in_slots, levels, nbytes, tokens_of, weights
+from pallas_kernels.grouped_softmax.gpu_tile import Plan, gradients, in_slots, levels, tokens_of, weights
 
 TILE = 64  # rows of a tile of keys, where a slot is not longer
 HALF = 64  # columns of dk and dv that a block of threads sums where it is

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import LOG2E, STAGES, refill
+from pallas_kernels.flash.gpu_tiles import LOG2E
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
 from pallas_kernels.grouped_softmax.layout import FIRST, OWN, SEEN
@@ -168,27 +166,6 @@ def joined(parts: Sequence[Array]) -> Array:
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def nbytes(*arrays: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-
-
 def in_slots(x: Float[Array, "B n K D"], index: Int[Array, "B m"]) -> Float[Array, "B m K D"]:
     """The rows at `index`, zero where it is out of range."""
     return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
-
-
-class Feed:
-    """The first warpgroup keeps the buffers of a ring filled, one step ahead."""
-
-    def __init__(self, wg: Any, count: Any, free: Any, fetch: Callable[[Any, Any], None]):
-        self.wg, self.count, self.free, self.fetch = wg, count, free, fetch
-
-    def start(self) -> None:
-        for n in range(STAGES - 1):
-            pl.when((self.wg == 0) & (n < self.count))(partial(self.fetch, jnp.int32(n), jnp.int32(n)))
-
-    def ahead(self, n: Any) -> None:
-        """At the start of step n: waits for all to finish step n - 1, whose buffer is next."""
-        new = n + (STAGES - 1)
-        slot = jax.lax.rem(new, jnp.int32(STAGES))
-        pl.when((self.wg == 0) & (new < self.count))(lambda: refill(new, slot, self.free, self.fetch))

@@ -92,7 +92,7 @@ def softplus_gpu(
     vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK)
     count = count_visible(vis).astype(jnp.float32)
     known = jnp.stack([scale * jnp.log(jnp.maximum(count, 1.0)), count], axis=1)
-    q, k, v = (blocked(x.astype(jnp.bfloat16), BLOCK) for x in (q, k, v))
+    q, k, v = (blocked(x.astype(jnp.bfloat16)) for x in (q, k, v))
     o = _attend(Rule(plan, p, exempt), q, k, v, vis, known)
     return o[:, :length, :, :v_dim]
 

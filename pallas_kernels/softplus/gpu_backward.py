@@ -21,8 +21,7 @@ from jaxtyping import Array
 
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_backward import _Feed
-from pallas_kernels.flash.gpu_tiles import BLOCK, STAGES, WGS, Tile, Visit, masked, nbytes, places, visits, walk
+from pallas_kernels.flash.gpu_tiles import BLOCK, STAGES, WGS, Feed, Tile, Visit, masked, nbytes, places, visits, walk
 from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, weights
 
 COLUMNS = 64  # keys (dq) or queries (dk, dv) of a tile
@@ -111,7 +110,7 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
         mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
         pl.when(n < visit.count)(lambda: mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot]))
 
-    feed = _Feed(wg, visit.count if rule.p is None else 2 * visit.count, free, fetch)
+    feed = Feed(wg, visit.count if rule.p is None else 2 * visit.count, free, fetch)
     mg.fetch(q.at[b, queries, h], q_s.at[wg], ready.at[wg])
     mg.fetch(do.at[b, queries, h], do_s.at[wg], ready.at[wg])
     mg.fetch(numbers.at[b, h, :, queries], numbers_s.at[wg], ready.at[wg])
@@ -209,7 +208,7 @@ def _of_keys_kernel(which: str, rule: Rule, steps: int, table, prefix, q, k, v, 
         mg.fetch(numbers.at[b, head, :, queries], numbers_s.at[slot], full.at[slot])
         mg.fetch(q_at.at[b, :, queries], q_at_s.at[slot], full.at[slot])
 
-    feed = _Feed(wg, total, free, fetch)
+    feed = Feed(wg, total, free, fetch)
     mg.fetch(k.at[b, keys, h], k_s.at[wg], ready.at[wg])
     mg.fetch(v.at[b, keys, h], v_s.at[wg], ready.at[wg])
     mg.fetch(k_at.at[b, :, keys], k_at_s.at[wg], ready.at[wg])
