@@ -28,6 +28,7 @@ ALIGNMENT = 1024  # of shared memory, which starts behind at most so many bytes
 BARRIERS = r"num_barriers=(\d+)[^)]*\): (\d+)"  # of a kind, and how many of that kind
 SALT, COMPILATIONS = "__", itertools.count()
 DUMP = "MOSAIC_GPU_DUMP_TO"
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # what the compiler says where it lost the overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _read(folder: Path) -> list[Resources]:
 def _resources(path: Path) -> Resources:
     name = re.sub(r"_\d+$", "", path.stem)
     said, ptx = path.read_text(), path.with_suffix(".ptx").read_text()
+    assert SERIALIZED not in said, f"{name}: products wait for each other: {said}"
     # Lowering and compiling number the kernels differently: of kernels of one name the largest demand is taken.
     asked = [file.read_text() for file in path.parent.glob(f"{name}_*.resources.txt")]
     number = lambda pattern, text: sum(int(n) for n in re.findall(pattern, text))
