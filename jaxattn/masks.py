@@ -23,6 +23,7 @@ from jaxattn.types import Leaf
 
 PADDING = 0
 GLOBAL = -1
+COUNTED = 1024  # keys that are counted at a time
 
 
 @struct.dataclass
@@ -109,6 +110,19 @@ def sees(
     if rules is not None:
         allowed &= rules if prefix is None else rules | (k_pos < prefix)
     return allowed | ((k_seg == GLOBAL) & (q_seg > PADDING))
+
+
+def count_visible(vis: Visibility) -> Int[Array, "B T"]:
+    """How many keys each query sees, without a T×S array."""
+    keys = vis.k_positions.shape[1]
+    size = min(COUNTED, keys)
+    vis = vis.pad_columns(-keys % size)
+
+    def add(total: Array, i: Array) -> tuple[Array, None]:
+        return total + jnp.sum(visible(vis.columns(i * size, size)), axis=-1, dtype=jnp.int32), None
+
+    zeros = jnp.zeros(vis.q_positions.shape, jnp.int32)
+    return jax.lax.scan(add, zeros, jnp.arange(-(-keys // size)))[0]
 
 
 def live_rows(vis: Visibility) -> Bool[Array, "B T"]:

@@ -29,6 +29,8 @@ def unfit(q: Array, k: Array, v: Array, score: Score, block_q: int, block_k: int
     """Why the Hopper kernels cannot serve a call, or None."""
     if reason := gpu.unfit(q, k, v, score, None):
         return reason
+    if score.normaliser == "count":
+        return "backend 'gpu' does not count the keys of lists but the normaliser is 'count': use 'xla'."
     for (name, tokens), size in zip(TOKENS.items(), (block_q, block_k), strict=True):
         if size % tokens:
             return (

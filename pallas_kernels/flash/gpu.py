@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxattn.masks import Visibility
+from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
@@ -48,7 +48,7 @@ from pallas_kernels.flash.gpu_tiles import (
 from pallas_kernels.flash.score import Score
 
 CONSUMER, PRODUCER = 232, 40  # registers of a thread
-NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum")
+NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum", "count")
 
 
 def unfit(
@@ -94,15 +94,16 @@ def flash_gpu(
     interpret = mg.mode(interpret_for("flash", "gpu"))
     batch, length, heads, _ = q.shape
     keys, v_dim = k.shape[1], v.shape[3]
+    counted = score.normaliser == "count"  # XLA counts: neither the kernel's sums nor its gradients need the number
     plan = Plan(
-        score=score,
+        score=dataclasses.replace(score, normaliser="none") if counted else score,
         scale=float(scale),
         group=heads // k.shape[2],
         causal=vis.causal,
         window=vis.window,
         has_prefix=vis.prefix_len is not None,
         aligned=vis.aligned,
-        stats=stats,
+        stats=stats and not counted,
         staged=mg.simulated(),
         interpret=interpret,
     )
@@ -114,9 +115,13 @@ def flash_gpu(
         k_positions=wide(vis.k_positions, keys),
         k_segments=wide(vis.k_segments, keys),
     )
+    seen = count_visible(vis).astype(jnp.float32)[..., None] if counted else None  # [B, T, 1]
     vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK)
     o, stat = _attend(plan, blocked(q), blocked(k), blocked(v), vis)
     o = o[:, :length, :, :v_dim]
+    if seen is not None:
+        o = (o / rows.divisor(seen)[..., None]).astype(o.dtype)
+        return (o, jnp.broadcast_to(seen, o.shape[:3])) if stats else o
     return (o, rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)) if stats else o
 
 

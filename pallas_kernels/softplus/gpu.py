@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxattn.masks import Visibility
+from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
@@ -40,7 +40,6 @@ from pallas_kernels.softplus.gpu_backward import backward
 from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, weights
 from pallas_kernels.softplus.gpu_tiles import unfit as unfit
 from pallas_kernels.softplus.reference import TINY, UNIFORM
-from pallas_kernels.softplus.tpu import count_visible
 
 BLOCK_K = 64  # keys of a tile; φ and w of 128 do not fit in registers
 CONSUMER, PRODUCER = 232, 40  # registers of a thread

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from jaxattn.masks import Visibility, visible
+from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import Alibi, PositionBias
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.flash.score import Score
@@ -37,8 +37,6 @@ from pallas_kernels.softplus.tpu_tiles import (
     weights,
 )
 from pallas_kernels.softplus.tpu_tiles import unfit as unfit
-
-COUNT_KEYS = 1024  # keys that are counted at a time
 
 
 def softplus_tpu(
@@ -97,19 +95,6 @@ def softplus_tpu(
     slopes = bias.slopes if isinstance(bias, Alibi) else jnp.ones((heads,))
     o = _attend(Rule(plan, p, exempt), q, k, v, vis, count, slopes.astype(jnp.float32))
     return jnp.swapaxes(o, 1, 2)[:, :length, :, :v_dim].astype(kind)
-
-
-def count_visible(vis: Visibility) -> Array:
-    """N of every row, [B, T]."""
-    keys = vis.k_positions.shape[1]
-    size = min(COUNT_KEYS, keys)
-    vis = vis.pad_columns(-keys % size)
-
-    def add(total: Array, i: Array) -> tuple[Array, None]:
-        return total + jnp.sum(visible(vis.columns(i * size, size)), axis=-1, dtype=jnp.int32), None
-
-    zeros = jnp.zeros(vis.q_positions.shape, jnp.int32)
-    return jax.lax.scan(add, zeros, jnp.arange(-(-keys // size)))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -287,6 +287,8 @@ def test_a_named_backend_says_why_it_cannot_run():
             call_with(dtype=jnp.float32)
         with pytest.raises(NotImplementedError, match="head dims up to 256 but q has 264"):
             call_with(dim=264)
+        with pytest.raises(NotImplementedError, match="does not count the keys of lists"):
+            call_with(score=Score("relu", "count"))
         with pytest.raises(NotImplementedError, match=r"normalisers .* but this is 'p_norm'"):
             call_with(score=Score("exp", "p_norm", p=2.0))
         with pytest.raises(NotImplementedError, match="but block_q is 64: choose a multiple of 128 or use 'xla'"):

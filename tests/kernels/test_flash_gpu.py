@@ -138,6 +138,18 @@ def test_every_member_on_packed_documents(score, stats):
     )  # outputs below 1, whose rounding the loss does not amplify
 
 
+@pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
+def test_weights_over_the_number_of_visible_keys(stats):
+    """A packed row and one behind its window; what sees nothing is zero."""
+    positions, segments = packed([70, 0, 1, 40], 131)
+    segments = segments.at[1].set(1)
+    vis = self_visibility(2, 131, positions=positions.at[1].set(jnp.arange(131)), segment_ids=segments, window=50)
+    o = check(numbers(131, batch=2), vis, Score("relu", "count"), stats=stats)
+    rest = np.asarray(jax.tree.leaves(o)[0], np.float32)[np.asarray(segments) == 0]
+    assert rest.size
+    assert not rest.any()
+
+
 RULES = {
     "both sides": (dict(causal=False), 0),
     "window and keys that everyone sees": (dict(window=20), 2),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxattn.masks import Visibility, self_visibility
+from jaxattn.masks import Visibility, count_visible, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.shapes import ODD
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.reference import softplus_reference
-from pallas_kernels.softplus.tpu import count_visible, softplus_tpu
+from pallas_kernels.softplus.tpu import softplus_tpu
 
 
 def inputs(length, *, batch=1, heads=4, kv_heads=2, dim=8, value_dim=12, keys=None, dtype=jnp.float32):
