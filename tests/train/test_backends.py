@@ -43,7 +43,7 @@ def test_a_program_for_a_tpu_gets_its_kernels_and_says_where_not(tmp_path):
         assert describe_backends(ready(tmp_path)) == "backends: flash tpu (this is a tpu)"
 
 
-@pytest.mark.parametrize(("attn", "why"), [("softmax", "computes on 'cpu'"), ("aaren", "prefix_softmax has no 'tpu'")])
+@pytest.mark.parametrize(("attn", "why"), [("softmax", "on 'cpu'"), ("aaren", "prefix_softmax: backend 'tpu'")])
 def test_a_backend_that_cannot_serve_is_refused_before_a_folder_is_made(tmp_path, attn, why):
     place = {"position": "nope", "backend": "tpu"}
     cfg = dataclasses.replace(h.tiny(tmp_path / "run", steps=2, model=place), attn=attn)
