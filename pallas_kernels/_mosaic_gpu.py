@@ -118,15 +118,6 @@ def operand(*shape: int, dtype: Any = jnp.bfloat16, swizzle: int = SWIZZLE) -> A
     return api.SMEM(shape, dtype, transforms=(api.TilingTransform((8, width)), api.SwizzleTransform(swizzle)))
 
 
-def narrow_operand(*shape: int) -> Any:
-    """bfloat16 operands in tiles of 32 columns, so that warpgroups can write half a tile of 64 each.
-
-    The operands of one product are either all narrow or all not.
-    """
-    api = plgpu()
-    return api.SMEM(shape, jnp.bfloat16, transforms=(api.TilingTransform((8, 32)), api.SwizzleTransform(64)))
-
-
 def plain(*shape: int, dtype: Any = jnp.float32) -> Any:
     """Shared memory as it comes: rows of numbers."""
     return plgpu().SMEM(shape, dtype)
@@ -167,6 +158,16 @@ def store(*pairs: tuple[Any, Any]) -> None:
     api.wait_smem_to_gmem(0)
 
 
+def begin_store(source: Any, target: Any) -> None:
+    """Starts a copy from shared to device memory, of what is published."""
+    plgpu().copy_smem_to_gmem(source, target)
+
+
+def settle(*, read: bool = False) -> None:
+    """Waits until what `begin_store` copies has arrived; with `read` only until it may be overwritten."""
+    plgpu().wait_smem_to_gmem(0, wait_read_only=read)
+
+
 def registers(count: int, *, more: bool) -> None:
     """Sets the registers of a thread of this warpgroup; a multiple of 8. Blocks of one warpgroup must not ask."""
     plgpu().set_max_registers(count, action="increase" if more else "decrease")
@@ -180,9 +181,29 @@ def turned(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
+def laid(value: jax.Array) -> jax.Array:
+    """Says that a tile lies as sums of products do; the compiler would search for long."""
+    return plgpu().layout_cast(value, plgpu().Layout.WGMMA)
+
+
+def get(ref: Any) -> jax.Array:
+    """A tile from memory into registers, as sums of products lie there."""
+    return plgpu().load(ref, layout=plgpu().Layout.WGMMA, optimized=False)
+
+
+def put(ref: Any, value: jax.Array) -> None:
+    """A tile from registers straight to memory."""
+    plgpu().store(ref, laid(value), optimized=False)
+
+
+def places(shape: tuple[int, ...], axis: int) -> jax.Array:
+    """The number of the row (axis 0) or column of every entry of a tile."""
+    return plgpu().broadcasted_iota(jnp.int32, shape, axis, layout=plgpu().Layout.WGMMA)
+
+
 def zeros(rows: int, columns: int) -> jax.Array:
     """f32 sums of products."""
-    return plgpu().layout_cast(jnp.zeros((rows, columns), jnp.float32), plgpu().Layout.WGMMA)
+    return laid(jnp.zeros((rows, columns), jnp.float32))
 
 
 def per_row(value: float, count: int = ROWS) -> jax.Array:

@@ -80,8 +80,7 @@ def pieces(plan: Plan, s: Float[Array, "m n"]) -> list[Array]:
 
 def _columns(rows: int) -> Array:
     """[rows, 8]: the number of the column."""
-    api = mg.plgpu()
-    return api.broadcasted_iota(jnp.int32, (rows, EIGHT), 1, layout=api.Layout.WGMMA)
+    return mg.places((rows, EIGHT), 1)
 
 
 def _masked(x: Float[Array, "m n"], limit: Array) -> Float[Array, "m n"]:

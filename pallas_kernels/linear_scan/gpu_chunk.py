@@ -27,8 +27,7 @@ def weighed(
       tokens: ref [6, 64] of the chunk.
       first: the chunk's token in the first column.
     """
-    api = mg.plgpu()
-    row, column = (api.broadcasted_iota(jnp.int32, scores.shape, axis, layout=api.Layout.WGMMA) for axis in (0, 1))
+    row, column = (mg.places(scores.shape, axis) for axis in (0, 1))
     column = column + first
     of_row = lambda n: mg.down(mg.load_rows(tokens.at[n]), scores.shape[1])
     of_column = lambda n: mg.across(mg.load_columns(tokens.at[n, pl.ds(first, scores.shape[1])]), CHUNK)
@@ -38,18 +37,3 @@ def weighed(
     if decay:  # what is not seen may be infinite here
         scores = scores * jnp.exp2(of_row(FADE) + of_column(BOOST))
     return jnp.where(see, scores, 0.0)
-
-
-def laid(value: Array) -> Array:
-    """Says where a tile lies; the compiler would search for long."""
-    return mg.plgpu().layout_cast(value, mg.plgpu().Layout.WGMMA)
-
-
-def get(ref: Any) -> Array:
-    """A tile from memory into the registers of a product's result."""
-    return mg.plgpu().load(ref, layout=mg.plgpu().Layout.WGMMA, optimized=False)
-
-
-def put(ref: Any, value: Array) -> None:
-    """A tile from registers to device memory."""
-    mg.plgpu().store(ref, laid(value), optimized=False)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.linear_scan.gpu_chunk import CHUNK, HALF, READ, WORKERS, WRITE, get, laid, put, weighed
+from pallas_kernels.linear_scan.gpu_chunk import CHUNK, HALF, READ, WORKERS, WRITE, weighed
 
 MARK = 8  # chunks from one saved state to the next
 DEPTH = 4  # chunks under way, if there is room
@@ -99,22 +99,23 @@ def scan(
 
 def _scratch(rows: int, columns: int, dtype: Any) -> list[Any]:
     """Shared memory: as many chunks as fit, up to `DEPTH`."""
+    narrow = partial(mg.operand, swizzle=2 * HALF)  # tiles of 32 columns, so that each worker can write half of 64
     half = columns // WORKERS
     small = dtype != jnp.float32
     chunk = CHUNK * (2 * rows + columns + CHUNK) * 2 + 6 * CHUNK * 4
     always = (rows + small * CHUNK) * columns * 2
     stages = min(DEPTH, (mg.SHARED_BYTES - SLACK - always) // chunk)
     return [
-        mg.narrow_operand(stages, CHUNK, rows),
-        mg.narrow_operand(stages, CHUNK, rows),
-        mg.narrow_operand(stages, CHUNK, columns),
+        narrow(stages, CHUNK, rows),
+        narrow(stages, CHUNK, rows),
+        narrow(stages, CHUNK, columns),
         mg.plain(stages, 6, CHUNK),
-        mg.narrow_operand(stages, CHUNK, CHUNK),
-        mg.narrow_operand(WORKERS, rows, half),
+        narrow(stages, CHUNK, CHUNK),
+        narrow(WORKERS, rows, half),
         mg.barriers(stages, 4),
         mg.barriers(stages, WORKERS),
         mg.barriers(stages, WORKERS),
-        *([mg.narrow_operand(WORKERS, CHUNK, half)] if small else []),
+        *([narrow(WORKERS, CHUNK, half)] if small else []),
     ]
 
 
@@ -153,7 +154,7 @@ def _kernel(
         def save(state: Array, n: Any) -> None:
             """States at the start of a chunk; reverse in time that is behind it."""
             where = marks[0].at[batch, head, jax.lax.div(n, jnp.int32(MARK)), :, columns]
-            pl.when(turn(n, MARK) == 0)(lambda: put(where, state))
+            pl.when(turn(n, MARK) == 0)(lambda: mg.put(where, state))
 
         def step(n: Any, carry: tuple[Any, Array]) -> tuple[Any, Array]:
             slot, state = carry
@@ -162,16 +163,16 @@ def _kernel(
             weights = lambda which: mg.down(mg.load_rows(numbers.at[which]), half)
             if mark and not reverse:
                 save(state, n)
-            state_s[wg] = laid(state.astype(state_s.dtype))
+            state_s[wg] = mg.laid(state.astype(state_s.dtype))
             mg.wait(full.at[slot])
             mg.publish()
             tile, seen = mg.products((a_s.at[slot], state_s.at[wg]), (a_s.at[slot], mg.turned(b_s.at[slot, own])))
             seen = weighed(seen, numbers, wg * HALF, scale=plan.scale, decay=plan.decay, reverse=reverse)
-            scores_s[slot, :, own] = laid(seen.astype(scores_s.dtype))
+            scores_s[slot, :, own] = mg.laid(seen.astype(scores_s.dtype))
             mg.publish()  # also: all four warps have read the state
             mg.arrive(scored.at[slot])
             written = state_s.at[wg, pl.ds(0, CHUNK)]
-            written[...] = laid((get(values).astype(jnp.float32) * weights(WRITE)).astype(state_s.dtype))
+            written[...] = mg.laid((mg.get(values).astype(jnp.float32) * weights(WRITE)).astype(state_s.dtype))
             tile, state = tile * weights(READ), state * kept
             mg.publish()  # also: what is loaded from the buffers is loaded, so copies may follow
             mg.wait(scored.at[slot])
@@ -181,21 +182,21 @@ def _kernel(
             mg.arrive(free.at[slot])
             target = o.at[batch, tokens_of(n), head, columns]
             if o_s:
-                mg.plgpu().wait_smem_to_gmem(0, wait_read_only=True)  # the tile before is on its way
-                o_s[0][wg] = laid(tile.astype(o.dtype))
+                mg.settle(read=True)  # the tile before is on its way
+                o_s[0][wg] = mg.laid(tile.astype(o.dtype))
                 mg.publish()
-                mg.plgpu().copy_smem_to_gmem(o_s[0].at[wg], target)
+                mg.begin_store(o_s[0].at[wg], target)
             else:  # f32, for which there is no room: four threads write 32 bytes
-                put(target, tile)
+                mg.put(target, tile)
                 mg.publish()  # all four warps have read what was written
             if mark and reverse:
                 save(state, chunk(n))
             return following(slot), state
 
         whole = lambda ref: ref.at[batch, head, :, columns]
-        carry = jnp.int32(0), get(whole(start))
-        put(whole(last), jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)[1])
-        mg.plgpu().wait_smem_to_gmem(0)
+        carry = jnp.int32(0), mg.get(whole(start))
+        mg.put(whole(last), jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, carry)[1])
+        mg.settle()
 
 
 def _cost(plan: Plan, count: int, length: int, rows: int, columns: int, arrays: tuple[Any, ...]) -> pl.CostEstimate:

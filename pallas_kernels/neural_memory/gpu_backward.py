@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.neural_memory.gpu_kernel import ROWS, Place, accumulate, all_met, down, get, laid, numbers, put
+from pallas_kernels.neural_memory.gpu_kernel import ROWS, Place, all_met, down, numbers
 from pallas_kernels.neural_memory.gpu_plan import (
     ADD,
     CARRY,
@@ -128,8 +128,8 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
 
     for n in range(max(0, plan.tiles - stages), plan.tiles):
         pl.when(wg == 0)(partial(fetch, n, n % stages))
-    put(here(d_start), mg.zeros(ROWS, COLUMNS))
-    dF_s[rows] = get(here(dF))
+    mg.put(here(d_start), mg.zeros(ROWS, COLUMNS))
+    dF_s[rows] = mg.get(here(dF))
 
     def visit(back: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i = visits - 1 - back
@@ -141,8 +141,8 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
         views = [Shared(at, slot, tiles, operands, phase) for phase in range(4)]
         old = views[0]
         pl.when(wg == 0)(lambda: fetch_state(at, old))
-        old.dM[rows] = laid(dM.astype(old.dM.dtype))
-        old.dS[rows] = laid(dS.astype(old.dS.dtype))
+        old.dM[rows] = mg.laid(dM.astype(old.dM.dtype))
+        old.dS[rows] = mg.laid(dS.astype(old.dS.dtype))
 
         @pl.when(opens)
         def begin():
@@ -152,30 +152,30 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
 
         mg.wait(found.at[0])
         for which, d, ref in ((KEEP, dM, old.M), (ADD, dM, old.S), (CARRY, dS, old.S)):
-            share = jnp.sum(d * get(ref.at[rows]).astype(jnp.float32), axis=1)
+            share = jnp.sum(d * mg.get(ref.at[rows]).astype(jnp.float32), axis=1)
             put_rows(d_ends.at[block, batch, head, at.place, which, rows], share)
 
         def merged(new: Array, ref: Any) -> Array:
             """What this visit and those to the same tile before it say."""
             if plan.single:
                 return jnp.where(old.member(), new, 0.0)
-            before = jax.lax.cond(opens, lambda: mg.zeros(TILE, COLUMNS), lambda: get(ref).astype(jnp.float32))
+            before = jax.lax.cond(opens, lambda: mg.zeros(TILE, COLUMNS), lambda: mg.get(ref).astype(jnp.float32))
             return jnp.where(old.member(), new, before)
 
         def d_errors(t: Shared) -> None:
             dU = mg.product(t.k, t.dM) * down(t.number(WRITE_M))
             dU += mg.product(t.k, t.dS) * down(t.number(WRITE_S))
-            dU = accumulate(plan, dU, mg.turned(t.W), t.dy)
+            dU = mg.accumulate(dU, mg.turned(t.W), t.dy, staged=plan.staged)
             dP = jnp.where(t.member(), 2.0 * dU, 0.0)
-            t.dP[...] = laid(dP.astype(t.dP.dtype))
+            t.dP[...] = mg.laid(dP.astype(t.dP.dtype))
             target = dv.at[batch, where, head, columns]
-            put(target, merged(-dP, target).astype(dv.dtype))
+            mg.put(target, merged(-dP, target).astype(dv.dtype))
 
         def d_scores(t: Shared, A: Array) -> None:
             dW = mg.product(t.dy, mg.turned(t.U))
-            t.dA[...] = laid((dW * get(t.G).astype(jnp.float32)).astype(t.dA.dtype))
+            t.dA[...] = mg.laid((dW * mg.get(t.G).astype(jnp.float32)).astype(t.dA.dtype))
             target = dG.at[block, batch, head, at.tile]
-            put(target, merged(A.astype(jnp.float32) * dW, target))
+            mg.put(target, merged(A.astype(jnp.float32) * dW, target))
 
         if wgs == 1:
             _errors(views[0])
@@ -207,51 +207,51 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
         def from_state(which: int, a: Any, b: Any, mine: Any) -> Array:
             """A number per token times a bᵀ, and its own gradient; others' stay."""
             x = mg.product(a, half(b))
-            new = jnp.sum(x * get(mine).astype(jnp.float32), axis=1)
+            new = jnp.sum(x * mg.get(mine).astype(jnp.float32), axis=1)
             sums[wg, which] = jnp.where(t.mine(), new, mg.load_rows(sums.at[wg, which]))
             mg.publish()  # in order, for the sake of registers
             return x * down(t.number(which))
 
         new = from_state(READ_M, t.dy, t.M, own_q)
         new += from_state(READ_S, t.dy, t.S, own_q)
-        new = accumulate(plan, new, t.dA, own_k)
+        new = mg.accumulate(new, t.dA, own_k, staged=plan.staged)
         target = dq.at[block, batch, where, head, rows]
-        put(target, merged(new, target).astype(dq.dtype))
+        mg.put(target, merged(new, target).astype(dq.dtype))
         new = from_state(WRITE_M, t.U, t.dM, own_k)
         new += from_state(WRITE_S, t.U, t.dS, own_k)
-        new = accumulate(plan, new, t.dP, half(t.F))
-        new = accumulate(plan, new, mg.turned(t.dA), own_q)
+        new = mg.accumulate(new, t.dP, half(t.F), staged=plan.staged)
+        new = mg.accumulate(new, mg.turned(t.dA), own_q, staged=plan.staged)
         target = dk.at[block, batch, where, head, rows]
-        put(target, merged(new, target).astype(dk.dtype))
+        mg.put(target, merged(new, target).astype(dk.dtype))
 
         t = views[3]
         q_turned, k_turned = (mg.turned(ref.at[:, rows]) for ref in (t.q, t.k))
-        dF = accumulate(plan, get(dF_s.at[rows]), k_turned, t.dP)
-        dS = accumulate(plan, dM * at.end(ADD) + dS * at.end(CARRY), q_turned, t.read_S)
-        dM = accumulate(plan, dM * at.end(KEEP), q_turned, t.read_M)
+        dF = mg.accumulate(mg.get(dF_s.at[rows]), k_turned, t.dP, staged=plan.staged)
+        dS = mg.accumulate(dM * at.end(ADD) + dS * at.end(CARRY), q_turned, t.read_S, staged=plan.staged)
+        dM = mg.accumulate(dM * at.end(KEEP), q_turned, t.read_M, staged=plan.staged)
         meet()  # everyone has read what is overwritten next
 
         @pl.when(closes)
         def close():
-            mg.plgpu().copy_smem_to_gmem(sums.at[wg], d_rows.at[block, wg, batch, head, at.tile])
-            mg.plgpu().wait_smem_to_gmem(0)
+            mg.begin_store(sums.at[wg], d_rows.at[block, wg, batch, head, at.tile])
+            mg.settle()
             before = at.tile - stages
             pl.when((wg == 0) & (before >= 0))(lambda: fetch(before, slot))
 
         none = lambda: mg.zeros(ROWS, COLUMNS)
         dM, dF = jax.lax.cond(at.kind > 0, lambda dM, dF: (dM + dF, none()), lambda *x: x, dM, dF)
-        dF_s[rows] = laid(dF)
+        dF_s[rows] = mg.laid(dF)
 
         @pl.when(at.kind == GROUPS - 1)
         def restart():
-            put(here(d_start), get(here(d_start)) + dM)
+            mg.put(here(d_start), mg.get(here(d_start)) + dM)
 
         dM, dS = jax.lax.cond(at.kind == GROUPS - 1, lambda *_: (none(), none()), lambda *x: x, dM, dS)
         return dM, dS
 
-    dM, dS = jax.lax.fori_loop(jnp.int32(0), visits, visit, (get(here(dM)), get(here(dS))))
-    for ref, x in ((first_dM, dM), (first_dS, dS), (first_dF, get(dF_s.at[rows]))):
-        put(here(ref), x)
+    dM, dS = jax.lax.fori_loop(jnp.int32(0), visits, visit, (mg.get(here(dM)), mg.get(here(dS))))
+    for ref, x in ((first_dM, dM), (first_dS, dS), (first_dF, mg.get(dF_s.at[rows]))):
+        mg.put(here(ref), x)
 
 
 class Shared:
@@ -280,17 +280,17 @@ class Shared:
 
 def _errors(t: Shared) -> None:
     """U, and what the reads' gradients bring to M and S."""
-    U = mg.product(t.k, t.F) - get(t.v).astype(jnp.float32)
-    t.U[...] = laid(jnp.where(t.member(), 2.0 * U, 0.0).astype(t.U.dtype))
-    asked = jnp.where(t.member(), get(t.dy).astype(jnp.float32), 0.0)
+    U = mg.product(t.k, t.F) - mg.get(t.v).astype(jnp.float32)
+    t.U[...] = mg.laid(jnp.where(t.member(), 2.0 * U, 0.0).astype(t.U.dtype))
+    asked = jnp.where(t.member(), mg.get(t.dy).astype(jnp.float32), 0.0)
     for ref, which in ((t.read_M, READ_M), (t.read_S, READ_S)):
-        ref[...] = laid((asked * down(t.number(which))).astype(ref.dtype))
+        ref[...] = mg.laid((asked * down(t.number(which))).astype(ref.dtype))
 
 
 def _scores(t: Shared) -> Array:
     """A, in bfloat16 as all that is kept."""
     A = mg.product(t.q, mg.turned(t.k))
-    t.W[...] = laid((A * get(t.G).astype(jnp.float32)).astype(t.W.dtype))
+    t.W[...] = mg.laid((A * mg.get(t.G).astype(jnp.float32)).astype(t.W.dtype))
     return A.astype(t.W.dtype)
 
 

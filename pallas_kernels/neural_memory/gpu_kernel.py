@@ -130,12 +130,12 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
 
     def save(slot: Any, *sources: Any) -> None:
         for ref, source in zip(kept, sources, strict=False):
-            mg.plgpu().copy_smem_to_gmem(source.at[rows], ref.at[batch, head, slot, rows, columns])
+            mg.begin_store(source.at[rows], ref.at[batch, head, slot, rows, columns])
 
     for n in range(min(STAGES, plan.tiles)):
         pl.when(wg == 0)(partial(fetch, n, n))
     F_s = operands[2].at[0]
-    F_s[rows] = laid(get(here(F)).astype(F_s.dtype))
+    F_s[rows] = mg.laid(mg.get(here(F)).astype(F_s.dtype))
     mg.publish()
     save(plan.slots - 1, F_s)
 
@@ -145,19 +145,19 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
         M_s, S_s, F_s, U_s, to_M, to_S, y_s = (x.at[at.nought(0)] for x in operands)
         M, S = jax.lax.cond(
             at.kind == GROUPS - 1,
-            lambda _: (get(start.at[head, rows, columns]), mg.zeros(ROWS, COLUMNS)),
+            lambda _: (mg.get(start.at[head, rows, columns]), mg.zeros(ROWS, COLUMNS)),
             lambda carry: carry,
             carry,
         )
-        settle()  # what is overwritten now has been copied
-        M_s[rows] = laid(M.astype(M_s.dtype))
-        S_s[rows] = laid(S.astype(S_s.dtype))
+        mg.settle(read=True)  # what is overwritten now has been copied
+        M_s[rows] = mg.laid(M.astype(M_s.dtype))
+        S_s[rows] = mg.laid(S.astype(S_s.dtype))
 
         @pl.when(at.kind > 0)
         def renew():
-            F_s[rows] = laid(M.astype(F_s.dtype))
+            F_s[rows] = mg.laid(M.astype(F_s.dtype))
 
-        pl.when(at.flag(LAST))(lambda: put(here(last_F), M))
+        pl.when(at.flag(LAST))(lambda: mg.put(here(last_F), M))
         meet()
         save(at.slot, M_s, S_s)
 
@@ -170,42 +170,42 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
         member = lambda: mg.down(number(VISIT), COLUMNS) == at.group.astype(jnp.float32)
 
         def errors() -> None:
-            U = mg.product(k_s.at[slot], F_s) - get(v_s.at[slot]).astype(jnp.float32)
+            U = mg.product(k_s.at[slot], F_s) - mg.get(v_s.at[slot]).astype(jnp.float32)
             U = jnp.where(member(), 2.0 * U, 0.0)
             for ref, part in ((U_s, U), (to_M, U * down(number(WRITE_M))), (to_S, U * down(number(WRITE_S)))):
-                ref[...] = laid(part.astype(ref.dtype))
+                ref[...] = mg.laid(part.astype(ref.dtype))
             meet()
 
         def answers() -> None:
             inside = mg.product(q_s.at[slot], mg.turned(k_s.at[slot]))
-            inside = (inside * get(G_s.at[slot]).astype(jnp.float32)).astype(U_s.dtype)
+            inside = (inside * mg.get(G_s.at[slot]).astype(jnp.float32)).astype(U_s.dtype)
             read = mg.product(q_s.at[slot], M_s) * down(number(READ_M))
             read += mg.product(q_s.at[slot], S_s) * down(number(READ_S))
             if wgs > 1:
                 meet()
             read = mg.add_product(read, inside, U_s, *stage)
-            y_s[...] = laid(jnp.where(member(), read, get(y_s).astype(jnp.float32)).astype(y_s.dtype))
+            y_s[...] = mg.laid(jnp.where(member(), read, mg.get(y_s).astype(jnp.float32)).astype(y_s.dtype))
 
         pl.when(wg == 0)(errors)
         pl.when(wg == wgs - 1)(answers)
         turned = mg.turned(k_s.at[slot, :, rows])
-        M = accumulate(plan, M * at.end(KEEP) + S * at.end(ADD), turned, to_M)
-        S = accumulate(plan, S * at.end(CARRY), turned, to_S)
+        M = mg.accumulate(M * at.end(KEEP) + S * at.end(ADD), turned, to_M, staged=plan.staged)
+        S = mg.accumulate(S * at.end(CARRY), turned, to_S, staged=plan.staged)
         meet()  # everyone has read what is overwritten next
         target = y.at[batch, pl.ds(at.tile * TILE, TILE), head, columns]
         done, more = at.flag(FINAL), at.tile + STAGES < plan.tiles
-        pl.when(done & (wg == wgs - 1))(lambda: mg.plgpu().copy_smem_to_gmem(y_s, target))
+        pl.when(done & (wg == wgs - 1))(lambda: mg.begin_store(y_s, target))
         pl.when(done & (wg == 0) & more)(lambda: fetch(at.tile + STAGES, slot))
         return M, S
 
-    M, S = jax.lax.fori_loop(jnp.int32(0), count[batch], visit, (get(here(M)), get(here(S))))
-    put(here(last_M), M)
-    put(here(last_S), S)
-    mg.plgpu().wait_smem_to_gmem(0)
+    M, S = jax.lax.fori_loop(jnp.int32(0), count[batch], visit, (mg.get(here(M)), mg.get(here(S))))
+    mg.put(here(last_M), M)
+    mg.put(here(last_S), S)
+    mg.settle()
 
 
 def clear(ref: Any) -> None:
-    ref[...] = laid(jnp.zeros(ref.shape, ref.dtype))
+    ref[...] = mg.laid(jnp.zeros(ref.shape, ref.dtype))
 
 
 def all_met(barrier: Any, count: int) -> None:
@@ -236,34 +236,6 @@ class Place:
         return jnp.minimum((self.place, self.flags, self.slot, self.frozen)[which], 0)
 
 
-def settle() -> None:
-    """What this warpgroup copies to device memory has been read."""
-    mg.plgpu().wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def laid(value: Array) -> Array:
-    """Says where a tile lies; the compiler would search for long."""
-    return mg.plgpu().layout_cast(value, mg.plgpu().Layout.WGMMA)
-
-
-def get(ref: Any) -> Array:
-    """A tile from memory into the registers of a product's result."""
-    return mg.plgpu().load(ref, layout=mg.plgpu().Layout.WGMMA, optimized=False)
-
-
-def put(ref: Any, value: Array) -> None:
-    """A tile from registers to device memory."""
-    mg.plgpu().store(ref, laid(value), optimized=False)
-
-
 def down(x: Array) -> Array:
     """A number per row for 64 columns."""
     return mg.down(x, COLUMNS)
-
-
-def accumulate(plan: Plan, acc: Array, a: Any, b: Any) -> Array:
-    """acc + a @ b, in place where that can be: the simulator has no sums that outlive a product."""
-    if plan.staged:
-        return acc + mg.product(a, b)
-    api = mg.plgpu()
-    return pl.run_state(lambda ref: api.wgmma(ref, a, b))(api.ACC.init(acc))

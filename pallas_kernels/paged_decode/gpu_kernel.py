@@ -32,9 +32,7 @@ from pallas_kernels.paged_decode.gpu_tiles import (
     fetch_units,
     in_tiles,
     per_column,
-    put,
     slots,
-    tiled,
     turn,
 )
 
@@ -70,7 +68,7 @@ def decode(
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     out = [f32(batch, plan.splits, kv_heads, rows, queries), f32(batch, plan.splits, kv_heads, queries)]
     inputs = [tables.reshape(-1), ends.reshape(-1), bias, q, k, v]
-    keys, values = partial(tiled, plan.key_width), partial(tiled, plan.value_width)
+    keys, values = (partial(mg.operand, swizzle=2 * width) for width in (plan.key_width, plan.value_width))
     raw = partial(mg.plain, count, chunk, dtype=k.dtype)
     scratch = [
         keys(block, dim),
@@ -176,6 +174,6 @@ def _kernel(plan: Plan, limited: bool, shapes: list[tuple[int, ...]], tables, en
     total = jnp.sum(mass, axis=0)
     some = total > 0.0
     z = jnp.where(some, total, 1.0)
-    put(o.at[b, n, h, :, here], acc * mg.across(1.0 / z, v_wide))
+    mg.put(o.at[b, n, h, :, here], acc * mg.across(1.0 / z, v_wide))
     lse_s[...] = jnp.where(some, top / LOG2E + jnp.log(z), NEVER)
     mg.store((lse_s, lse.at[b, n, h, here]))

@@ -99,13 +99,6 @@ def most(dim: int, v_dim: int, turned: bool) -> int:
     return 32 // (2 if max(dim, v_dim) > 128 else 1) // (2 if turned else 1)
 
 
-def tiled(width: int, *shape: int) -> Any:
-    """Shared memory for bfloat16 operands of products, in tiles of 64, 32 or 16 columns."""
-    api = mg.plgpu()
-    transforms = api.TilingTransform((TILE, width)), api.SwizzleTransform(2 * width)
-    return api.SMEM(shape, jnp.bfloat16, transforms=transforms)
-
-
 Lookup = Callable[[int, Any], list[Any]]  # so many units of a list from this one on; -1: none
 
 
@@ -149,17 +142,17 @@ def turn(keys: Any, angles: list[Any], wide: int) -> None:
     columns = lambda x, at, size: jax.lax.slice(x, (0, at), (x.shape[0], at + size))
 
     def turned(one: Array, two: Array, at: int) -> tuple[Array, Array]:
-        c, s = (rows_of(x.at[:, pl.ds(at, one.shape[1])]) for x in angles)
+        c, s = (mg.get(x.at[:, pl.ds(at, one.shape[1])]) for x in angles)
         one, two = one.astype(jnp.float32), two.astype(jnp.float32)
         return (one * c - two * s).astype(keys.dtype), (two * c + one * s).astype(keys.dtype)
 
     if half % wide == 0:
         for at in range(0, half, wide):
             places = [keys.at[:, pl.ds(side + at, wide)] for side in (0, half)]
-            one, two = map(rows_of, places)
+            one, two = map(mg.get, places)
             places[0][...], places[1][...] = turned(one, two, at)
         return
-    whole = rows_of(keys)
+    whole = mg.get(keys)
     pairs = [
         turned(columns(whole, at, size), columns(whole, half + at, size), at)
         for at in range(0, half, PIECE)
@@ -173,12 +166,7 @@ def clear(values: Any, added: Array) -> None:
     """Zeros in values nobody sees: what was never written or not read may be NaN, and 0 · NaN is."""
     for at in range(0, values.shape[1], WIDE):
         piece = values.at[:, pl.ds(at, WIDE)]
-        piece[...] = jnp.where(mg.down(added, WIDE) > NEVER / 2, rows_of(piece), jnp.zeros((), values.dtype))
-
-
-def rows_of(ref: Any) -> Array:
-    """A tile from memory into registers as products leave it."""
-    return mg.plgpu().load(ref, layout=mg.plgpu().Layout.WGMMA, optimized=False)
+        piece[...] = jnp.where(mg.down(added, WIDE) > NEVER / 2, mg.get(piece), jnp.zeros((), values.dtype))
 
 
 def columns_first(x: Array) -> Array:
@@ -190,12 +178,6 @@ def per_column(value: float, count: int) -> Array:
     return mg.plgpu().layout_cast(jnp.full((count,), value, jnp.float32), mg.plgpu().Layout.WGMMA.reduce(0))
 
 
-def put(ref: Any, value: Array) -> None:
-    """Sums from registers to device memory."""
-    mg.plgpu().store(ref, mg.plgpu().layout_cast(value, mg.plgpu().Layout.WGMMA), optimized=False)
-
-
 def slots(chunk: Any, rows: int, queries: int) -> Array:
     """Slots [rows, queries] of a chunk."""
-    api = mg.plgpu()
-    return chunk * rows + api.broadcasted_iota(jnp.int32, (rows, queries), 0, layout=api.Layout.WGMMA)
+    return chunk * rows + mg.places((rows, queries), 0)

@@ -128,8 +128,8 @@ class _Part:
 
 def _rows_kernel(inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, out, *scratch):
     part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, scratch[:6])
-    api, out_s = mg.plgpu(), scratch[6]
-    place = lambda: api.broadcasted_iota(jnp.int32, (QUERIES, KEYS), 1, layout=api.Layout.WGMMA).astype(jnp.float32)
+    out_s = scratch[6]
+    place = lambda: mg.places((QUERIES, KEYS), 1).astype(jnp.float32)
 
     def tile(scored: tuple[Tile, float], j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         (s, factor), (top, mass, index) = scored, carry

@@ -156,9 +156,7 @@ def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_a
     plan, head = inputs.plan, jax.lax.div(h, jnp.int32(inputs.plan.group))
     api = mg.plgpu()
     along = api.Layout.WG_STRIDED((LINE,), vec_size=1)  # says where a line lies; the compiler would search for long
-    put = lambda at, x: api.store(
-        w_s.at[:, pl.ds(at, x.shape[1])], api.layout_cast(x, api.Layout.WGMMA), optimized=False
-    )
+    put = lambda at, x: mg.put(w_s.at[:, pl.ds(at, x.shape[1])], x)
     for margin in (0, LINE + KEYS):
         put(margin, mg.zeros(QUERIES, LINE))
 
