@@ -23,6 +23,7 @@ SINCE = (0, 11)  # older ones have no simulator, so nothing here was proved on t
 SHARED_BYTES = 232448  # of one block on an H100
 ROWS = 64  # of a product: what one warpgroup multiplies at once
 SWIZZLE = 128  # bytes
+ROUNDING = ("BF16_BF16_F32", "bfloat16")  # precisions that allow to round operands of products from f32 to bfloat16
 
 
 def missing() -> str | None:
@@ -34,6 +35,20 @@ def missing() -> str | None:
     device = jax.devices()[0]
     if getattr(device, "compute_capability", "") != "9.0":
         return f"backend 'gpu' is written for Hopper (H100, H200) but this is a {device.device_kind}: use 'xla'."
+    return None
+
+
+def inexact(**arrays: jax.Array) -> str | None:
+    """Why arrays cannot be operands of products, or None: those are bfloat16, to which f32 is rounded on request.
+
+    Asked for as JAX is asked to do it everywhere: jax.default_matmul_precision, or $JAX_DEFAULT_MATMUL_PRECISION.
+    """
+    rounds = jax.config.jax_default_matmul_precision in ROUNDING
+    for name, x in arrays.items():
+        if x.dtype == jnp.bfloat16 or (rounds and x.dtype == jnp.float32):
+            continue
+        allow = f", allow it with jax.default_matmul_precision({ROUNDING[0]!r})" if x.dtype == jnp.float32 else ""
+        return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it{allow}, or use 'xla'."
     return None
 
 

@@ -53,7 +53,8 @@ def grouped_softmax(
         A document's keys lie in the order of their positions, which differ; padding may lie anywhere.
       block: L, tokens of a block including its landmark.
       scale: multiplies q·k.
-      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back. "gpu" takes bfloat16, head
+        dims up to 256 and blocks of at most 64 tokens.
 
     Raises:
       NotImplementedError: a backend this op does not have, or that cannot serve this call.

@@ -3,12 +3,14 @@
 A block of keys is a slot of a tile (see `layout`), so its maximum and sums are over neighbouring columns. Each slot
 enters the running softmax of a query with one number and shares that weight out, as in `tpu`. A block of threads has
 128 queries of one head, 64 for each computing warpgroup, and walks over the tiles that hold slots of their documents
-up to their own. The backward pass is in `gpu_backward`.
+up to their own. Tiles of wide heads are smaller, and the sums of the widest leave no registers for a warpgroup that
+only fetches: see `pallas_kernels.flash.gpu`. The backward pass is in `gpu_backward`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,8 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, nbytes, refill, ring
+from pallas_kernels.flash.gpu import CONSUMER, PRODUCER, threads
+from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Feed, Visit, nbytes, refill, ring, whoami, wide
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
@@ -29,19 +32,16 @@ from pallas_kernels.grouped_softmax.gpu_tile import Plan, in_slots, levels, toke
 from pallas_kernels.grouped_softmax.layout import Page, Places
 from pallas_kernels.grouped_softmax.reference import NEVER
 
-TILE = 128  # rows of a tile of keys
+TILE, WIDE_TILE = 128, 64  # rows of a tile of keys, and of wide heads, two tiles of which would not fit
 SLOTS = (16, 32, 64)  # rows of one
-CONSUMER, PRODUCER = 232, 40  # registers of a thread
-WIDTHS = (64, 128)  # head dims the kernels have; others are padded
+WIDTHS = (64, 128, 192, 256)  # head dims the kernels have; others are padded
 
 
 def unfit(q: Array, k: Array, v: Array, block: int) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(q=q, k=k, v=v):
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
         if x.shape[3] > WIDTHS[-1]:
             return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
     if block > SLOTS[-1]:
@@ -77,8 +77,9 @@ def grouped_softmax_gpu(
     interpret = mg.mode(interpret_for("grouped_softmax", "gpu"))
     batch, length, heads, _ = q.shape
     keys, v_dim = k.shape[1], v.shape[3]
+    width = next(n for n in WIDTHS if n >= max(q.shape[3], v_dim))
     slot = next(n for n in SLOTS if n >= block)
-    slots = TILE // slot
+    slots = (WIDE_TILE if wide(width, width) else TILE) // slot
     plan = Plan(
         block=block,
         slot=slot,
@@ -92,17 +93,16 @@ def grouped_softmax_gpu(
         staged=mg.simulated(),
     )
     fill = -length % BLOCK
-    wide = lambda x, n: jnp.broadcast_to(x, (batch, n)).astype(jnp.int32)
+    spread = lambda x, n: jnp.broadcast_to(x, (batch, n)).astype(jnp.int32)
     vis = Visibility(
-        q_positions=wide(vis.q_positions, length),
-        q_segments=wide(vis.q_segments, length),
-        k_positions=wide(vis.k_positions, keys),
-        k_segments=wide(vis.k_segments, keys),
+        q_positions=spread(vis.q_positions, length),
+        q_segments=spread(vis.q_segments, length),
+        k_positions=spread(vis.k_positions, keys),
+        k_segments=spread(vis.k_segments, keys),
     ).pad_rows(fill)
-    width = next(n for n in WIDTHS if n >= max(q.shape[3], v_dim))
-    filled = lambda x, rows=0: jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width - x.shape[3])))
+    filled = lambda x, rows=0: jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, rows), (0, 0), (0, width - x.shape[3])))
     o, log_z = _attend(plan, filled(q, fill), filled(k), filled(v), layout.places(vis, plan))
-    return o[:, :length, :, :v_dim], jnp.swapaxes(log_z, 1, 2)[:, :length]
+    return o[:, :length, :, :v_dim].astype(v.dtype), jnp.swapaxes(log_z, 1, 2)[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -133,16 +133,16 @@ def _page_forward(plan: Plan, q: Array, k: Array, v: Array, here: Page, keys: in
         mg.Launch(
             "grouped_softmax_forward",
             grid={"head": heads, "block": steps, "batch": batch},
-            threads=WGS + 1,
+            threads=threads(dim),
             interpret=plan.interpret,
-            cost=plan.cost(q, keys, products=2, moved=nbytes(q, *out), fetched=TILE * 2 * dim * 2),
+            cost=plan.cost(q, keys, products=(1, 1), moved=nbytes(q, *out), fetched=plan.tile * 2 * dim * 2),
         ),
         partial(_kernel, plan, steps),
         out,
         [
             mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(STAGES, TILE, dim),
-            mg.operand(STAGES, TILE, dim),
+            mg.operand(STAGES, plan.tile, dim),
+            mg.operand(STAGES, plan.tile, dim),
             mg.plain(WGS, 3, mg.ROWS, dtype=jnp.int32),
             mg.plain(WGS, mg.ROWS),
             mg.barriers(WGS, 2),  # q and its places, of each computing warpgroup
@@ -150,7 +150,7 @@ def _page_forward(plan: Plan, q: Array, k: Array, v: Array, here: Page, keys: in
             mg.barriers(STAGES),  # v
             mg.barriers(STAGES, WGS),
             mg.barriers(STAGES, WGS),
-            *([mg.operand(WGS, mg.ROWS, TILE)] if plan.staged else []),
+            *([mg.operand(WGS, mg.ROWS, plan.tile)] if plan.staged else []),
         ],
         layout.tables(here, plan)[0],
         here.tokens[..., 0, 0].reshape(-1),
@@ -168,38 +168,34 @@ def _kernel(plan: Plan, steps: int, table, tokens, q, k, v, at, o, log_z, *scrat
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
     visit = Visit(table, b * steps + i)
 
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        head = jax.lax.div(h, jnp.int32(plan.group))
+    def queries() -> None:
         for n in range(WGS):
-            queries = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
-            mg.fetch(q.at[b, queries, h], q_s.at[n], ready.at[n])
-            mg.fetch(at.at[b, :, queries], at_s.at[n], ready.at[n])
+            rows = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
+            mg.fetch(q.at[b, rows, h], q_s.at[n], ready.at[n])
+            mg.fetch(at.at[b, :, rows], at_s.at[n], ready.at[n])
 
-        def step(n: Any, slot: Any) -> None:
-            keys = pl.ds(visit.tile(n) * TILE, TILE)
-            mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
-            pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
-            mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
+    def keys_and_values(n: Any, slot: Any) -> None:
+        head = jax.lax.div(h, jnp.int32(plan.group))
+        keys = pl.ds(visit.tile(n) * plan.tile, plan.tile)
+        mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
+        pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
+        mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
 
-        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, step), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
-        queries = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
+    def compute(ahead: Callable[[Any], None]) -> None:
+        rows = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
         stage = staging[0].at[wg] if plan.staged else None
         mg.wait(ready.at[wg])
 
         def tile(n: Any, slot: Any, carry: Any) -> Any:
             acc, top, mass = carry
+            me = whoami(wg, q_s.shape[2], v_s.shape[2])
             j = visit.tile(n)
             here = tokens_of(plan, tokens, b, j)  # asked for before the wait, which hides how long it takes
+            ahead(n)
             mg.wait(k_full.at[slot])
-            s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot]))
+            s = mg.product(q_s.at[me], mg.turned(k_s.at[slot]))
             mg.arrive(k_free.at[slot])
-            found = levels(plan, s, here, at_s.at[wg], j * plan.slots)
+            found = levels(plan, s, here, at_s.at[me], j * plan.slots)
             now = functools.reduce(jnp.maximum, (x.base for x in found), top)
             fade = jnp.exp2(top - now)
             w, gates = weights(plan, found, now)
@@ -217,7 +213,25 @@ def _kernel(plan: Plan, steps: int, table, tokens, q, k, v, at, o, log_z, *scrat
         safe = jnp.where(mass > 0.0, mass, 1.0)
         q_s[wg] = (acc * mg.down(1.0 / safe, acc.shape[1])).astype(o.dtype)
         z_s[wg] = jnp.where(mass > 0.0, top / LOG2E + jnp.log(safe), NEVER)
-        mg.store((q_s.at[wg], o.at[b, queries, h]), (z_s.at[wg], log_z.at[b, h, queries]))
+        mg.store((q_s.at[wg], o.at[b, rows, h]), (z_s.at[wg], log_z.at[b, h, rows]))
+
+    if threads(v_s.shape[2]) == WGS:
+        feed = Feed(wg, visit.count, k_free, keys_and_values)
+        pl.when(wg == 0)(queries)
+        feed.start()
+        compute(feed.ahead)
+        return
+
+    @pl.when(wg == WGS)
+    def produce():
+        mg.registers(PRODUCER, more=False)
+        queries()
+        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
+
+    @pl.when(wg < WGS)
+    def consume():
+        mg.registers(CONSUMER, more=True)
+        compute(lambda n: None)
 
 
 def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:

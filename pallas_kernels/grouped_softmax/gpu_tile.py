@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import LOG2E
+from pallas_kernels.flash.gpu_tiles import LOG2E, WGS
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
 from pallas_kernels.grouped_softmax.layout import FIRST, OWN, SEEN
@@ -34,19 +34,28 @@ class Plan(layout.Plan):
         slots = max(columns // self.slot, 1)
         return dataclasses.replace(self, slots=slots, tiles=self.page // slots)
 
-    def cost(self, q: Array, keys: int, *, products: int, moved: int, fetched: int) -> pl.CostEstimate:
+    @property
+    def alone(self) -> bool:
+        """Whether each computing warpgroup weighs all queries of a step for itself, as they are so few."""
+        return self.block_q == mg.ROWS
+
+    def cost(self, q: Array, keys: int, *, products: tuple[int, int], moved: int, fetched: int) -> pl.CostEstimate:
         """Work of the tiles visited in one page by all heads of q [B, T, H, D].
 
         Args:
           keys: S.
-          products: matrix products of a tile, each over or into D columns.
+          products: matrix products of a tile, each over or into D columns: those that every warpgroup does which
+            weighs it, and the others.
           moved: bytes of everything that is read or written once.
           fetched: bytes that are fetched for every tile.
         """
         tiles = q.shape[0] * q.shape[2] * self.visits(q.shape[1], keys)
         scores = tiles * self.block_q * self.tile
+        weighed = scores * (WGS if self.alone else 1)
         return pl.CostEstimate(
-            flops=2 * scores * products * q.shape[3], transcendentals=scores, bytes_accessed=moved + tiles * fetched
+            flops=2 * (weighed * products[0] + scores * products[1]) * q.shape[3],
+            transcendentals=weighed,
+            bytes_accessed=moved + tiles * fetched,
         )
 
 

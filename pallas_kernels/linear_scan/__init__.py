@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING
 from pallas_kernels import _interpret
-from pallas_kernels._dispatch import resolve
+from pallas_kernels._dispatch import KERNELS, resolve
 from pallas_kernels.linear_scan.features import MAPS, feature_width
 from pallas_kernels.linear_scan.features import taylor as taylor_features
 from pallas_kernels.linear_scan.gpu import linear_scan_gpu
@@ -64,7 +64,7 @@ def linear_scan(
       scale: multiplies q, or φ(q).
       chunk: tokens that are done at once, by "xla" and "tpu"; None: the backend's own.
       backend: "auto", "xla", "gpu", "tpu", "reference"; a named backend never falls back. "tpu" and "gpu"
-        multiply in the dtype of q and k, also where v is wider; sums and states are f32.
+        multiply in the dtype of q and k, on a GPU bfloat16, also where v is wider; sums and states are f32.
 
     Returns:
       o in v's dtype, the state in f32 (f64 where an input is f64).
@@ -102,7 +102,8 @@ def linear_scan(
     if taylor is not None and run is linear_scan_tpu:
         options["taylor"] = taylor
     elif taylor is not None:
-        q, k = (taylor_features(x.astype(exact), taylor) for x in (q, k))
+        kinds = (q.dtype, k.dtype) if run is linear_scan_gpu else (exact, exact)
+        q, k = (taylor_features(x.astype(exact), taylor).astype(kind) for x, kind in zip((q, k), kinds, strict=True))
     return run(
         q,
         k,
@@ -118,20 +119,21 @@ def linear_scan(
 
 
 def forms_features(q: Array, k: Array, v: Array, *, taylor: str, backend: str) -> bool:
-    """Whether `linear_scan` would form these Taylor features on chip; where not, they are arrays of F numbers a token.
+    """Whether a kernel serves these Taylor features of a whole sequence: "tpu" forms them on chip, "gpu" reads them in
+    the dtype of q and k. Where not, they are f32 arrays of F numbers a token, which callers make for a few at a time.
 
     A named kernel counts as willing: what it cannot do it says itself.
     """
     if backend != "auto":
-        return backend == "tpu"
-    key_dim = feature_width(q.shape[3], taylor)
-    return _interpret.platform() == "tpu" and not _unfit(q, k, v, key_dim, None, backend)["tpu"]
+        return backend in KERNELS
+    key_dim, platform = feature_width(q.shape[3], taylor), _interpret.platform()
+    return platform in KERNELS and not _unfit(q, k, v, key_dim, None, backend)[platform]
 
 
 def _unfit(q: Array, k: Array, v: Array, key_dim: int, chunk: int | None, backend: str) -> dict[str, str | None]:
     """Why kernels cannot serve a call, or why "auto" leaves it to "xla"."""
     short = f"{q.shape[1]} tokens are too few to fill a chunk" if backend == "auto" and q.shape[1] < SHORT else None
     return {
-        "gpu": short or unfit_gpu(q, k, v, key_dim=key_dim),
+        "gpu": short or unfit_gpu(q, k, v),
         "tpu": short or unfit(q, k, v, key_dim=key_dim, chunk=chunk),
     }

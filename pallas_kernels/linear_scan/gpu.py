@@ -3,6 +3,9 @@
 Operands of products are bfloat16, the state before a chunk among them; sums, decays and the state that is carried
 on are f32, and so are outputs where v is. The kernel is in `gpu_kernel`, its second, third and fourth call in
 `gpu_backward`.
+
+A state is as large as the registers allow, so wide heads are cut: outputs are sums over the features of q and k, and
+the columns of v never meet. Taylor features come as arrays, which XLA makes: 153 numbers are two parts.
 """
 
 from __future__ import annotations
@@ -20,20 +23,15 @@ from pallas_kernels.linear_scan.gpu_chunk import CHUNK
 from pallas_kernels.linear_scan.gpu_kernel import Plan, scan
 from pallas_kernels.linear_scan.xla import FORGET, documents
 
-WIDTHS = (64, 128)  # key and value dims the kernel has; others are padded
+WIDTHS = (64, 128)  # key and value dims the kernel has; others are padded, wider ones cut
 
 
-def unfit(q: Array, k: Array, v: Array, *, key_dim: int) -> str | None:
-    """Why this backend cannot serve a call, or None; `key_dim` is the width of the features."""
-    if reason := mg.missing():
+def unfit(q: Array, k: Array, v: Array) -> str | None:
+    """Why this backend cannot serve a call, or None."""
+    if reason := mg.missing() or mg.inexact(q=q, k=k):
         return reason
-    if key_dim != q.shape[3]:
-        return f"backend 'gpu' forms no features but taylor makes {key_dim} of {q.shape[3]} numbers: use 'xla'."
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16 and (name, x.dtype) != ("v", jnp.float32):  # whose outputs are wanted in float32
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
-        if x.shape[3] > WIDTHS[-1]:
-            return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
+    if v.dtype != jnp.float32:  # whose outputs are wanted in float32
+        return mg.inexact(v=v)
     return None
 
 
@@ -56,19 +54,18 @@ def linear_scan_gpu(
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, v, key_dim=q.shape[3]):
+    if reason := unfit(q, k, v):
         raise NotImplementedError(f"linear_scan: {reason}")
+    features, columns = _cuts(q.shape[3]), _cuts(v.shape[3])
     plan = Plan(
         scale=float(scale),
         decay=log_decay is not None,
-        out=v.dtype,
+        out=v.dtype if len(features) == 1 else jnp.float32,
         staged=mg.simulated(),
         interpret=mg.mode(interpret_for("linear_scan", "gpu")),
     )
-    length, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    length = q.shape[1]
     live, document = documents(segments, initial_segment)
-    # Zeroed padding neither reads nor writes, even nan.
-    q, k, v = (_blocked(x.astype(jnp.bfloat16), live) for x in (q, k, v))
     fill = -length % CHUNK
     g = None
     if log_decay is not None:
@@ -76,17 +73,35 @@ def linear_scan_gpu(
         steps = jnp.where(live[..., None], steps, 0.0)
         g = jnp.pad(jnp.swapaxes(steps, 1, 2), ((0, 0), (0, 0), (0, fill)))
     document = jnp.pad(document, ((0, 0), (0, fill)), mode="edge")
-    wider = lambda n: next(width for width in WIDTHS if width >= n) - n
-    start = jnp.pad(initial_state, ((0, 0), (0, 0), (0, wider(key_dim)), (0, wider(value_dim))))
-    o, last = _scan(plan, q, k, v, g, document, start)
-    return o[:, :length, :, :value_dim], last[:, :, :key_dim, :value_dim]
+
+    def part(at: slice, of: slice) -> tuple[Array, Array]:
+        """What the features `at` add to the columns `of` of o, and their part of the last state."""
+        operands = (_blocked(x.astype(jnp.bfloat16), live) for x in (q[..., at], k[..., at], v[..., of]))
+        start = initial_state[:, :, at, of]
+        rows, width = start.shape[2:]
+        start = jnp.pad(start, ((0, 0), (0, 0), (0, _wider(rows) - rows), (0, _wider(width) - width)))
+        o, last = _scan(plan, *operands, g, document, start)
+        return o[:, :length, :, :width], last[:, :, :rows, :width]
+
+    o, last = zip(*(zip(*(part(at, of) for at in features), strict=True) for of in columns), strict=True)
+    o = jnp.concatenate([sum(terms[1:], terms[0]) for terms in o], axis=3)
+    return o.astype(v.dtype), jnp.concatenate([jnp.concatenate(parts, axis=2) for parts in last], axis=3)
+
+
+def _cuts(width: int) -> list[slice]:
+    """Parts that the kernel can hold."""
+    return [slice(at, min(at + WIDTHS[-1], width)) for at in range(0, width, WIDTHS[-1])]
+
+
+def _wider(width: int) -> int:
+    """The kernel's width that holds one."""
+    return next(n for n in WIDTHS if n >= width)
 
 
 def _blocked(x: Float[Array, "B T H D"], live: Array) -> Float[Array, "B t H d"]:
-    """Whole chunks of live tokens, and a width the kernel has."""
+    """Whole chunks of live tokens, and a width the kernel has. Zeroed padding neither reads nor writes, even nan."""
     x = jnp.where(live[..., None, None], x, 0)
-    width = next(n for n in WIDTHS if n >= x.shape[3])
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, width - x.shape[3])))
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, _wider(x.shape[3]) - x.shape[3])))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

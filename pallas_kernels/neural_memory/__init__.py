@@ -53,7 +53,8 @@ def neural_memory(
     """Reads of the memory and its state after the last token; differentiable in every array, twice through the memory.
 
     Computed in f32, or f64 where an input is: steps as small as these are lost in lower precision. "gpu" takes bfloat16
-    q, k and v, and a memory of one matrix; its products read bfloat16, its sums and the state are f32.
+    q, k and v, key dims up to 192, and a memory of one matrix; its products read bfloat16, its sums and the state are
+    f32.
 
     Args:
       q, k, v: not normalised here; a linear memory is stable for 2 θ ||k||² < 2 at chunk 1, less at larger chunks.

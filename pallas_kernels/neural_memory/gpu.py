@@ -22,7 +22,6 @@ from pallas_kernels.neural_memory.gpu_kernel import scan
 from pallas_kernels.neural_memory.gpu_plan import COLUMNS, Plan, Visits, coefficients, cut, layout, uncut, visits
 from pallas_kernels.neural_memory.reference import MemoryState, Weights
 
-WIDTHS = (64, 128)  # key dims the kernels have; others are padded
 FLOATS = (jnp.float32, jnp.bfloat16)
 
 
@@ -37,17 +36,14 @@ def unfit(
     tangents: bool,
 ) -> str | None:
     """Why this backend cannot serve a call, or None. All arrays as the caller gives them."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(q=q, k=k, v=v):
         return reason
     if tangents:
         return "backend 'gpu' has no forward-mode derivatives but tangents is True: use 'xla', or tangents=False."
     if len(start) > 1:
         return f"backend 'gpu' has memories of one matrix but start has {len(start)}: use 'xla'."
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
-    if q.shape[3] > WIDTHS[-1]:
-        return f"backend 'gpu' has key dims up to {WIDTHS[-1]} but q has {q.shape[3]}: use 'xla'."
+    if q.shape[3] > max(COLUMNS):
+        return f"backend 'gpu' has key dims up to {max(COLUMNS)} but q has {q.shape[3]}: use 'xla'."
     kinds = () if state is None else tuple((f"state.{n}[0]", getattr(state, n)[0]) for n in ("M", "S", "frozen"))
     for name, x in (*rates.items(), ("start[0]", start[0]), *kinds):
         if x.dtype not in FLOATS:
@@ -86,15 +82,15 @@ def neural_memory_gpu(
     interpret = mg.mode(interpret_for("neural_memory", "gpu"))
     length, dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     options = {"whole": whole, "read_after_write": read_after_write, "staged": mg.simulated(), "interpret": interpret}
-    plan = layout(length, chunk=chunk, **options)
+    rows = next(n for n in COLUMNS if n >= dim)  # others are padded
+    plan = layout(length, rows, chunk=chunk, **options)
     at, count, segment = visits(segments, state.segment, state.count, plan, chunk)
     live = segments != PADDING
-    rows = next(n for n in WIDTHS if n >= dim) - dim
-    columns = -value_dim % COLUMNS
+    more_rows, more_columns = rows - dim, -value_dim % plan.columns
 
     def tokens(x: Array, more: int) -> Array:
         """Zeroed padding neither reads nor writes, even where it holds nan."""
-        x = cut(jnp.where(live[..., None, None], x, 0), plan)
+        x = cut(jnp.where(live[..., None, None], x.astype(jnp.bfloat16), 0), plan)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
 
     def rate(x: Array, still: float) -> Array:
@@ -103,11 +99,11 @@ def neural_memory_gpu(
         return jnp.moveaxis(x, 2, 1).reshape(x.shape[0], x.shape[2], plan.tiles, -1)
 
     def matrices(x: Array) -> Array:
-        return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
+        return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 2) + [(0, more_rows), (0, more_columns)])
 
     steps = jnp.stack([rate(eta, 1.0), rate(theta, 0.0), rate(alpha, 0.0)], axis=3)
     before = tuple(matrices(kind[0]) for kind in (state.M, state.S, state.frozen))
-    arrays = (tokens(q, rows), tokens(k, rows), tokens(v, columns), matrices(start[0]), before)
+    arrays = (tokens(q, more_rows), tokens(k, more_rows), tokens(v, more_columns), matrices(start[0]), before)
     y, after = _run(plan, at, steps, *arrays)
     y = uncut(y, plan, length)[..., :value_dim]
     return y, MemoryState(*((x[:, :, :dim, :value_dim],) for x in after), count=count, segment=segment)

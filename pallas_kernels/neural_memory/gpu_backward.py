@@ -9,7 +9,7 @@ With the M, S and F that a visit found, kept by the forward pass, and the names 
     dM = keep · dM' + qᵀ (read_m · dy)        dS = add · dM' + carry · dS' + qᵀ (read_s · dy)        dF = dF' + kᵀ dP
 
 Each warpgroup has 64 rows of the state, hence 64 columns of dq and dk; what all of a visit's rows need, the first and
-the last one share out between them. A block of threads has 64 columns of the state: dq, dk and the gradients of the
+the last one share out between them. A block of threads has some columns of the state: dq, dk and the gradients of the
 rates' side are sums over blocks, formed in XLA.
 """
 
@@ -24,24 +24,24 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.neural_memory.gpu_kernel import ROWS, Place, all_met, down, numbers
+from pallas_kernels.neural_memory.gpu_kernel import Place, all_met, numbers
 from pallas_kernels.neural_memory.gpu_plan import (
     ADD,
     CARRY,
-    COLUMNS,
     FINAL,
     FIRST,
     KEEP,
     READ_M,
     READ_S,
+    ROWS,
     TILE,
-    VISIT,
     WRITE_M,
     WRITE_S,
     Coefficients,
     Plan,
     Visits,
 )
+from pallas_kernels.neural_memory.gpu_shared import Shared, errors, scores
 from pallas_kernels.neural_memory.xla import GROUPS
 
 
@@ -52,7 +52,7 @@ def backward(
     q, k, v, (kept_M, kept_S) = saved
     batch, _, heads, rows = q.shape
     columns = v.shape[3]
-    wgs, blocks = rows // ROWS, columns // COLUMNS
+    wgs, blocks = rows // ROWS, columns // plan.columns
     stages = 2 if wgs == 1 else 1  # tiles under way; there is shared memory for no more
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     part = jax.ShapeDtypeStruct((blocks, *q.shape), q.dtype if blocks == 1 else jnp.float32)
@@ -73,18 +73,20 @@ def backward(
             grid={"column": blocks, "head": heads, "batch": batch},
             threads=wgs,
             interpret=plan.interpret,
-            cost=plan.cost(rows, columns, batch * heads, 14, 2, (*arrays, *out)),
+            cost=plan.cost(rows, columns, batch * heads, 11, 3, 2, (*arrays, *out)),
         ),
         partial(_kernel, plan, stages),
         out,
         [
-            *[mg.operand(stages, TILE, rows)] * 2,
-            *[mg.operand(stages, TILE, COLUMNS)] * 2,
-            mg.operand(stages, TILE, TILE),
+            *[plan.operand(stages, TILE, rows)] * 2,
+            *[plan.operand(stages, TILE, plan.columns)] * 2,
+            plan.operand(stages, TILE, TILE),
             mg.plain(stages, 5, TILE),
-            *[mg.operand(1, rows, COLUMNS)] * 5,
-            *[mg.operand(1, TILE, COLUMNS)] * 6,
-            mg.operand(rows, COLUMNS, dtype=jnp.float32),
+            *[plan.operand(1, rows, plan.columns)] * 5,
+            plan.operand(1, TILE, plan.columns),
+            *[plan.operand(1, TILE, TILE)] * 2,
+            *[plan.operand(1, TILE, plan.columns)] * 3,
+            mg.operand(rows, plan.columns, dtype=jnp.float32),
             mg.plain(wgs, 4, TILE),
             mg.barriers(stages, 6),
             mg.barriers(1, 3),
@@ -105,7 +107,7 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
     tiles, (*operands, dF_s, sums, full, found, met) = rest[:6], rest[6:]
     q_s, k_s, v_s, dy_s, G_s, tokens_s = tiles
     batch, head, block, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "column", "wg"))
-    columns = pl.ds(block * COLUMNS, COLUMNS)
+    columns = pl.ds(block * plan.columns, plan.columns)
     wgs = q_s.shape[2] // ROWS
     rows = pl.ds(wg * ROWS, ROWS)
     here = lambda ref: ref.at[batch, head, rows, columns]
@@ -128,7 +130,7 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
 
     for n in range(max(0, plan.tiles - stages), plan.tiles):
         pl.when(wg == 0)(partial(fetch, n, n % stages))
-    mg.put(here(d_start), mg.zeros(ROWS, COLUMNS))
+    mg.put(here(d_start), mg.zeros(ROWS, plan.columns))
     dF_s[rows] = mg.get(here(dF))
 
     def visit(back: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -158,15 +160,15 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
         def merged(new: Array, ref: Any) -> Array:
             """What this visit and those to the same tile before it say."""
             if plan.single:
-                return jnp.where(old.member(), new, 0.0)
-            before = jax.lax.cond(opens, lambda: mg.zeros(TILE, COLUMNS), lambda: mg.get(ref).astype(jnp.float32))
-            return jnp.where(old.member(), new, before)
+                return jnp.where(old.member(new), new, 0.0)
+            before = jax.lax.cond(opens, lambda: mg.zeros(*new.shape), lambda: mg.get(ref).astype(jnp.float32))
+            return jnp.where(old.member(new), new, before)
 
         def d_errors(t: Shared) -> None:
-            dU = mg.product(t.k, t.dM) * down(t.number(WRITE_M))
-            dU += mg.product(t.k, t.dS) * down(t.number(WRITE_S))
+            dU = t.scaled(mg.product(t.k, t.dM), WRITE_M)
+            dU += t.scaled(mg.product(t.k, t.dS), WRITE_S)
             dU = mg.accumulate(dU, mg.turned(t.W), t.dy, staged=plan.staged)
-            dP = jnp.where(t.member(), 2.0 * dU, 0.0)
+            dP = jnp.where(t.member(dU), 2.0 * dU, 0.0)
             t.dP[...] = mg.laid(dP.astype(t.dP.dtype))
             target = dv.at[batch, where, head, columns]
             mg.put(target, merged(-dP, target).astype(dv.dtype))
@@ -178,8 +180,8 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
             mg.put(target, merged(A.astype(jnp.float32) * dW, target))
 
         if wgs == 1:
-            _errors(views[0])
-            A = _scores(views[0])
+            errors(views[0])
+            A = scores(views[0])
             meet()
             d_errors(views[1])
             d_scores(views[1], A)
@@ -188,41 +190,54 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
 
             @pl.when(wg == 0)
             def of_errors():
-                _errors(views[0])
+                errors(views[0])
                 meet()
                 d_errors(views[1])
                 meet()
 
             @pl.when(wg == wgs - 1)
             def of_scores():
-                A = _scores(views[0])
+                A = scores(views[0])
                 meet()
                 d_scores(views[1], A)
                 meet()
 
-        t = views[2]
-        half = lambda ref: mg.turned(ref.at[rows])
-        own_q, own_k = t.q.at[:, rows], t.k.at[:, rows]
+            if wgs > 2:  # who is between them waits
 
-        def from_state(which: int, a: Any, b: Any, mine: Any) -> Array:
-            """A number per token times a bᵀ, and its own gradient; others' stay."""
-            x = mg.product(a, half(b))
-            new = jnp.sum(x * mg.get(mine).astype(jnp.float32), axis=1)
-            sums[wg, which] = jnp.where(t.mine(), new, mg.load_rows(sums.at[wg, which]))
-            mg.publish()  # in order, for the sake of registers
-            return x * down(t.number(which))
+                @pl.when((wg > 0) & (wg < wgs - 1))
+                def of_neither():
+                    meet()
+                    meet()
 
-        new = from_state(READ_M, t.dy, t.M, own_q)
-        new += from_state(READ_S, t.dy, t.S, own_q)
-        new = mg.accumulate(new, t.dA, own_k, staged=plan.staged)
-        target = dq.at[block, batch, where, head, rows]
-        mg.put(target, merged(new, target).astype(dq.dtype))
-        new = from_state(WRITE_M, t.U, t.dM, own_k)
-        new += from_state(WRITE_S, t.U, t.dS, own_k)
-        new = mg.accumulate(new, t.dP, half(t.F), staged=plan.staged)
-        new = mg.accumulate(new, mg.turned(t.dA), own_q, staged=plan.staged)
-        target = dk.at[block, batch, where, head, rows]
-        mg.put(target, merged(new, target).astype(dk.dtype))
+        def from_rows(t: Shared, first: int) -> None:
+            """dq and dk of as many rows of the state as the block has columns; 64 at once take 64 more registers."""
+            own = pl.ds(wg * ROWS + first, plan.columns)
+            of_own = lambda ref: mg.turned(ref.at[own])
+            own_q, own_k = t.q.at[:, own], t.k.at[:, own]
+
+            def from_state(which: int, a: Any, b: Any, mine: Any) -> Array:
+                """A number per token times a bᵀ, and its own gradient; others' stay."""
+                x = mg.product(a, of_own(b))
+                new = jnp.sum(x * mg.get(mine).astype(jnp.float32), axis=1)
+                before = mg.load_rows(sums.at[wg, which])
+                sums[wg, which] = jnp.where(t.mine(), new + before if first else new, before)
+                mg.publish()  # in order, for the sake of registers
+                return t.scaled(x, which)
+
+            new = from_state(READ_M, t.dy, t.M, own_q)
+            new += from_state(READ_S, t.dy, t.S, own_q)
+            new = mg.accumulate(new, t.dA, own_k, staged=plan.staged)
+            target = dq.at[block, batch, where, head, own]
+            mg.put(target, merged(new, target).astype(dq.dtype))
+            new = from_state(WRITE_M, t.U, t.dM, own_k)
+            new += from_state(WRITE_S, t.U, t.dS, own_k)
+            new = mg.accumulate(new, t.dP, of_own(t.F), staged=plan.staged)
+            new = mg.accumulate(new, mg.turned(t.dA), own_q, staged=plan.staged)
+            target = dk.at[block, batch, where, head, own]
+            mg.put(target, merged(new, target).astype(dk.dtype))
+
+        for first in range(0, ROWS, plan.columns):
+            from_rows(views[2], first)
 
         t = views[3]
         q_turned, k_turned = (mg.turned(ref.at[:, rows]) for ref in (t.q, t.k))
@@ -238,7 +253,7 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
             before = at.tile - stages
             pl.when((wg == 0) & (before >= 0))(lambda: fetch(before, slot))
 
-        none = lambda: mg.zeros(ROWS, COLUMNS)
+        none = lambda: mg.zeros(ROWS, plan.columns)
         dM, dF = jax.lax.cond(at.kind > 0, lambda dM, dF: (dM + dF, none()), lambda *x: x, dM, dF)
         dF_s[rows] = mg.laid(dF)
 
@@ -252,46 +267,6 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
     dM, dS = jax.lax.fori_loop(jnp.int32(0), visits, visit, (mg.get(here(dM)), mg.get(here(dS))))
     for ref, x in ((first_dM, dM), (first_dS, dS), (first_dF, mg.get(dF_s.at[rows]))):
         mg.put(here(ref), x)
-
-
-class Shared:
-    """Shared memory as one phase of a visit sees it.
-
-    Every phase has its own 0 to count places from (see `Place.nought`), so that none is held from one to the next.
-    """
-
-    def __init__(self, at: Place, slot: Any, tiles: Any, operands: Any, phase: int):
-        nought = at.nought(phase)
-        self.q, self.k, self.v, self.dy, self.G, self.tokens = (x.at[slot + nought] for x in tiles)
-        self.M, self.S, self.F, self.dM, self.dS, *small = (x.at[nought] for x in operands)
-        self.U, self.W, self.dA, self.dP, self.read_M, self.read_S = small
-        self.group = at.group.astype(jnp.float32)
-
-    def number(self, which: int) -> Array:
-        return mg.load_rows(self.tokens.at[which])
-
-    def mine(self) -> Array:
-        """Which tokens are of this visit."""
-        return self.number(VISIT) == self.group
-
-    def member(self) -> Array:
-        return mg.down(self.number(VISIT), COLUMNS) == self.group
-
-
-def _errors(t: Shared) -> None:
-    """U, and what the reads' gradients bring to M and S."""
-    U = mg.product(t.k, t.F) - mg.get(t.v).astype(jnp.float32)
-    t.U[...] = mg.laid(jnp.where(t.member(), 2.0 * U, 0.0).astype(t.U.dtype))
-    asked = jnp.where(t.member(), mg.get(t.dy).astype(jnp.float32), 0.0)
-    for ref, which in ((t.read_M, READ_M), (t.read_S, READ_S)):
-        ref[...] = mg.laid((asked * down(t.number(which))).astype(ref.dtype))
-
-
-def _scores(t: Shared) -> Array:
-    """A, in bfloat16 as all that is kept."""
-    A = mg.product(t.q, mg.turned(t.k))
-    t.W[...] = mg.laid((A * mg.get(t.G).astype(jnp.float32)).astype(t.W.dtype))
-    return A.astype(t.W.dtype)
 
 
 def put_rows(ref: Any, value: Array) -> None:

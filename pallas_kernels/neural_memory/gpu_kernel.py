@@ -1,7 +1,8 @@
-"""The Hopper kernel of a linear memory, forwards: one warpgroup has 64 columns of one head's M and S in its registers.
+"""The Hopper kernel of a linear memory, forwards: one warpgroup has 64 rows of a block's M and S in its registers.
 
-Every visit (see `gpu_plan`) finds M, S and the weights F that gradients are taken at, [D, 64]; with rows q, k, v of a
-tile, zero for tokens of other visits, and the numbers per token of `Coefficients`,
+Every visit (see `gpu_plan`) finds M, S and the weights F that gradients are taken at, D rows of the columns that the
+block of threads has; with rows q, k, v of a tile, zero for tokens of other visits, and the numbers per token of
+`Coefficients`,
 
     U = 2 (k F - v)        y = read_m · q M + read_s · q S + (G ∘ q kᵀ) U
     M <- keep · M + add · S + kᵀ (write_m · U)        S <- carry · S + kᵀ (write_s · U)
@@ -23,7 +24,6 @@ from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.neural_memory.gpu_plan import (
     ADD,
     CARRY,
-    COLUMNS,
     FIELDS,
     FINAL,
     FIRST,
@@ -34,6 +34,7 @@ from pallas_kernels.neural_memory.gpu_plan import (
     LAST,
     READ_M,
     READ_S,
+    ROWS,
     SLOT,
     TILE,
     VISIT,
@@ -46,7 +47,6 @@ from pallas_kernels.neural_memory.gpu_plan import (
 from pallas_kernels.neural_memory.xla import GROUPS
 
 STAGES = 2  # tiles under way
-ROWS = 64  # of M and S in one warpgroup
 
 
 def scan(
@@ -77,24 +77,24 @@ def scan(
     y, M, S, F, *kept = mg.launch(
         mg.Launch(
             "neural_memory_forward",
-            grid={"column": columns // COLUMNS, "head": heads, "batch": batch},
+            grid={"column": columns // plan.columns, "head": heads, "batch": batch},
             threads=rows // ROWS,
             interpret=plan.interpret,
-            cost=plan.cost(rows, columns, batch * heads, 6, 1, (*arrays, *out)),
+            cost=plan.cost(rows, columns, batch * heads, 5, 1, 1, (*arrays, *out)),
         ),
         partial(_kernel, plan),
         out,
         [
-            mg.operand(STAGES, TILE, rows),
-            mg.operand(STAGES, TILE, rows),
-            mg.operand(STAGES, TILE, COLUMNS),
-            mg.operand(STAGES, TILE, TILE),
+            plan.operand(STAGES, TILE, rows),
+            plan.operand(STAGES, TILE, rows),
+            plan.operand(STAGES, TILE, plan.columns),
+            plan.operand(STAGES, TILE, TILE),
             mg.plain(STAGES, 5, TILE),
-            *[mg.operand(1, rows, COLUMNS)] * 3,
-            *[mg.operand(1, TILE, COLUMNS)] * 4,
+            *[plan.operand(1, rows, plan.columns)] * 3,
+            *[plan.operand(1, TILE, plan.columns)] * 4,
             mg.barriers(STAGES, 5),
             mg.barriers(1, rows // ROWS),
-            *([mg.operand(TILE, TILE)] if plan.staged else []),
+            *([plan.operand(TILE, TILE)] if plan.staged else []),
         ],
         *arrays,
         at.table.reshape(-1),
@@ -114,7 +114,7 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
     kept, (q_s, k_s, v_s, G_s, tokens_s, *rest) = rest[:split], rest[split:]
     operands, (full, met, *stage) = rest[:7], rest[7:]
     batch, head, block, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "column", "wg"))
-    columns = pl.ds(block * COLUMNS, COLUMNS)
+    columns = pl.ds(block * plan.columns, plan.columns)
     wgs = q_s.shape[2] // ROWS
     rows = pl.ds(wg * ROWS, ROWS)
     here = lambda ref: ref.at[batch, head, rows, columns]
@@ -145,7 +145,7 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
         M_s, S_s, F_s, U_s, to_M, to_S, y_s = (x.at[at.nought(0)] for x in operands)
         M, S = jax.lax.cond(
             at.kind == GROUPS - 1,
-            lambda _: (mg.get(start.at[head, rows, columns]), mg.zeros(ROWS, COLUMNS)),
+            lambda _: (mg.get(start.at[head, rows, columns]), mg.zeros(ROWS, plan.columns)),
             lambda carry: carry,
             carry,
         )
@@ -166,27 +166,29 @@ def _kernel(plan: Plan, q, k, v, start, M, S, F, G, tokens, ends, count, table, 
             mg.wait(full.at[slot])
             pl.when(wg == wgs - 1)(lambda: clear(y_s))
 
-        number = lambda which: mg.load_rows(tokens_s.at[slot, which])
-        member = lambda: mg.down(number(VISIT), COLUMNS) == at.group.astype(jnp.float32)
+        number = lambda which: mg.down(mg.load_rows(tokens_s.at[slot, which]), plan.columns)
+        member = lambda: number(VISIT) == at.group.astype(jnp.float32)
 
         def errors() -> None:
             U = mg.product(k_s.at[slot], F_s) - mg.get(v_s.at[slot]).astype(jnp.float32)
             U = jnp.where(member(), 2.0 * U, 0.0)
-            for ref, part in ((U_s, U), (to_M, U * down(number(WRITE_M))), (to_S, U * down(number(WRITE_S)))):
+            for ref, part in ((U_s, U), (to_M, U * number(WRITE_M)), (to_S, U * number(WRITE_S))):
                 ref[...] = mg.laid(part.astype(ref.dtype))
             meet()
 
         def answers() -> None:
             inside = mg.product(q_s.at[slot], mg.turned(k_s.at[slot]))
             inside = (inside * mg.get(G_s.at[slot]).astype(jnp.float32)).astype(U_s.dtype)
-            read = mg.product(q_s.at[slot], M_s) * down(number(READ_M))
-            read += mg.product(q_s.at[slot], S_s) * down(number(READ_S))
+            read = mg.product(q_s.at[slot], M_s) * number(READ_M)
+            read += mg.product(q_s.at[slot], S_s) * number(READ_S)
             if wgs > 1:
                 meet()
             read = mg.add_product(read, inside, U_s, *stage)
             y_s[...] = mg.laid(jnp.where(member(), read, mg.get(y_s).astype(jnp.float32)).astype(y_s.dtype))
 
         pl.when(wg == 0)(errors)
+        if wgs > 2:  # who is between them waits
+            pl.when((wg > 0) & (wg < wgs - 1))(meet)
         pl.when(wg == wgs - 1)(answers)
         turned = mg.turned(k_s.at[slot, :, rows])
         M = mg.accumulate(M * at.end(KEEP) + S * at.end(ADD), turned, to_M, staged=plan.staged)
@@ -234,8 +236,3 @@ class Place:
     def nought(self, which: int) -> Any:
         """0, as the compiler cannot know: places of shared memory that it does know it would hold in registers."""
         return jnp.minimum((self.place, self.flags, self.slot, self.frozen)[which], 0)
-
-
-def down(x: Array) -> Array:
-    """A number per row for 64 columns."""
-    return mg.down(x, COLUMNS)

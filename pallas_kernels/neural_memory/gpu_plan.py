@@ -9,6 +9,7 @@ kernels know matrices and numbers per token only.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.flash.gpu_tiles import nbytes
 from pallas_kernels.neural_memory.tpu_plan import tokens_of_a_tile
 from pallas_kernels.neural_memory.tpu_tile import NOBODY, rates_of
 from pallas_kernels.neural_memory.xla import GROUPS, groups_of
 
 TILE = 64  # tokens; the rows of a product
-COLUMNS = 64  # of the memory, the values and the reads in one block of threads
+ROWS = 64  # of M and S in one warpgroup
+# Of the memory, the values and the reads in one block of threads, by the rows a memory has: three warpgroups have only
+# 168 registers a thread, and no room for more in shared memory.
+COLUMNS = {64: 64, 128: 64, 192: 32}
 # What there is for every token: how much of M and of S it reads; what is left at its group's end of its error in M and
 # in S, both negative; its visit.
 READ_M, READ_S, WRITE_M, WRITE_S, VISIT = range(5)
@@ -41,6 +46,7 @@ class Plan:
     staged: products read their left operand from shared memory, as the simulator wants it.
     """
 
+    columns: int  # of the memory in one block of threads
     size: int  # tokens of a part of a tile, at most a chunk
     tiles: int
     whole: bool  # no padding in front or between, one document, nothing before it: one visit a part
@@ -71,16 +77,23 @@ class Plan:
         """Whether every tile is visited once."""
         return self.whole and self.parts == 1
 
-    def cost(self, rows: int, columns: int, heads: int, wide: int, narrow: int, moved: tuple[Any, ...]):
+    @property
+    def operand(self) -> Any:
+        """Shared memory for operands of products, which the block's columns fill in one piece."""
+        return partial(mg.operand, swizzle=2 * self.columns)
+
+    def cost(self, rows: int, columns: int, heads: int, state: int, scores: int, inside: int, moved: tuple[Any, ...]):
         """Work of one visit to every part of a tile, as a long document's.
 
         Args:
           rows, columns: of the memory; heads: of all of the batch.
-          wide, narrow: products of tiles with `rows` and with 64 numbers a token, of each block of threads.
+          state, scores, inside: products of each block of threads of `rows` and its columns, of `rows` and a tile's
+            tokens, and of a tile's tokens and its columns, all for every token of a tile.
           moved: everything that is read or written once.
         """
-        blocks = heads * self.tiles * self.parts * (columns // COLUMNS)
-        flops = 2 * blocks * TILE * COLUMNS * (wide * rows + narrow * TILE)
+        blocks = heads * self.tiles * self.parts * (columns // self.columns)
+        each = rows * (state * self.columns + scores * TILE) + inside * TILE * self.columns
+        flops = 2 * blocks * TILE * each
         return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=nbytes(*moved))
 
 
@@ -104,10 +117,10 @@ class Coefficients(NamedTuple):
     ends: Array  # [B, H, N, groups, 3]
 
 
-def layout(length: int, *, chunk: int, whole: bool, read_after_write: bool, staged: bool, interpret: Any) -> Plan:
-    """The plan of a call."""
+def layout(length: int, rows: int, *, chunk: int, **options: Any) -> Plan:
+    """The plan of a call; `rows` of the memory, `options` see `Plan`."""
     size = tokens_of_a_tile(chunk, length, TILE)
-    return Plan(size, -(-length // (size * (TILE // size))), whole, read_after_write, staged, interpret)
+    return Plan(columns=COLUMNS[rows], size=size, tiles=-(-length // (size * (TILE // size))), **options)
 
 
 def cut(x: Array, plan: Plan, fill: float | int = 0.0) -> Array:

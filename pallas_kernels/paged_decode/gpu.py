@@ -30,11 +30,12 @@ ENDS = 2  # chunks that could be read while a block of threads starts and ends
 
 def unfit(q: Array, k_pages: Array, v_pages: Array, rope: Rope | None = None) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(q=q):
         return reason
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if x.dtype != jnp.bfloat16:  # never rounded here, at every step: the cache would be copied
+            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: keep the cache in that or use 'xla'."
     for name, x in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
-        if x.dtype != jnp.bfloat16:
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
         if x.shape[-1] % NARROWEST or x.shape[-1] > WIDEST:
             return (
                 f"backend 'gpu' has head dims that are multiples of {NARROWEST} up to {WIDEST} but {name} has "
@@ -87,7 +88,7 @@ def paged_decode_gpu(
     if reason := unfit(q, k_pages, v_pages, rope):
         raise NotImplementedError(f"paged_decode: {reason}")
     interpret = mg.mode(interpret_for("paged_decode", "gpu"))
-    q, k_pages, v_pages = without_gradient("gpu", q, k_pages, v_pages)
+    q, k_pages, v_pages = without_gradient("gpu", q.astype(jnp.bfloat16), k_pages, v_pages)
     batch, length, heads, dim = q.shape
     kv_heads, v_dim = k_pages.shape[1], v_pages.shape[4]
     group = heads // kv_heads

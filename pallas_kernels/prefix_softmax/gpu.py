@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.linear_scan.gpu import linear_scan_gpu
-from pallas_kernels.linear_scan.gpu import unfit as unfit_scan
 from pallas_kernels.prefix_softmax.reference import Partial
 
 
@@ -26,9 +25,7 @@ def unfit(v: Array) -> str | None:
     """Why this backend cannot serve a call, or None."""
     if reason := mg.missing():
         return reason
-    if v.dtype != jnp.bfloat16:
-        return f"backend 'gpu' computes bfloat16 but v is {v.dtype}: cast it or use 'xla'."
-    return unfit_scan(v, v, v, key_dim=v.shape[3])
+    return mg.inexact(v=v)
 
 
 def prefix_softmax_gpu(

@@ -46,7 +46,7 @@ def check(kernels, names=ALL):
         assert kernel.tma > 0, kernel
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256, pytest.param(192, marks=pytest.mark.slow)])
 def test_gradients_at_32k_fit_and_need_memory_for_rows_only(dim):
     """q, o, do and dq, and k, v and their gradients also in slots; one head's scores would be 2 GB."""
     memory, kernels = compiled(32768, dim)
@@ -54,23 +54,24 @@ def test_gradients_at_32k_fit_and_need_memory_for_rows_only(dim):
     assert memory <= 5 * HEADS * 32768 * dim * 2
 
 
-def test_the_forward_pass_at_32k_copies_keys_and_values_into_slots():
-    memory, kernels = compiled(32768, 128, gradients=False)
+@pytest.mark.parametrize("dim", [128, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (192, 256))])
+def test_the_forward_pass_at_32k_copies_keys_and_values_into_slots(dim):
+    memory, kernels = compiled(32768, dim, gradients=False)
     check(kernels, FORWARD)
-    q = HEADS * 32768 * 128 * 2
-    slots = 2 * KV_HEADS * (5 * 32768 // (4 * 51) + 3) * 64 * 128 * 2
+    q = HEADS * 32768 * dim * 2
+    slots = 2 * KV_HEADS * (5 * 32768 // (4 * 51) + 3) * 64 * dim * 2
     assert memory <= slots + 1.5 * q
 
 
-@pytest.mark.parametrize("dim", [pytest.param(64, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize("dim", [*(pytest.param(dim, marks=pytest.mark.slow) for dim in (64, 128, 256)), 192])
 @pytest.mark.parametrize("block", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_shorter_blocks_fit(block, dim):
-    """More slots of a tile, each with numbers of its own."""
+    """More slots of a tile, each with numbers of its own: what takes most registers."""
     check(compiled(300, dim, block=block)[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "value_dim"), [(60, 128), (5, 40)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(60, 128), (5, 40), (64, 192), (130, 60), (200, 40)])
 def test_other_head_dims_fit(dim, value_dim):
     check(compiled(257, dim, value_dim=value_dim)[1])
 

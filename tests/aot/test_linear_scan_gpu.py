@@ -96,8 +96,9 @@ def test_the_forward_pass_at_32k_copies_nothing_large():
     assert memory <= 16 * HEADS * length * 4, "numbers per token only"
 
 
-@pytest.mark.parametrize(("length", "dim", "width", "decay"), [(257, 60, 96, "head"), (1, 128, 5, "none")])
+@pytest.mark.parametrize(("length", "dim", "width", "decay"), [(257, 60, 192, "head"), (1, 153, 5, "none")])
 def test_odd_lengths_and_dims_compile(length, dim, width, decay):
+    """Wide ones as several calls of the same kernels."""
     _, found = kernels(length, dim, width, decay=decay, packed=True)
     assert found.keys() >= ALL - FORWARD
     fits(found)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.neural_memory import MemoryState, neural_memory
+from pallas_kernels.neural_memory.gpu_plan import COLUMNS
 from tests.aot import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=str(h100.missing()))
@@ -69,9 +70,11 @@ SLOW = pytest.mark.slow
     ("dim", "width", "packed"),
     [
         (64, 64, False),
-        (128, 128, True),
+        (192, 192, True),
         pytest.param(64, 64, True, marks=SLOW),
+        pytest.param(128, 128, True, marks=SLOW),
         pytest.param(128, 128, False, marks=SLOW),
+        pytest.param(192, 192, False, marks=SLOW),
     ],
 )
 def test_gradients_at_32k_fit_and_spill_nothing(dim, width, packed):
@@ -80,12 +83,12 @@ def test_gradients_at_32k_fit_and_spill_nothing(dim, width, packed):
     assert found.keys() == BOTH
     fits(found)
     states = HEADS * (32768 // 64) * (2 if packed else 1) * 2 * dim * width * 2
-    partial = (2 * dim + 64) * (width // 64)  # dq, dk and dG of every 64 columns
+    partial = (2 * dim + 64) * (width // COLUMNS[dim])  # dq, dk and dG of every block of columns
     assert memory <= states + rows(32768, partial + 2 * (dim + width) + 10 * 64)
 
 
 def test_the_forward_pass_at_32k_keeps_no_states():
-    memory, found = kernels(32768, 128, 128, gradients=False)
+    memory, found = kernels(32768, 192, 192, gradients=False)
     assert found.keys() == FORWARD
     fits(found)
     assert memory <= rows(32768, 5 * 64), "G and what it is made of"
@@ -101,7 +104,9 @@ def test_odd_lengths_widths_and_chunks_compile(length, dim, width, chunk):
 
 
 @SLOW
-@pytest.mark.parametrize(("length", "dim", "width", "chunk"), [(1000, 100, 192, 1), (640, 64, 128, 512)])
+@pytest.mark.parametrize(
+    ("length", "dim", "width", "chunk"), [(1000, 100, 192, 1), (640, 64, 128, 512), (257, 150, 40, 30)]
+)
 def test_more_widths_and_chunks_compile(length, dim, width, chunk):
     _, found = kernels(length, dim, width, chunk=chunk, packed=True)
     fits(found)

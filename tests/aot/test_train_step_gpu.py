@@ -23,7 +23,6 @@ if reason := h100.missing():
 
 # What the kernels do not serve at a mechanism's defaults.
 PLAIN = {
-    "based": "q is float32",  # its features are
     "titans": "memories of one matrix but start has 2",
 }
 KERNELS = {

@@ -166,7 +166,7 @@ def test_what_it_cannot_do_it_says():
     with pytest.raises(NotImplementedError, match=r"computes on 'cpu'.*compiling_for"):
         call()
     with interpreted():
-        with pytest.raises(NotImplementedError, match="'gpu' computes bfloat16 but v_pages is float32: cast it"):
+        with pytest.raises(NotImplementedError, match="'gpu' computes bfloat16 but v_pages is float32: keep the cache"):
             call(v=v.astype(jnp.float32))
         with pytest.raises(NotImplementedError, match="multiples of 16 up to 256 but q has 24: use 'xla'"):
             call(q=q[..., :24], k=k[..., :24])
