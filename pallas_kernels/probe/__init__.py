@@ -42,7 +42,7 @@ def probe(
 
     Diagonals at offsets below 0 or from S on, and the keys of segment `GLOBAL`, which have no place, are left out.
     "tpu" and "gpu" need key positions that advance by one from index to index over what a query sees; where they do
-    not, their diagonals (of all queries of the call) are NaN. "gpu" computes bfloat16.
+    not, their diagonals (of all queries of the call) are NaN. "gpu" computes bfloat16 and has head dims up to 256.
 
     Args:
       q: probe queries, such as the last 64 of a prompt; query head h reads key head h // (H // K). At most 128 for

@@ -16,7 +16,7 @@ from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.flash.gpu import blocked
-from pallas_kernels.flash.gpu_tiles import LOG2E, Plan
+from pallas_kernels.flash.gpu_tiles import LOG2E, WIDTHS, Plan
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import Score
 from pallas_kernels.probe.gpu_rows import block_sums, first
@@ -26,18 +26,14 @@ from pallas_kernels.probe.stats import OVER_KEYS, Stats
 from pallas_kernels.probe.xla import row_stats, widened
 
 BLOCKS = (8, 16, 32, 64)  # and multiples of 128
-WIDEST = 128  # head dim
 
 
 def unfit(q: Array, k: Array, want: frozenset[str], block: int) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(q=q, k=k):
         return reason
-    for name, x in (("q", q), ("k", k)):
-        if x.dtype != jnp.bfloat16:
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
-    if q.shape[3] > WIDEST:
-        return f"backend 'gpu' has head dims up to {WIDEST} but q has {q.shape[3]}: use 'xla'."
+    if q.shape[3] > WIDTHS[-1]:
+        return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but q has {q.shape[3]}: use 'xla'."
     if k.shape[1] > MOST_KEYS:
         return f"backend 'gpu' counts {MOST_KEYS} keys but there are {k.shape[1]}: use 'xla'."
     if want & {"blocks", "block_max"} and block not in BLOCKS and block % KEYS:
@@ -78,6 +74,7 @@ def probe_gpu(
         interpret=interpret,
     )
     vis = widened(vis, batch, count, keys).pad_rows(-count % QUERIES).pad_columns(-keys % KEYS)
+    q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     inputs = Inputs(plan, vis, blocked(q, QUERIES), blocked(k, KEYS))
     top, mass, index = first(inputs)
     some = mass > 0

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels.flash.gpu_tiles import LOG2E, Tile, Visit, visits
 from pallas_kernels.flash.rows import FLOOR
-from pallas_kernels.probe.gpu_tiles import KEYS, QUERIES, SHARE, STAGES, TOP, Inputs, held, scores, stream, weights
+from pallas_kernels.probe.gpu_tiles import QUERIES, SHARE, STAGES, TOP, Inputs, held, scores, stream, weights
 
 BUSY = 264  # blocks of threads that keep the 132 multiprocessors of an H100 busy
 MASS, INDEX = 1, 2  # what a part reports beside TOP
@@ -44,14 +44,14 @@ def first(inputs: Inputs) -> tuple[Array, Array, Array]:
 def block_sums(inputs: Inputs, kept: Float[Array, "B H 2 T"], want: frozenset[str], block: int) -> dict[str, Array]:
     """Sums and largest weights of blocks of keys, [B, H, T, N]."""
     batch, length, heads, _ = inputs.q.shape
-    size = min(block, KEYS)
+    size = min(block, inputs.tile)
     names = [name for name in ("blocks", "block_max") if name in want]
     out = jax.ShapeDtypeStruct((batch, heads, inputs.k.shape[1] // size, length), jnp.float32)
-    scratch = [mg.plain(2, QUERIES), mg.barriers(1), *[mg.plain(KEYS // size, QUERIES)] * len(names)]
+    scratch = [mg.plain(2, QUERIES), mg.barriers(1), *[mg.plain(inputs.tile // size, QUERIES)] * len(names)]
     body = partial(_blocks_kernel, inputs, splits(inputs), names)
     results = _launch(inputs, "probe_blocks", body, [out] * len(names), scratch, kept)
-    seen = jnp.swapaxes(held(visits(inputs.vis, QUERIES, KEYS), (batch, inputs.blocks), inputs.tiles), 1, 2)
-    seen = jnp.repeat(jnp.repeat(seen, KEYS // size, axis=1), QUERIES, axis=2)[:, None]
+    seen = jnp.swapaxes(held(visits(inputs.vis, QUERIES, inputs.tile), (batch, inputs.blocks), inputs.tiles), 1, 2)
+    seen = jnp.repeat(jnp.repeat(seen, inputs.tile // size, axis=1), QUERIES, axis=2)[:, None]
     joined = {}
     for name, x in zip(names, results, strict=True):
         x = jnp.swapaxes(jnp.where(seen, x, 0.0), 2, 3)  # tiles that nobody visits are written by nobody
@@ -64,27 +64,27 @@ def block_sums(inputs: Inputs, kept: Float[Array, "B H 2 T"], want: frozenset[st
 
 
 def _launch(inputs: Inputs, name: str, body: Any, outs: list[Any], scratch: list[Any], *kept: Array) -> list[Array]:
-    (batch, length, heads, dim), keys = inputs.q.shape, inputs.k.shape[1]
-    tiles = batch * heads * inputs.plan.tiles(length, keys, QUERIES, KEYS)
+    (batch, length, heads, dim), tile = inputs.q.shape, inputs.tile
+    tiles = batch * heads * inputs.plan.tiles(length, inputs.k.shape[1], QUERIES, tile)
     return mg.launch(
         mg.Launch(
             name,
             grid={"head": heads, "part": inputs.blocks * splits(inputs), "batch": batch},
             interpret=inputs.plan.interpret,
-            cost=inputs.cost(tiles, QUERIES, KEYS, 2 * KEYS * dim, inputs.q, *outs, *kept, more=len(kept)),
+            cost=inputs.cost(tiles, QUERIES, tile, 2 * tile * dim, inputs.q, *outs, *kept, more=len(kept)),
         ),
         body,
         outs,
         [
             mg.operand(QUERIES, dim),
-            mg.operand(STAGES, KEYS, dim),
+            mg.operand(STAGES, tile, dim),
             mg.plain(2, QUERIES, dtype=jnp.int32),
-            mg.plain(STAGES, 2, KEYS, dtype=jnp.int32),
+            mg.plain(STAGES, 2, tile, dtype=jnp.int32),
             mg.barriers(1, 2),
             mg.barriers(STAGES, 2),
             *scratch,
         ],
-        visits(inputs.vis, QUERIES, KEYS),
+        visits(inputs.vis, QUERIES, tile),
         *inputs.arrays,
         *kept,
     )
@@ -108,7 +108,8 @@ class _Part:
         mg.fetch(q_at.at[self.b, :, self.queries], self.q_at_s, self.ready.at[0])
 
     def fetch(self, n: Any, slot: Any) -> None:
-        keys = pl.ds(self.visit.tile(n) * KEYS, KEYS)
+        size = self.k_s.shape[1]
+        keys = pl.ds(self.visit.tile(n) * size, size)
         head = jax.lax.div(self.h, jnp.int32(self.plan.group))
         mg.fetch(self.k.at[self.b, keys, head], self.k_s.at[slot], self.full.at[slot])
         mg.fetch(self.k_at.at[self.b, :, keys], self.k_at_s.at[slot], self.full.at[slot])
@@ -128,18 +129,18 @@ class _Part:
 
 def _rows_kernel(inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, out, *scratch):
     part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, scratch[:6])
-    out_s = scratch[6]
-    place = lambda: mg.places((QUERIES, KEYS), 1).astype(jnp.float32)
+    out_s, keys = scratch[6], inputs.tile
+    place = lambda: mg.places((QUERIES, keys), 1).astype(jnp.float32)
 
     def tile(scored: tuple[Tile, float], j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         (s, factor), (top, mass, index) = scored, carry
         largest = jnp.max(s, axis=1)
-        here = jnp.min(jnp.where(s == mg.down(largest, KEYS), place(), float(KEYS)), axis=1)
-        here = here + (j * KEYS).astype(jnp.float32)
+        here = jnp.min(jnp.where(s == mg.down(largest, keys), place(), float(keys)), axis=1)
+        here = here + (j * keys).astype(jnp.float32)
         best = largest * factor
         index = jnp.where((best > top) | ((best == top) & (here < index)), here, index)
         now = jnp.maximum(top, best)
-        return now, mass * jnp.exp2(top - now) + jnp.sum(jnp.exp2(s * factor - mg.down(now, KEYS)), axis=1), index
+        return now, mass * jnp.exp2(top - now) + jnp.sum(jnp.exp2(s * factor - mg.down(now, keys)), axis=1), index
 
     start = mg.per_row(FLOOR * LOG2E), mg.per_row(0.0), mg.per_row(NO_KEY)
     for n, x in enumerate(part.each(tile, start)):
@@ -154,10 +155,10 @@ def _blocks_kernel(inputs: Inputs, parts: int, names: list[str], table, prefix, 
     mg.fetch(kept.at[part.b, part.h, :, part.queries], kept_s, got.at[0])
     mg.wait(got.at[0])
     count = outs_s[0].shape[0]
-    size = KEYS // count
+    size = inputs.tile // count
 
     def tile(scored: tuple[Tile, float], j: Any, carry: None) -> None:
-        w = weights(scored, *(mg.down(mg.load_rows(kept_s.at[n]), KEYS) for n in (TOP, SHARE)))
+        w = weights(scored, *(mg.down(mg.load_rows(kept_s.at[n]), inputs.tile) for n in (TOP, SHARE)))
         for n in range(count):
             piece = jax.lax.slice(w, (0, n * size), (QUERIES, (n + 1) * size))
             for name, out_s in zip(names, outs_s, strict=True):

@@ -86,31 +86,32 @@ def _columns_kernel(inputs: Inputs, table, prefix, q, k, q_at, k_at, kept, out, 
 
 def diagonals(inputs: Inputs, kept: Float[Array, "B H 2 T"], keys: int) -> Float[Array, "B H S"]:
     """By offset; NaN where key positions do not advance by one over what a query sees. `keys` are no padding."""
-    batch, _, heads, dim = inputs.q.shape
+    (batch, _, heads, dim), size = inputs.q.shape, inputs.tile
     near, far = _extremes(inputs.vis)
     placed = near != NOWHERE
     base = jnp.where(placed, keys - 1 - inputs.vis.q_positions + near, 0)  # key j of a query lies at base + j
     lines = -(-keys // LINE)
-    start, count = _runs(base, placed, lines, inputs.tiles)
+    start, count = _runs(base, placed, lines, inputs.tiles, size)
     out = jax.ShapeDtypeStruct((batch, heads, lines * LINE), jnp.float32)
-    tiles = batch * heads * lines * inputs.blocks * min(3, inputs.tiles)  # as many as queries in a row need
+    each = 1 + -(-(LINE + QUERIES - 2) // size)  # as many tiles as queries in a row need
+    tiles = batch * heads * lines * inputs.blocks * min(each, inputs.tiles)
     line = mg.launch(
         mg.Launch(
             "probe_diagonals",
             grid={"head": heads, "line": lines, "batch": batch},
             interpret=inputs.plan.interpret,
-            cost=inputs.cost(tiles, QUERIES, KEYS, KEYS * 2 * dim, inputs.q, out, more=1),
+            cost=inputs.cost(tiles, QUERIES, size, size * 2 * dim, inputs.q, out, more=1),
         ),
         partial(_diagonals_kernel, inputs, lines),
         out,
         [
             mg.operand(QUERIES, dim),
-            mg.operand(STAGES, KEYS, dim),
+            mg.operand(STAGES, size, dim),
             mg.plain(2, QUERIES, dtype=jnp.int32),
-            mg.plain(STAGES, 2, KEYS, dtype=jnp.int32),
+            mg.plain(STAGES, 2, size, dtype=jnp.int32),
             mg.plain(2, QUERIES),
             mg.plain(QUERIES, dtype=jnp.int32),
-            mg.plain(QUERIES, LINE + KEYS + LINE),
+            mg.plain(QUERIES, LINE + KEYS + LINE),  # also of smaller tiles: rows of whole lines
             mg.plain(LINE),
             mg.barriers(1, 4),
             mg.barriers(STAGES, 2),
@@ -138,26 +139,28 @@ def _extremes(vis: Visibility) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     return jax.lax.scan(look, (nowhere, -nowhere), jnp.arange(-(-keys // size)))[0]
 
 
-def _runs(base: Int[Array, "B T"], placed: Bool[Array, "B T"], lines: int, tiles: int) -> tuple[Array, Array]:
-    """First and number of the tiles of keys in which a block of queries has a share in a line, [B, lines, blocks]."""
+def _runs(
+    base: Int[Array, "B T"], placed: Bool[Array, "B T"], lines: int, tiles: int, size: int
+) -> tuple[Array, Array]:
+    """First and number of the tiles of `size` keys that a block of queries has in a line, [B, lines, blocks]."""
     cut = lambda x: x.reshape(x.shape[0], 1, -1, QUERIES)
     low = jnp.min(jnp.where(cut(placed), cut(base), NOWHERE), axis=-1)
     high = jnp.max(jnp.where(cut(placed), cut(base), -NOWHERE), axis=-1)
     at = (jnp.arange(lines, dtype=jnp.int32) * LINE)[None, :, None]
-    inside = lambda x: div(jnp.clip(x, 0, tiles * KEYS - 1), KEYS)
+    inside = lambda x: div(jnp.clip(x, 0, tiles * size - 1), size)
     start, stop = inside(at - high), inside(at + LINE - 1 - low)
-    some = (low <= high) & (at + LINE - 1 - low >= 0) & (at - high < tiles * KEYS)
+    some = (low <= high) & (at + LINE - 1 - low >= 0) & (at - high < tiles * size)
     return start, jnp.where(some, stop - start + 1, 0)
 
 
 def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_at, kept, base, out, *scratch):
     q_s, k_s, q_at_s, k_at_s, kept_s, base_s, w_s, out_s, ready, full = scratch
     b, h, line = (jax.lax.axis_index(name) for name in ("batch", "head", "line"))
-    plan, head = inputs.plan, jax.lax.div(h, jnp.int32(inputs.plan.group))
+    plan, head, size = inputs.plan, jax.lax.div(h, jnp.int32(inputs.plan.group)), inputs.tile
     api = mg.plgpu()
     along = api.Layout.WG_STRIDED((LINE,), vec_size=1)  # says where a line lies; the compiler would search for long
     put = lambda at, x: mg.put(w_s.at[:, pl.ds(at, x.shape[1])], x)
-    for margin in (0, LINE + KEYS):
+    for margin in (0, LINE + size):
         put(margin, mg.zeros(QUERIES, LINE))
 
     def block(i: Any, acc: Array) -> Array:
@@ -166,7 +169,7 @@ def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_a
         start, count = table[entry], table[entry + 1]
 
         def fetch(n: Any, slot: Any) -> None:
-            keys = pl.ds((start + n) * KEYS, KEYS)
+            keys = pl.ds((start + n) * size, size)
             mg.fetch(k.at[b, keys, head], k_s.at[slot], full.at[slot])
             mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], full.at[slot])
 
@@ -174,16 +177,16 @@ def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_a
             mg.wait(full.at[slot])
             s = mg.product(q_s, mg.turned(k_s.at[slot]))
             s = scores(plan, hides, s, q_at_s, k_at_s.at[slot], prefix[b])
-            w = weights(s, *(mg.down(mg.load_rows(kept_s.at[n]), KEYS) for n in (TOP, SHARE)))
+            w = weights(s, *(mg.down(mg.load_rows(kept_s.at[n]), size) for n in (TOP, SHARE)))
             has_place = mg.across(mg.load_columns(k_at_s.at[slot, SEGMENT]), QUERIES) != GLOBAL
             put(LINE, jnp.where(has_place, w, 0.0))
             mg.publish()
-            at = line * LINE - (start + n) * KEYS
+            at = line * LINE - (start + n) * size
 
             def add(some: Any, acc: Array) -> Array:
                 for n in range(AT_ONCE):
                     p = some * AT_ONCE + n
-                    shift = jnp.minimum(jnp.maximum(at - base_s[p], -LINE), KEYS)  # further away there are margins
+                    shift = jnp.minimum(jnp.maximum(at - base_s[p], -LINE), size)  # further away there are margins
                     acc += api.load(w_s.at[p, pl.ds(LINE + shift, LINE)], layout=along, optimized=False)
                 return acc
 

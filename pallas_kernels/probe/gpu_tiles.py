@@ -16,10 +16,10 @@ from jaxtyping import Array
 
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import Plan, Tile, exponents, masked, nbytes, places
+from pallas_kernels.flash.gpu_tiles import Plan, Tile, exponents, masked, nbytes, places, wide
 
 QUERIES = mg.ROWS
-KEYS = 128  # of a tile, where rows are queries
+KEYS = 128  # of a tile at most, where rows are queries
 STAGES = 2  # tiles under way
 MOST_KEYS = 2**24  # whose indices are exact in f32
 TOP, SHARE = 0, 1  # rows of what is kept of a query: its largest score (in powers of two) and that score's weight
@@ -47,9 +47,14 @@ class Inputs:
         return self.q.shape[1] // QUERIES
 
     @property
+    def tile(self) -> int:
+        """Keys of a tile: fewer of wide heads, so that as many bytes of several blocks of threads are under way."""
+        return KEYS // 2 if wide(self.q.shape[3], 0) else KEYS
+
+    @property
     def tiles(self) -> int:
         """Of keys."""
-        return self.k.shape[1] // KEYS
+        return self.k.shape[1] // self.tile
 
     def cost(self, tiles: int, queries: int, keys: int, again: int, *others: Any, more: int = 0) -> pl.CostEstimate:
         """Work of one product in each of `tiles`, for which `again` bytes are fetched; `more` operations a score."""

@@ -49,8 +49,8 @@ def softplus_attention(
       p: exponent of the re-weighting; None leaves it out.
       exempt: rows with N_i <= exempt keep all their keys (mean 0).
       bias: position bias added to the scaled scores, zero on `GLOBAL` keys.
-      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back. "gpu" takes v in bfloat16
-        and rounds q and k to it.
+      backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back. "gpu" takes v in bfloat16,
+        rounds q and k to it, and has head dims up to 256.
 
     Raises:
       NotImplementedError: a backend this op does not have, or that cannot serve this call.

@@ -1,13 +1,14 @@
 """The Hopper kernels of softplus rows: one block of threads walks twice over the keys that its queries see.
 
 The first walk takes the sum and the maximum of φ over each row, the second weighs the values. As in `flash` two
-warpgroups of 64 queries compute and a third fetches. log N multiplies the products in f32. The backward pass is in
-`gpu_backward`.
+warpgroups of 64 queries compute and a third fetches, which the widest values have no registers for. log N multiplies
+the products in f32. The backward pass is in `gpu_backward`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,20 +21,24 @@ from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash.gpu import blocked
+from pallas_kernels.flash.gpu import CONSUMER, PRODUCER, blocked, threads
 from pallas_kernels.flash.gpu_tiles import (
     BLOCK,
     STAGES,
     WGS,
+    Feed,
     Plan,
     Tile,
     Visit,
+    column_tile,
     masked,
     nbytes,
+    operands,
     places,
     refill,
     ring,
     visits,
+    whoami,
 )
 from pallas_kernels.flash.score import Score
 from pallas_kernels.softplus.gpu_backward import backward
@@ -41,8 +46,6 @@ from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, w
 from pallas_kernels.softplus.gpu_tiles import unfit as unfit
 from pallas_kernels.softplus.reference import TINY, UNIFORM
 
-BLOCK_K = 64  # keys of a tile; φ and w of 128 do not fit in registers
-CONSUMER, PRODUCER = 232, 40  # registers of a thread
 SCALE, COUNT = 0, 1  # rows of what is known of a query: scale · log N, and N
 M, INVERSE, MASS = range(3)  # rows of what is kept of it
 
@@ -67,7 +70,7 @@ def softplus_gpu(
         raise NotImplementedError(f"softplus_attention: {reason}")
     interpret = mg.mode(interpret_for("softplus_attention", "gpu"))
     batch, length, heads, _ = q.shape
-    keys, v_dim = k.shape[1], v.shape[3]
+    keys, v_dim, kind = k.shape[1], v.shape[3], v.dtype
     plan = Plan(
         score=Score("identity", "none"),  # masked scores are finite, and φ and σ of them 0
         scale=1.0,
@@ -93,7 +96,7 @@ def softplus_gpu(
     known = jnp.stack([scale * jnp.log(jnp.maximum(count, 1.0)), count], axis=1)
     q, k, v = (blocked(x.astype(jnp.bfloat16)) for x in (q, k, v))
     o = _attend(Rule(plan, p, exempt), q, k, v, vis, known)
-    return o[:, :length, :, :v_dim]
+    return o[:, :length, :, :v_dim].astype(kind)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -105,8 +108,10 @@ def _attend(rule: Rule, q: Array, k: Array, v: Array, vis: Visibility, known: Ar
 def _forward(rule: Rule, q: Array, k: Array, v: Array, vis: Visibility, known: Array) -> tuple[Array, Any]:
     plan, (batch, length, heads, dim) = rule.plan, q.shape
     v_dim, steps = v.shape[3], length // BLOCK
-    more = [mg.operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
-    more += [mg.operand(WGS, mg.ROWS, BLOCK_K)] if plan.staged else []
+    block_k = column_tile(dim, v_dim)  # φ and w of 128 keys do not fit in registers
+    operand = operands(block_k)
+    more = [operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
+    more += [operand(WGS, mg.ROWS, block_k)] if plan.staged else []
     out = [
         jax.ShapeDtypeStruct((batch, length, heads, v_dim), v.dtype),
         jax.ShapeDtypeStruct((batch, heads, 3, length), jnp.float32),
@@ -116,21 +121,21 @@ def _forward(rule: Rule, q: Array, k: Array, v: Array, vis: Visibility, known: A
         mg.Launch(
             "softplus_forward",
             grid={"head": heads, "block": steps, "batch": batch},
-            threads=WGS + 1,
+            threads=threads(v_dim),
             interpret=plan.interpret,
             cost=cost(
-                rule, q, k, v, block=(BLOCK, BLOCK_K), products=(walks, 1), exponents=walks,
-                moved=nbytes(q, *out), again=[walks * 2 * BLOCK_K * dim, 2 * BLOCK_K * v_dim],
+                rule, q, k, v, block=(BLOCK, block_k), products=(walks, 1), exponents=walks,
+                moved=nbytes(q, *out), again=[walks * 2 * block_k * dim, 2 * block_k * v_dim],
             ),
         ),
         partial(_forward_kernel, rule, steps),
         out,
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(STAGES, BLOCK_K, dim),
-            mg.operand(STAGES, BLOCK_K, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(STAGES, block_k, dim),
+            operand(STAGES, block_k, v_dim),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.plain(STAGES, 2, BLOCK_K, dtype=jnp.int32),
+            mg.plain(STAGES, 2, block_k, dtype=jnp.int32),
             mg.plain(WGS, 2, mg.ROWS),
             mg.plain(WGS, 3, mg.ROWS),
             mg.barriers(WGS, 3),  # q, its places and what is known of it, of each computing warpgroup
@@ -140,7 +145,7 @@ def _forward(rule: Rule, q: Array, k: Array, v: Array, vis: Visibility, known: A
             mg.barriers(STAGES, WGS),
             *more,
         ],
-        visits(vis, BLOCK, BLOCK_K),
+        visits(vis, BLOCK, block_k),
         vis.prefix_len if plan.has_prefix else jnp.zeros((batch,), jnp.int32),
         q,
         k,
@@ -156,57 +161,54 @@ def _forward_kernel(rule: Rule, steps: int, table, prefix, q, k, v, q_at, k_at, 
     q_s, k_s, v_s, q_at_s, k_at_s, known_s, kept_s, ready, k_full, v_full, k_free, v_free, *more = scratch
     plan, measured = rule.plan, rule.p is not None
     b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
+    block_k = k_s.shape[1]
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
     visit = Visit(table, b * steps + i)
     turn = visit.count if measured else jnp.int32(0)  # where the second walk begins, which needs the values
 
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        head = jax.lax.div(h, jnp.int32(plan.group))
+    def queries() -> None:
         for n in range(WGS):
-            queries = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
-            mg.fetch(q.at[b, queries, h], q_s.at[n], ready.at[n])
-            mg.fetch(q_at.at[b, :, queries], q_at_s.at[n], ready.at[n])
-            mg.fetch(known.at[b, :, queries], known_s.at[n], ready.at[n])
+            rows = pl.ds(i * BLOCK + n * mg.ROWS, mg.ROWS)
+            mg.fetch(q.at[b, rows, h], q_s.at[n], ready.at[n])
+            mg.fetch(q_at.at[b, :, rows], q_at_s.at[n], ready.at[n])
+            mg.fetch(known.at[b, :, rows], known_s.at[n], ready.at[n])
 
-        def step(n: Any, slot: Any) -> None:
-            keys = pl.ds(visit.tile(jnp.where(n < turn, n, n - turn)) * BLOCK_K, BLOCK_K)
-            mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
-            mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
+    def keys_and_values(n: Any, slot: Any) -> None:
+        head = jax.lax.div(h, jnp.int32(plan.group))
+        keys = pl.ds(visit.tile(jnp.where(n < turn, n, n - turn)) * block_k, block_k)
+        mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
+        mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
 
-            @pl.when(n >= turn)
-            def values():
-                pl.when(n - turn >= STAGES)(lambda: mg.wait(v_free.at[slot]))
-                mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
+        @pl.when(n >= turn)
+        def values():
+            pl.when(n - turn >= STAGES)(lambda: mg.wait(v_free.at[slot]))
+            mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
 
-        ring(jnp.int32(0), turn + visit.count, lambda n, slot, _: refill(n, slot, k_free, step), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
+    def compute(ahead: Callable[[Any], None]) -> None:
         rows = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
         stage = more[-1].at[wg] if plan.staged else None
         mg.wait(ready.at[wg])
         factor, count = (mg.load_rows(known_s.at[wg, n]) for n in (SCALE, COUNT))
 
-        def scores(hides: bool, slot: Any) -> Tile:
+        def scores(hides: bool, n: Any, slot: Any) -> Tile:
+            me = whoami(wg, q_s.shape[2], v_s.shape[2])
+            ahead(n)
             mg.wait(k_full.at[slot])
-            s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot])) * mg.down(factor, BLOCK_K)
-            return masked(s, q_at_s.at[wg], k_at_s.at[slot], prefix[b], plan) if hides else s
+            s = mg.product(q_s.at[me], mg.turned(k_s.at[slot])) * mg.down(factor, block_k)
+            return masked(s, q_at_s.at[me], k_at_s.at[slot], prefix[b], plan) if hides else s
 
         def measure(hides: bool, n: Any, slot: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             total, top = carry
-            s = scores(hides, slot)
+            s = scores(hides, n, slot)
             mg.arrive(k_free.at[slot])
             phi, _ = softplus(s)
             return total + jnp.sum(phi, axis=1), jnp.maximum(top, jnp.max(phi, axis=1))
 
         def weigh(m: Array, inverse: Array, hides: bool, n: Any, slot: Any, carry: tuple[Array, Array]) -> Any:
             acc, mass = carry
-            s = scores(hides, slot)
+            s = scores(hides, n, slot)
             mg.arrive(k_free.at[slot])
-            w, _ = weights(softplus(s)[0], mg.down(m, BLOCK_K), mg.down(inverse, BLOCK_K), rule.p)
+            w, _ = weights(softplus(s)[0], mg.down(m, block_k), mg.down(inverse, block_k), rule.p)
             mass += jnp.sum(w, axis=1)
             mg.wait(v_full.at[slot])
             acc = mg.add_product(acc, w.astype(v_s.dtype), v_s.at[slot], stage)
@@ -226,6 +228,24 @@ def _forward_kernel(rule: Rule, steps: int, table, prefix, q, k, v, q_at, k_at, 
         for n, x in ((M, m), (INVERSE, inverse), (MASS, mass)):
             kept_s[wg, n] = x
         mg.store((o_s.at[wg], o.at[b, rows, h]), (kept_s.at[wg], kept.at[b, h, :, rows]))
+
+    if threads(v_s.shape[2]) == WGS:
+        feed = Feed(wg, turn + visit.count, k_free, keys_and_values)
+        pl.when(wg == 0)(queries)
+        feed.start()
+        compute(feed.ahead)
+        return
+
+    @pl.when(wg == WGS)
+    def produce():
+        mg.registers(PRODUCER, more=False)
+        queries()
+        ring(jnp.int32(0), turn + visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
+
+    @pl.when(wg < WGS)
+    def consume():
+        mg.registers(CONSUMER, more=True)
+        compute(lambda n: None)
 
 
 def _row_terms(count: Array, total: Array, top: Array, exempt: int) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ With c = scale · log N, w = (max(φ - m, 0) f)^p, z = Σ w and o = Σ w v / z, 
 
 where t is the gradient of the row's mean; 0 where the offset is no mean. It is known at the end of a row only, so the
 dq kernel walks twice over the keys: Σ g σ k first, and then t Σ σ k, which needs no values. It hands t to the kernel of
-dk and dv. σ = softplus'. Registers hold the sums of one head dim of 128 or of two of 64.
+dk and dv. σ = softplus'. Registers hold the sums of one head dim, or of two of 64.
 """
 
 from __future__ import annotations
@@ -21,10 +21,24 @@ from jaxtyping import Array
 
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import BLOCK, STAGES, WGS, Feed, Tile, Visit, masked, nbytes, places, visits, walk
+from pallas_kernels.flash.gpu_tiles import (
+    BLOCK,
+    STAGES,
+    WGS,
+    Feed,
+    Tile,
+    Visit,
+    column_tile,
+    masked,
+    nbytes,
+    operands,
+    places,
+    visits,
+    walk,
+    whoami,
+)
 from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, weights
 
-COLUMNS = 64  # keys (dq) or queries (dk, dv) of a tile
 # Numbers per row; the last is 1 / N, or 0 where m is no mean, for dq, and t for dk and dv.
 C, M, INVERSE, SHARE, DELTA, LAST = range(6)
 
@@ -59,6 +73,8 @@ def _gradients(rule: Rule, s: Tile, dp: Tile, number: Any) -> tuple[Tile, Tile, 
 def _dq(rule: Rule, vis: Visibility, prefix, q, k, v, do, numbers, q_at, k_at) -> tuple[Array, Array]:
     plan, (batch, length, heads, dim) = rule.plan, q.shape
     v_dim, steps = v.shape[3], length // BLOCK
+    columns = column_tile(dim, v_dim)
+    operand = operands(columns)
     walks = 1 if rule.p is None else 2
     dq, total = mg.launch(
         mg.Launch(
@@ -67,28 +83,28 @@ def _dq(rule: Rule, vis: Visibility, prefix, q, k, v, do, numbers, q_at, k_at) -
             threads=WGS,
             interpret=plan.interpret,
             cost=cost(
-                rule, q, k, v, block=(BLOCK, COLUMNS), products=(2 * walks, 1), exponents=walks,
-                moved=nbytes(q, q, do, numbers), again=[COLUMNS * (walks * dim + v_dim) * 2],
+                rule, q, k, v, block=(BLOCK, columns), products=(2 * walks, 1), exponents=walks,
+                moved=nbytes(q, q, do, numbers), again=[columns * (walks * dim + v_dim) * 2],
             ),
         ),
         partial(_dq_kernel, rule, steps),
         [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(WGS, mg.ROWS, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(WGS, mg.ROWS, v_dim),
             mg.plain(WGS, 6, mg.ROWS),
             mg.plain(WGS, mg.ROWS),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.operand(STAGES, COLUMNS, dim),
-            mg.operand(STAGES, COLUMNS, v_dim),
-            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
+            operand(STAGES, columns, dim),
+            operand(STAGES, columns, v_dim),
+            mg.plain(STAGES, 2, columns, dtype=jnp.int32),
             mg.barriers(WGS, 4),
             mg.barriers(STAGES, 2),  # k and its places
             mg.barriers(STAGES),  # v
             mg.barriers(STAGES, WGS),
-            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+            *([operand(WGS, mg.ROWS, columns)] if plan.staged else []),
         ],
-        visits(vis, BLOCK, COLUMNS),
+        visits(vis, BLOCK, columns),
         *(prefix, q, k, v, do, numbers, q_at, k_at),
     )  # fmt: skip
     return dq, total
@@ -98,14 +114,15 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
     q_s, do_s, numbers_s, total_s, q_at_s, k_s, v_s, k_at_s, ready, k_full, v_full, free, *staging = scratch
     plan = rule.plan
     b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
-    i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
+    i, columns = steps - 1 - jax.lax.axis_index("block"), k_s.shape[1]  # the longest rows first
     head = jax.lax.div(h, jnp.int32(plan.group))
     queries = pl.ds(i * BLOCK + wg * mg.ROWS, mg.ROWS)
     visit = Visit(table, b * steps + i)
     stage = staging[0].at[wg] if plan.staged else None
+    dims = q_s.shape[2], do_s.shape[2]
 
     def fetch(n: Any, slot: Any) -> None:
-        keys = pl.ds(visit.tile(jnp.where(n < visit.count, n, n - visit.count)) * COLUMNS, COLUMNS)
+        keys = pl.ds(visit.tile(jnp.where(n < visit.count, n, n - visit.count)) * columns, columns)
         mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
         mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
         pl.when(n < visit.count)(lambda: mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot]))
@@ -117,26 +134,26 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
     mg.fetch(q_at.at[b, :, queries], q_at_s.at[wg], ready.at[wg])
     feed.start()
     mg.wait(ready.at[wg])
-    number = lambda n: mg.down(mg.load_rows(numbers_s.at[wg, n]), COLUMNS)
+    number = lambda me, n: mg.down(mg.load_rows(numbers_s.at[me, n]), columns)
 
-    def scores(hides: bool, n: Any, slot: Any) -> Tile:
+    def scores(me: Any, hides: bool, n: Any, slot: Any) -> Tile:
         feed.ahead(n)
         mg.wait(k_full.at[slot])
-        s = mg.product(q_s.at[wg], mg.turned(k_s.at[slot])) * number(C)
-        return masked(s, q_at_s.at[wg], k_at_s.at[slot], prefix[b], plan) if hides else s
+        s = mg.product(q_s.at[me], mg.turned(k_s.at[slot])) * number(me, C)
+        return masked(s, q_at_s.at[me], k_at_s.at[slot], prefix[b], plan) if hides else s
 
     def first(hides: bool, n: Any, slot: Any, carry: tuple[Tile, Array]) -> tuple[Tile, Array]:
-        acc, sums = carry
-        s = scores(hides, n, slot)
+        (acc, sums), me = carry, whoami(wg, *dims)
+        s = scores(me, hides, n, slot)
         mg.wait(v_full.at[slot])
-        dp = mg.product(do_s.at[wg], mg.turned(v_s.at[slot]))
-        _, g, slope = _gradients(rule, s, dp, number)
+        dp = mg.product(do_s.at[me], mg.turned(v_s.at[slot]))
+        _, g, slope = _gradients(rule, s, dp, partial(number, me))
         acc = mg.add_product(acc, (g * slope).astype(k_s.dtype), k_s.at[slot], stage)
         mg.arrive(free.at[slot])
         return acc, sums + jnp.sum(g, axis=1)
 
     def second(t: Array, hides: bool, n: Any, slot: Any, acc: Tile) -> Tile:
-        slope = softplus(scores(hides, n, slot))[1] * mg.down(t, COLUMNS)
+        slope = softplus(scores(whoami(wg, *dims), hides, n, slot))[1] * mg.down(t, columns)
         acc = mg.add_product(acc, slope.astype(k_s.dtype), k_s.at[slot], stage)
         mg.arrive(free.at[slot])
         return acc
@@ -154,6 +171,8 @@ def _of_keys(which: str, rule: Rule, vis: Visibility, prefix, q, k, v, do, numbe
     """dk, dv or both: what `which` names."""
     plan, (batch, keys, kv_heads, dim) = rule.plan, k.shape
     v_dim, steps = v.shape[3], keys // BLOCK
+    columns = column_tile(dim, v_dim)
+    operand = operands(columns)
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in (("k", k), ("v", v)) if name in which]
     return mg.launch(
         mg.Launch(
@@ -162,26 +181,26 @@ def _of_keys(which: str, rule: Rule, vis: Visibility, prefix, q, k, v, do, numbe
             threads=WGS,
             interpret=plan.interpret,
             cost=cost(
-                rule, q, k, v, block=(COLUMNS, BLOCK), products=(1 + ("k" in which), len(which)), exponents=1,
-                moved=nbytes(k, v, *outs), again=[COLUMNS * ((dim + v_dim) * 2 + 4 * 6)],
+                rule, q, k, v, block=(columns, BLOCK), products=(1 + ("k" in which), len(which)), exponents=1,
+                moved=nbytes(k, v, *outs), again=[columns * ((dim + v_dim) * 2 + 4 * 6)],
             ),
         ),
         partial(_of_keys_kernel, which, rule, steps),
         outs,
         [
-            mg.operand(WGS, mg.ROWS, dim),
-            mg.operand(WGS, mg.ROWS, v_dim),
+            operand(WGS, mg.ROWS, dim),
+            operand(WGS, mg.ROWS, v_dim),
             mg.plain(WGS, 2, mg.ROWS, dtype=jnp.int32),
-            mg.operand(STAGES, COLUMNS, dim),
-            mg.operand(STAGES, COLUMNS, v_dim),
-            mg.plain(STAGES, 6, COLUMNS),
-            mg.plain(STAGES, 2, COLUMNS, dtype=jnp.int32),
+            operand(STAGES, columns, dim),
+            operand(STAGES, columns, v_dim),
+            mg.plain(STAGES, 6, columns),
+            mg.plain(STAGES, 2, columns, dtype=jnp.int32),
             mg.barriers(WGS, 3),
             mg.barriers(STAGES, 4),
             mg.barriers(STAGES, WGS),
-            *([mg.operand(WGS, mg.ROWS, COLUMNS)] if plan.staged else []),
+            *([operand(WGS, mg.ROWS, columns)] if plan.staged else []),
         ],
-        visits(vis, COLUMNS, BLOCK, by_key=True),
+        visits(vis, columns, BLOCK, by_key=True),
         *(prefix, q, k, v, do, numbers, q_at, k_at),
     )  # fmt: skip
 
@@ -202,7 +221,7 @@ def _of_keys_kernel(which: str, rule: Rule, steps: int, table, prefix, q, k, v, 
         split = lambda n, by: (jax.lax.div(n, jnp.maximum(by, 1)), jax.lax.rem(n, jnp.maximum(by, 1)))
         (early, at), (late, behind) = split(n, whole), split(n - wholes, rest)
         head = h * plan.group + jnp.where(n < wholes, early, late)
-        queries = pl.ds(visit.tile(jnp.where(n < wholes, at, whole + behind)) * COLUMNS, COLUMNS)
+        queries = pl.ds(visit.tile(jnp.where(n < wholes, at, whole + behind)) * q_s.shape[1], q_s.shape[1])
         mg.fetch(q.at[b, queries, head], q_s.at[slot], full.at[slot])
         mg.fetch(do.at[b, queries, head], do_s.at[slot], full.at[slot])
         mg.fetch(numbers.at[b, head, :, queries], numbers_s.at[slot], full.at[slot])
@@ -216,13 +235,14 @@ def _of_keys_kernel(which: str, rule: Rule, steps: int, table, prefix, q, k, v, 
     mg.wait(ready.at[wg])
 
     def tile(hides: bool, n: Any, slot: Any, sums: dict[str, Tile]) -> dict[str, Tile]:
+        me = whoami(wg, k_s.shape[2], v_s.shape[2])
         feed.ahead(n)
         mg.wait(full.at[slot])
         number = lambda n: mg.across(mg.load_columns(numbers_s.at[slot, n]), mg.ROWS)
-        s = mg.product(k_s.at[wg], mg.turned(q_s.at[slot])) * number(C)  # [keys, queries]
+        s = mg.product(k_s.at[me], mg.turned(q_s.at[slot])) * number(C)  # [keys, queries]
         if hides:
-            s = masked(s, q_at_s.at[slot], k_at_s.at[wg], prefix[b], plan, by_key=True)
-        dp = mg.product(v_s.at[wg], mg.turned(do_s.at[slot])) if "k" in which else s
+            s = masked(s, q_at_s.at[slot], k_at_s.at[me], prefix[b], plan, by_key=True)
+        dp = mg.product(v_s.at[me], mg.turned(do_s.at[slot])) if "k" in which else s
         w, g, slope = _gradients(rule, s, dp, number)
         of = {"v": (w.astype(do_s.dtype), do_s)}
         if "k" in which:

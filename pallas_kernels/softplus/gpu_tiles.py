@@ -15,15 +15,13 @@ from jaxtyping import Array
 
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import LOG2E, Plan, Tile, Visit, ring
+from pallas_kernels.flash.gpu_tiles import LOG2E, WIDTHS, Plan, Tile, Visit, ring
 
 # log(1 + u) / u on [0, 1], relative error 2.3e-7: the hardware's logarithm is as wrong as that, but absolutely
 LOG1P = (
     0.99999996592551, -0.49999444976330, 0.33318121707353, -0.24835398987201, 0.19076880730854,
     -0.13602247612385, 0.07751608662360, -0.02907406460658, 0.00512610212337,
 )  # fmt: skip
-
-WIDEST = 128  # head dim
 
 
 class Rule(NamedTuple):
@@ -36,18 +34,16 @@ class Rule(NamedTuple):
 
 def unfit(q: Array, k: Array, v: Array, bias: PositionBias | None) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(v=v):
         return reason
     if bias is not None:
         return f"backend 'gpu' has no position bias but this is {type(bias).__name__}: use 'xla'."
-    if v.dtype != jnp.bfloat16:
-        return f"backend 'gpu' computes bfloat16 but v is {v.dtype}: cast it or use 'xla'."
     for name, x in (("q", q), ("k", k)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"backend 'gpu' takes bfloat16, and float32 to round, but {name} is {x.dtype}: cast it or use 'xla'."
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[3] > WIDEST:
-            return f"backend 'gpu' has head dims up to {WIDEST} but {name} has {x.shape[3]}: use 'xla'."
+        if x.shape[3] > WIDTHS[-1]:
+            return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
     return None
 
 

@@ -35,7 +35,7 @@ def compiled(dim, want, length=32768, count=64, block=64, **rules) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, pytest.param(256, marks=pytest.mark.slow)])
 def test_32k_keys_need_memory_for_columns_and_blocks_only(dim):
     """A byte per query and key of all heads would be 16 MB."""
     columns, blocks = HEADS * 32768 * 4, HEADS * 64 * (32768 // 64) * 4
@@ -49,7 +49,10 @@ def test_diagonals_of_32k_queries_need_memory_for_rows_and_columns_only():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "count", "dim", "block"), [(1, 1, 60, 8), (1000, 63, 96, 16), (700, 100, 128, 256)])
+@pytest.mark.parametrize(
+    ("length", "count", "dim", "block"),
+    [(1, 1, 60, 8), (1000, 63, 96, 16), (700, 100, 128, 256), (257, 70, 192, 128), (1000, 3, 256, 8)],
+)
 @pytest.mark.parametrize("rules", [dict(window=50), dict(causal=False)], ids=str)
 def test_odd_sizes_compile(length, count, dim, block, rules):
     compiled(dim, NAMES, length, count, block, **rules)

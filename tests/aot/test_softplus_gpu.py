@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +17,8 @@ if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)
 
 HEADS, KV_HEADS = 4, 2
+NARROW = [(64, 64), (128, 128), (60, 128), (128, 64)]
+WIDE = [(192, 192), (192, 64), (64, 192), (128, 256), (256, 128), (192, 256), (256, 192), (256, 256)]
 
 
 def compiled(dim, *, value_dim=None, length=1024, p=15.0, gradients=True, **rules):
@@ -45,19 +49,20 @@ def check(kernels, wide, gradients=True, spilled=0):
         assert kernel.tma > 0, kernel
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, pytest.param(256, marks=pytest.mark.slow)])
 def test_forward_and_backward_at_32k_fit(dim):
     """And need memory for rows only: cotangents and a few numbers per row; one head's scores would be 2 GB."""
     length = 32768
     program, kernels = compiled(dim, length=length)
-    check(kernels, dim == 128)
+    check(kernels, dim >= 128)
     assert program.memory_analysis().temp_size_in_bytes <= 5 * HEADS * length * dim * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p", [15.0, 2.5, None])
 @pytest.mark.parametrize("rules", [dict(causal=False), dict(window=100, prefix_len=jnp.array([7]))], ids=str)
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (60, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "p"), [*itertools.product(NARROW, (15.0, 2.5, None)), *((x, 2.5) for x in WIDE)], ids=str
+)
 def test_every_width_exponent_and_rule_fits(dims, rules, p):
     few = 24 if dims == (128, 128) and p is not None else 0  # six registers; none for causal rows and p = 15
     check(compiled(dims[0], value_dim=dims[1], length=257, p=p, **rules)[1], sum(dims) > 128, spilled=few)

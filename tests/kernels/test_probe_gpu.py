@@ -48,9 +48,10 @@ def check(q, k, vis, *, block=16, want=NAMES, rtol=1e-5, scale=0.2, mode="plain"
     return theirs
 
 
-def test_the_last_queries_of_grouped_heads():
-    """20 of 300: three tiles of keys, each gone through by another block of threads."""
-    q, k = numbers(300, heads=4, kv_heads=2)
+@pytest.mark.parametrize("dim", [60, 192, pytest.param(250, marks=pytest.mark.slow)])
+def test_the_last_queries_of_grouped_heads(dim):
+    """20 of 300: three tiles of keys, or five of wide heads, each gone through by another block of threads."""
+    q, k = numbers(300, heads=4, kv_heads=2, dim=dim)
     check(q[:, -20:], k, self_visibility(1, 300).rows(280, 20), want=UNTIED)
 
 
@@ -74,13 +75,15 @@ def test_packed_documents():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [8, 32, 64, 128, 256])
-def test_every_size_of_blocks(block):
-    check(*numbers(104, batch=2), documents()[1], want=("blocks", "block_max"), block=block)
-    check(numbers(9)[0], numbers(9, 600)[1], self_visibility(1, 600).rows(300, 9), want="blocks", block=block)
+@pytest.mark.parametrize("dim", [60, 192])
+def test_every_size_of_blocks(dim, block):
+    check(*numbers(104, batch=2, dim=dim), documents()[1], want=("blocks", "block_max"), block=block)
+    q, k = numbers(9, 600, dim=dim)
+    check(q, k, self_visibility(1, 600).rows(300, 9), want="blocks", block=block)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [s for s in ODD if s.dim <= 128], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
 def test_odd_lengths_head_dims_and_groups(shape):
     q, k = numbers(shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim)
     count = min(shape.length, 70)
@@ -129,18 +132,19 @@ def test_key_positions_in_any_order():
     assert np.isnan(stats.diagonals).all()
 
 
-@pytest.mark.parametrize("busy", [1, 264], ids=["one block of threads", "many"])
-def test_the_first_of_equal_keys_is_the_top_one(busy, monkeypatch):
-    """In one tile and across tiles, of which the first needs a mask and comes last; also scaled by -1."""
+@pytest.mark.parametrize(("busy", "dim"), [(1, 8), (264, 192)], ids=["one block of threads", "many, of wide heads"])
+def test_the_first_of_equal_keys_is_the_top_one(busy, dim, monkeypatch):
+    """In one tile and across tiles, of which the first needs a mask and comes last, or has none; also scaled by -1."""
     monkeypatch.setattr("pallas_kernels.probe.gpu_rows.BUSY", busy)
-    q, k = jnp.ones((1, 64, 1, 8), jnp.bfloat16), -jnp.ones((1, 500, 1, 8), jnp.bfloat16)
-    k = k.at[:, jnp.array([1, 5, 130, 131, 300])].set(50.0)
+    q, k = jnp.ones((1, 64, 2, dim), jnp.bfloat16), -jnp.ones((1, 500, 2, dim), jnp.bfloat16)
+    for head, equal in enumerate([[1, 5, 130, 131, 300], [200, 201, 300, 400]]):
+        k = k.at[:, jnp.array(equal), head].set(50.0)
     vis = self_visibility(1, 500, segment_ids=jnp.where(jnp.arange(500) < 3, 0, 1)[None]).rows(430, 64)
     with interpreted():
         run = lambda q, scale: jax.jit(partial(probe, scale=scale, want="top", backend="gpu"))(q, k, vis)
         stats, negative = run(q, 1.0), run(-q, -1.0)
     for x in (stats, negative):
-        np.testing.assert_array_equal(x.top_index, 5)
+        np.testing.assert_array_equal(x.top_index, np.broadcast_to([5, 200], (1, 64, 2)))
         np.testing.assert_allclose(x.top_weight, 1 / 4, rtol=1e-6)
 
 
@@ -196,8 +200,8 @@ def test_a_named_backend_says_why_it_cannot_run():
     with compiling_for("gpu"):
         with pytest.raises(NotImplementedError, match="'gpu' computes bfloat16 but k is float32: cast it"):
             call(k=k.astype(jnp.float32))
-        with pytest.raises(NotImplementedError, match="head dims up to 128 but q has 192"):
-            call(*(jnp.zeros((1, 8, n, 192), jnp.bfloat16) for n in (2, 1)))
+        with pytest.raises(NotImplementedError, match="head dims up to 256 but q has 257"):
+            call(*(jnp.zeros((1, 8, n, 257), jnp.bfloat16) for n in (2, 1)))
         with pytest.raises(NotImplementedError, match="or a multiple of 128 keys but block is 48"):
             call(want="blocks", block=48)
         many = jax.ShapeDtypeStruct((1, 2**24 + 1, 1, 60), jnp.bfloat16)
@@ -210,11 +214,13 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
     q, k = numbers(8)
     call = lambda q, **more: probe(q, k, self_visibility(1, 8), scale=1.0, **more)
     text = lambda q, **more: str(jax.make_jaxpr(lambda q: call(q, **more))(q))
+    wide = numbers(8, dim=192)
     assert "probe_rows" not in text(q)
     with compiling_for("gpu"):
         assert "probe_columns" in text(q)
         assert "probe_columns" not in text(q, want="top")
         assert "probe_rows" in text(q, want="top")
+        assert "probe_columns" in str(jax.make_jaxpr(lambda q, k: probe(q, k, self_visibility(1, 8), scale=1.0))(*wide))
         assert "probe_rows" not in text(q.astype(jnp.float32))
         assert "probe_rows" not in text(q, want=("columns", "blocks"), block=12)
 
