@@ -62,7 +62,8 @@ def block_sparse_gpu(
         raise NotImplementedError(f"block_sparse: {reason}")
     interpret = mg.mode(interpret_for("block_sparse", "gpu"))
     batch, length, heads, _ = q.shape
-    v_dim, (q, k, v) = v.shape[3], map(blocked, (q, k, v))
+    v_dim, kind = v.shape[3], v.dtype
+    q, k, v = map(blocked, (q, k, v))
     dims = q.shape[3], v.shape[3]
     plan = Plan(
         score=score,
@@ -83,7 +84,7 @@ def block_sparse_gpu(
         query_tiles=-(-length // BLOCK) * (BLOCK // column_tile(*dims)),
     )
     o, stat = _attend(plan, q, k, v, in_blocks(vis, batch, BLOCK, BLOCK), blocks)
-    return o[:, :length, :, :v_dim], rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)
+    return o[:, :length, :, :v_dim].astype(kind), rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -82,7 +82,8 @@ def flash(
       score: activation and normaliser.
       scale: multiplies q·k: a float, or an array [] or [H], or [B, T, H] for every query. An array is multiplied into
         q in f32, and the product rounded to q's type.
-      bias: added to the scaled scores, zero on `GLOBAL` keys.
+      bias: added to the scaled scores, zero on `GLOBAL` keys. In kernels: Alibi, RawRelativeBias, and on a TPU
+        RelativeBias.
       key_bias: [1 or B, 1 or K or H, S], added to the scaled scores of every query that sees the key, also of `GLOBAL`
         keys. With exp scores -inf (and all below -1e29) hides a key; other members need finite numbers.
       stats: also return a number [B, T, H] in f32 for every row, from which `merge` joins parts. exp: log Z_i, -1e30

@@ -2,7 +2,7 @@
 
 A block of threads has 128 queries of one head, 64 for each computing warpgroup, and walks over the tiles of keys
 that some of them see. Weights are handed to the second product in registers. The wider the heads, the smaller the
-tiles: see `gpu_tiles.key_tile`. The backward pass is in `gpu_backward`.
+tiles: see `gpu_tiles.key_tile`. What is added to scores is in `gpu_biases`. The backward pass is in `gpu_backward`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash import rows
-from pallas_kernels.flash.gpu_backward import backward
+from pallas_kernels.flash import gpu_biases, rows
+from pallas_kernels.flash.gpu_backward import gradients
+from pallas_kernels.flash.gpu_biases import NONE, Biases, head_of, held, hiding, in_units, keys_of, taken
 from pallas_kernels.flash.gpu_tiles import (
     BLOCK,
     LOG2E,
@@ -33,9 +34,7 @@ from pallas_kernels.flash.gpu_tiles import (
     Feed,
     Plan,
     exponents,
-    key_tile,
     logits,
-    masked,
     nbytes,
     operands,
     places,
@@ -55,18 +54,12 @@ def unfit(
     q: Array, k: Array, v: Array, score: Score, bias: PositionBias | None, key_bias: Array | None = None
 ) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if reason := mg.missing():
+    if reason := mg.missing() or mg.inexact(q=q, k=k, v=v) or gpu_biases.without_kernel(q, k, bias, key_bias):
         return reason
-    if key_bias is not None:
-        return "backend 'gpu' has no key_bias: use 'xla'."
-    if bias is not None:
-        return f"backend 'gpu' has no position bias but this is {type(bias).__name__}: use 'xla'."
     if score.normaliser not in NORMALISERS:
         have = ", ".join(NORMALISERS)
         return f"backend 'gpu' has the normalisers {have} but this is {score.normaliser!r}: use 'xla'."
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != jnp.bfloat16:
-            return f"backend 'gpu' computes bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
         if x.shape[3] > WIDTHS[-1]:
             return f"backend 'gpu' has head dims up to {WIDTHS[-1]} but {name} has {x.shape[3]}: use 'xla'."
     return None
@@ -106,6 +99,7 @@ def flash_gpu(
         stats=stats and not counted,
         staged=mg.simulated(),
         interpret=interpret,
+        **gpu_biases.settings(k, bias, key_bias, heads // k.shape[2]),
     )
     wide = lambda x, n: jnp.broadcast_to(x, (batch, n)).astype(jnp.int32)
     vis = dataclasses.replace(
@@ -117,8 +111,9 @@ def flash_gpu(
     )
     seen = count_visible(vis).astype(jnp.float32)[..., None] if counted else None  # [B, T, 1]
     vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK)
-    o, stat = _attend(plan, blocked(q), blocked(k), blocked(v), vis)
-    o = o[:, :length, :, :v_dim]
+    biases = gpu_biases.gathered(k, bias, key_bias, -keys % BLOCK)
+    o, stat = _attend(plan, blocked(q), blocked(k), blocked(v), vis, biases)
+    o = o[:, :length, :, :v_dim].astype(v.dtype)
     if seen is not None:
         o = (o / rows.divisor(seen)[..., None]).astype(o.dtype)
         return (o, jnp.broadcast_to(seen, o.shape[:3])) if stats else o
@@ -126,35 +121,38 @@ def flash_gpu(
 
 
 def blocked(x: Float[Array, "B T H D"], block: int = BLOCK) -> Float[Array, "B t H d"]:
-    """Whole blocks of tokens and a head dim the kernels have."""
-    width = next(n for n in WIDTHS if n >= x.shape[3])
+    """In bfloat16, whole blocks of tokens, and a head dim the kernels have."""
+    width, x = next(n for n in WIDTHS if n >= x.shape[3]), x.astype(jnp.bfloat16)
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, width - x.shape[3])))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[Array, Array]:
+def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, biases: Biases) -> tuple[Array, Array]:
     """[B,T,H,D], [B,S,K,D], [B,S,K,V] in whole blocks to [B,T,H,V] and [B,H,T]."""
-    return _forward(plan, q, k, v, vis)[0]
+    return _forward(plan, q, k, v, vis, biases)[0]
 
 
-def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[tuple[Array, Array], Any]:
-    o, stat = forward(plan, visits(vis, BLOCK, key_tile(q.shape[3], v.shape[3])), q, k, v, vis)
-    return (o, stat), (q, k, v, vis, o, stat)
+def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, biases: Biases) -> tuple[Any, Any]:
+    o, stat = forward(plan, visits(vis, BLOCK, keys_of(plan, q.shape[3], v.shape[3])), q, k, v, vis, biases)
+    return (o, stat), ((q, k, v, vis, o, stat), biases)
 
 
-def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibility) -> tuple[Array, Array]:
+def forward(
+    plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibility, biases: Biases = NONE
+) -> tuple[Array, Array]:
     """As `_attend`, over the tiles of `table`, which `plan.visit` reads."""
     batch, length, heads, dim = q.shape
     v_dim, steps = v.shape[3], length // BLOCK
-    block_k = key_tile(dim, v_dim)
+    block_k = keys_of(plan, dim, v_dim)
     operand = operands(block_k)
     more = [operand(WGS, mg.ROWS, v_dim)] if v_dim != dim else []  # for o where q's place does not fit
     more += [operand(WGS, mg.ROWS, block_k)] if plan.staged else []
+    front = [mg.plain(STAGES, block_k)] if plan.biases else []
     out = [
         jax.ShapeDtypeStruct((batch, length, heads, v_dim), v.dtype),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
-    again = block_k * (dim + v_dim) * 2
+    again = block_k * ((dim + v_dim) * 2 + 4 * len(front))
     o, stat = mg.launch(
         mg.Launch(
             f"{plan.OP}_forward",
@@ -166,6 +164,7 @@ def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibil
         partial(_forward_kernel, plan, steps),
         out,
         [
+            *front,
             operand(WGS, mg.ROWS, dim),
             operand(STAGES, block_k, dim),
             operand(STAGES, block_k, v_dim),
@@ -173,7 +172,7 @@ def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibil
             mg.plain(STAGES, 2, block_k, dtype=jnp.int32),
             mg.plain(WGS, mg.ROWS),
             mg.barriers(WGS, 2),  # q and its places, of each computing warpgroup
-            mg.barriers(STAGES, 2),  # k and its places
+            mg.barriers(STAGES, 2 + len(front)),  # k, its places and its biases
             mg.barriers(STAGES),  # v
             mg.barriers(STAGES, WGS),
             mg.barriers(STAGES, WGS),
@@ -186,11 +185,14 @@ def forward(plan: Plan, table: Array, q: Array, k: Array, v: Array, vis: Visibil
         v,
         places(vis.q_positions, vis.q_segments),
         places(vis.k_positions, vis.k_segments),
+        *in_units(plan, biases).arrays,
     )
     return o, stat
 
 
-def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, o, stat, *scratch):
+def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, *refs):
+    biases, (o, stat, *scratch) = taken(plan, refs)
+    bias_s, scratch = held(plan, scratch)
     q_s, k_s, v_s, q_at_s, k_at_s, stat_s, ready, k_full, v_full, k_free, v_free, *more = scratch
     b, h, wg = (jax.lax.axis_index(name) for name in ("batch", "head", "wg"))
     i = steps - 1 - jax.lax.axis_index("block")  # the longest rows first
@@ -207,22 +209,26 @@ def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, 
         keys = pl.ds(visit.tile(n) * k_s.shape[1], k_s.shape[1])
         mg.fetch(k.at[b, keys, head], k_s.at[slot], k_full.at[slot])
         mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], k_full.at[slot])
+        if plan.biases:
+            mg.fetch(biases.by_key.at[b, head_of(plan, h), keys], bias_s.at[slot], k_full.at[slot])
         pl.when(n >= STAGES)(lambda: mg.wait(v_free.at[slot]))
         mg.fetch(v.at[b, keys, head], v_s.at[slot], v_full.at[slot])
 
     def compute(ahead: Callable[[Any], None]) -> None:
         first = i * BLOCK + wg * mg.ROWS
         stage = more[-1].at[wg] if plan.staged else None
+        factor = None if biases.by_head is None else biases.by_head[h]
         mg.wait(ready.at[wg])
 
         def tile(hides: bool, n: Any, slot: Any, carry: Any) -> Any:
             acc, top, mass = carry
-            me = whoami(wg, q_s.shape[2], v_s.shape[2])
+            me = whoami(wg, q_s.shape[2], v_s.shape[2], busy=plan.added)
             ahead(n)
             mg.wait(k_full.at[slot])
             s = mg.product(q_s.at[me], mg.turned(k_s.at[slot]))
-            mask = partial(masked, q_at=q_at_s.at[me], k_at=k_at_s.at[slot], prefix=prefix[b], plan=plan)
-            w, fade, top, mass = _weights(plan, s, mask if hides else None, top, mass)
+            own = Biases(bias_s.at[slot] if plan.biases else None, factor)
+            hide = hiding(plan, hides, q_at_s.at[me], k_at_s.at[slot], prefix[b], own)
+            w, fade, top, mass = _weights(plan, s, hide, top, mass)
             mg.arrive(k_free.at[slot])
             if fade is not None:
                 acc = acc * mg.down(fade, acc.shape[1])
@@ -269,9 +275,8 @@ def _floor(plan: Plan) -> float:
     return rows.floor(plan.score) * LOG2E - plan.shift if plan.score.activation == "exp" else 0.0
 
 
-def _weights(plan: Plan, s: Array, mask: Callable[[Array], Array] | None, top: Array, mass: Array) -> Any:
+def _weights(plan: Plan, s: Array, hide: Callable[[Array], Array], top: Array, mass: Array) -> Any:
     """Weights of a tile, what the sums before fade by (None: not at all), the new maximum and mass."""
-    hide = mask or (lambda s: s)
     if plan.score.activation != "exp":
         w = WEIGHTS[plan.score.activation](logits(plan, s, hide))
         return w, None, top, mass if plan.plain else mass + jnp.sum(w, axis=1)
@@ -282,8 +287,9 @@ def _weights(plan: Plan, s: Array, mask: Callable[[Array], Array] | None, top: A
     return w, fade, now, mass * fade + jnp.sum(w, axis=1)
 
 
-def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
-    return *backward(plan, saved, *d_out), None
+def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None, Biases]:
+    dq, dk, dv, d_biases = gradients(plan, saved[0], *d_out, biases=saved[1])
+    return dq, dk, dv, None, d_biases
 
 
 _attend.defvjp(_forward, _backward)

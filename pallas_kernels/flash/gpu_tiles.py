@@ -37,6 +37,7 @@ class Plan:
     """All that is known before the kernels are compiled. Ops that visit other tiles overwrite the methods.
 
     staged: products read their left operand from shared memory, as the simulator wants it.
+    biases, bias, buckets: see `gpu_biases`.
     """
 
     OP: ClassVar[str] = "flash"  # in the names of the kernels
@@ -51,6 +52,14 @@ class Plan:
     stats: bool  # whether the number kept per row is a result, with a gradient
     staged: bool
     interpret: Any
+    biases: int = dataclasses.field(default=0, kw_only=True)  # heads of the key bias of a key head; 0: there is none
+    bias: type | None = dataclasses.field(default=None, kw_only=True)  # of the position bias
+    buckets: int = dataclasses.field(default=0, kw_only=True)
+
+    @property
+    def added(self) -> bool:
+        """Whether anything but a constant is added to scores."""
+        return self.biases > 0 or self.bias is not None
 
     @property
     def factor(self) -> float:
@@ -115,7 +124,7 @@ class Plan:
         scores = tiles * block[0] * block[1]
         return pl.CostEstimate(
             flops=2 * scores * (products[0] * q.shape[3] + products[1] * v.shape[3]),
-            transcendentals=0 if self.score.activation in ("relu", "identity") else scores,
+            transcendentals=scores * ((self.score.activation not in ("relu", "identity")) + (self.buckets > 0)),
             bytes_accessed=moved + tiles * again,
         )
 
@@ -140,13 +149,13 @@ def operands(tile: int) -> Any:
     return partial(mg.operand, swizzle=min(mg.SWIZZLE, 2 * tile))
 
 
-def whoami(wg: Any, dim: int, v_dim: int) -> Any:
-    """`wg`, which kernels for wide heads ask for again in every step.
+def whoami(wg: Any, dim: int, v_dim: int, *, busy: bool = False) -> Any:
+    """`wg`, which kernels for wide heads, and those with much else to compute, ask for again in every step.
 
     What does not change is computed before the loop, and the addresses of all parts of a wide operand would hold
     their registers all the time: 34 of a thread in dq, and dk would spill.
     """
-    return jax.lax.axis_index("wg") if wide(dim, v_dim) else wg
+    return jax.lax.axis_index("wg") if busy or wide(dim, v_dim) else wg
 
 
 def nbytes(*arrays: Any) -> int:
@@ -193,23 +202,38 @@ def masked(s: Tile, q_at: Any, k_at: Any, prefix: Any, plan: Plan, *, by_key: bo
       q_at, k_at: refs [2, n] of a tile's queries and keys.
       by_key: rows are keys.
     """
+
+    def hide(s: Tile, at: int) -> Tile:
+        return veiled(s, *readers(q_at, k_at, at, *s.shape, by_key=by_key), prefix, plan)
+
+    return in_pieces(hide, s)
+
+
+def in_pieces(change: Callable[[Tile, int], Tile], s: Tile, size: int = PIECE) -> Tile:
+    """`change(columns, number of the first)` of `size` columns at a time."""
+    piece = lambda at: jax.lax.slice(s, (0, at), (s.shape[0], at + size))
+    return jnp.concatenate([change(piece(at), at) for at in range(0, s.shape[1], size)], axis=1)
+
+
+def readers(
+    q_at: Any, k_at: Any, at: int, rows: int, columns: int, *, by_key: bool = False
+) -> tuple[Callable[[int], Tile], Callable[[int], Tile]]:
+    """Functions that read positions or segments of the queries and of the keys of some columns of a tile."""
     of_row, of_column = (k_at, q_at) if by_key else (q_at, k_at)
-    never = -jnp.inf if plan.score.activation == "exp" else NEVER
+    row = lambda n: mg.down(mg.load_rows(of_row.at[n]), columns)
+    column = lambda n: mg.across(mg.load_columns(of_column.at[n, pl.ds(at, columns)]), rows)
+    return (column, row) if by_key else (row, column)
 
-    def part(at: int) -> Tile:
-        piece = jax.lax.slice(s, (0, at), (s.shape[0], at + PIECE))
-        row = lambda n: mg.down(mg.load_rows(of_row.at[n]), PIECE)
-        column = lambda n: mg.across(mg.load_columns(of_column.at[n, pl.ds(at, PIECE)]), s.shape[0])
-        q, k = (column, row) if by_key else (row, column)
-        see = sees((q(POSITION), q(SEGMENT)), (k(POSITION), k(SEGMENT)), prefix, plan)
-        return jnp.where(see, piece, never)
 
-    return jnp.concatenate([part(at) for at in range(0, s.shape[1], PIECE)], axis=1)
+def veiled(s: Tile, q: Callable[[int], Tile], k: Callable[[int], Tile], prefix: Any, plan: Plan) -> Tile:
+    """Scores in which what nobody sees is replaced; q, k: see `readers`."""
+    see = sees((q(POSITION), q(SEGMENT)), (k(POSITION), k(SEGMENT)), prefix, plan)
+    return jnp.where(see, s, -jnp.inf if plan.score.activation == "exp" else NEVER)
 
 
 def exponents(plan: Plan, s: Tile, hide: Callable[[Tile], Tile]) -> tuple[Tile, float]:
     """Masked scores and a positive factor, so that exp(scores) is 2^(factor · s + plan.shift)."""
-    return (hide(s), plan.factor) if plan.factor > 0 else (hide(s * plan.factor), 1.0)
+    return (hide(s), plan.factor) if plan.factor > 0 and not plan.added else (hide(s * plan.factor), 1.0)
 
 
 def logits(plan: Plan, s: Tile, hide: Callable[[Tile], Tile]) -> Tile:

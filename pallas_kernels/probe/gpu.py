@@ -74,7 +74,6 @@ def probe_gpu(
         interpret=interpret,
     )
     vis = widened(vis, batch, count, keys).pad_rows(-count % QUERIES).pad_columns(-keys % KEYS)
-    q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
     inputs = Inputs(plan, vis, blocked(q, QUERIES), blocked(k, KEYS))
     top, mass, index = first(inputs)
     some = mass > 0

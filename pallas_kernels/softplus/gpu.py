@@ -70,7 +70,7 @@ def softplus_gpu(
         raise NotImplementedError(f"softplus_attention: {reason}")
     interpret = mg.mode(interpret_for("softplus_attention", "gpu"))
     batch, length, heads, _ = q.shape
-    keys, v_dim, kind = k.shape[1], v.shape[3], v.dtype
+    keys, v_dim = k.shape[1], v.shape[3]
     plan = Plan(
         score=Score("identity", "none"),  # masked scores are finite, and φ and σ of them 0
         scale=1.0,
@@ -94,9 +94,8 @@ def softplus_gpu(
     vis = vis.pad_rows(-length % BLOCK).pad_columns(-keys % BLOCK)
     count = count_visible(vis).astype(jnp.float32)
     known = jnp.stack([scale * jnp.log(jnp.maximum(count, 1.0)), count], axis=1)
-    q, k, v = (blocked(x.astype(jnp.bfloat16)) for x in (q, k, v))
-    o = _attend(Rule(plan, p, exempt), q, k, v, vis, known)
-    return o[:, :length, :, :v_dim].astype(kind)
+    o = _attend(Rule(plan, p, exempt), blocked(q), blocked(k), blocked(v), vis, known)
+    return o[:, :length, :, :v_dim].astype(v.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

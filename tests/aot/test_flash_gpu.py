@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn.masks import self_visibility
+from jaxattn.rope import Alibi, RawRelativeBias
 from pallas_kernels import Score, _mosaic_gpu, flash
+from pallas_kernels.flash.gpu_biases import MOST_HEADS
 from tests.aot import h100
 
 if reason := h100.missing():
@@ -18,17 +20,27 @@ SOFTMAX, SIGMOID = Score(), Score("sigmoid", "none", logit_bias=-8.0)
 ids = lambda s: f"{s.activation}-{s.normaliser}"
 
 
-def compiled(dim, *, score=SOFTMAX, value_dim=None, length=1024, gradients=True, stats=False, **rules):
-    """The program of `auto`, and the resources of its kernels by name."""
+def compiled(
+    dim, *, score=SOFTMAX, value_dim=None, length=1024, gradients=True, stats=False, bias=None, biases=0, **rules
+):
+    """The program of `auto`, and the resources of its kernels by name.
 
-    def loss(q, k, v):
-        o = flash(q, k, v, self_visibility(1, length, **rules), score, scale=0.1, stats=stats)
+    Args:
+      bias: a function from the heads' slopes to a position bias.
+      biases: heads of the key bias.
+    """
+
+    def loss(q, k, v, slopes, key_bias):
+        more = {"bias": bias(slopes) if bias else None, "key_bias": key_bias if biases else None}
+        o = flash(q, k, v, self_visibility(1, length, **rules), score, scale=0.1, stats=stats, **more)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(o))
 
     call = lambda *x: flash(*x, self_visibility(1, length, **rules), score, scale=0.1)
     struct = lambda heads, d: h100.struct((1, length, heads, d), jnp.bfloat16)
     arguments = struct(HEADS, dim), struct(KV_HEADS, dim), struct(KV_HEADS, value_dim or dim)
-    program, kernels = h100.compiled(jax.grad(loss, argnums=(0, 1, 2)) if gradients else call, *arguments)
+    numbers = h100.struct((HEADS,), jnp.float32), h100.struct((1, max(biases, 1), length), jnp.float32)
+    wanted = jax.grad(loss, argnums=(0, 1, 2, 3, 4))
+    program, kernels = h100.compiled(*((wanted, *arguments, *numbers) if gradients else (call, *arguments)))
     return program, {kernel.name: kernel for kernel in kernels}
 
 
@@ -72,6 +84,36 @@ SLOW_DIMS = [(64, 192), (64, 256), (192, 192), (192, 256), (256, 64), (256, 128)
 def test_other_value_dims_and_every_rule_fit(dims):
     kernels = compiled(dims[0], value_dim=dims[1], length=257, window=100, prefix_len=jnp.array([7]))[1]
     check(kernels, apart=sum(dims) > 256)
+
+
+ADDED = {
+    "key bias": dict(biases=HEADS),
+    "alibi and key bias": dict(bias=Alibi, biases=HEADS),
+    "raw relative and key bias": dict(bias=lambda _: RawRelativeBias(), biases=HEADS),
+}
+
+
+def test_biases_at_32k_fit():
+    program, kernels = compiled(128, length=32768, **ADDED["alibi and key bias"])
+    check(kernels)
+    assert program.memory_analysis().temp_size_in_bytes <= 5 * HEADS * 32768 * 128 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", [SOFTMAX, SIGMOID], ids=ids)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 192), (256, 256), (192, 64)], ids=str)
+@pytest.mark.parametrize("added", ADDED)
+def test_biases_of_every_width_under_every_rule_fit(dims, added, score):
+    rules = dict(window=100, prefix_len=jnp.array([7]))
+    kernels = compiled(dims[0], value_dim=dims[1], length=257, score=score, **rules, **ADDED[added])[1]
+    check(kernels, apart=sum(dims) > 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [128, 256])
+def test_key_biases_of_the_largest_groups_fit(dim, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.HEADS", 2 * MOST_HEADS)
+    check(compiled(dim, biases=2 * MOST_HEADS, bias=Alibi, stats=True)[1], apart=dim > 128)
 
 
 @pytest.mark.slow

@@ -16,11 +16,12 @@ import pytest
 from jax.experimental import io_callback
 
 from jaxattn.masks import Visibility, self_visibility
-from jaxattn.rope import Alibi
+from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias, relative_bucket
 from pallas_kernels import Score, _mosaic_gpu, compiling_for, flash, interpreted
+from pallas_kernels.flash import gpu_biases
 from pallas_kernels.flash.gpu import flash_gpu
 from pallas_kernels.flash.gpu_tiles import Visit, visits
-from pallas_kernels.flash.reference import flash_reference
+from pallas_kernels.flash.reference import NEVER, flash_reference
 from pallas_kernels.flash.tiles import certain, reachable
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
@@ -32,15 +33,16 @@ SOFTMAX, SIGMOID = Score(), Score("sigmoid", "none", logit_bias=-2.0)
 ids = lambda s: f"{s.activation}-{s.normaliser}"
 
 
-def both(fn, arrays, vis, score, scale=0.2, **options):
+def both(fn, arrays, vis, score, scale=0.2, bias=None, key_bias=None, **options):
     """Outputs and all gradients of a loss that weighs every entry differently."""
 
-    def loss(q, k, v):
-        o = fn(q, k, v, vis, score, scale=scale, **options)
+    def loss(q, k, v, bias, key_bias):
+        o = fn(q, k, v, vis, score, scale=scale, bias=bias, key_bias=key_bias, **options)
         waves = lambda x: jnp.sum(jnp.sin(x.astype(jnp.float32)) * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
         return sum(waves(x) for x in jax.tree.leaves(o)), o
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    every = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
+    return jax.jit(every)(*arrays, bias, key_bias)
 
 
 def check(arrays, vis, score=SOFTMAX, mode="plain", rtol=2e-2, **options):
@@ -54,10 +56,10 @@ def check(arrays, vis, score=SOFTMAX, mode="plain", rtol=2e-2, **options):
 
 
 def near(actual, expected, rtol=2e-2):
-    """Of the same type and equal up to `rtol` of the largest magnitude."""
+    """Of the same type and equal up to `rtol` of the largest magnitude; what cancels may leave 1e-7."""
     assert actual.dtype == expected.dtype
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
-    np.testing.assert_allclose(actual, expected, atol=rtol * float(np.abs(expected).max()), rtol=0)
+    np.testing.assert_allclose(actual, expected, atol=rtol * float(np.abs(expected).max()) + 1e-7, rtol=0)
 
 
 def numbers(length, **shape):
@@ -85,9 +87,47 @@ def test_packed_documents_with_padding_in_front_between_and_behind():
     assert not np.asarray(o, np.float32)[np.asarray(segments) == 0].any(), "padding rows give zeros"
 
 
-def test_window_prefix_and_keys_that_everyone_sees():
-    rules = dict(window=40, prefix_len=jnp.array([30]))
-    check(numbers(140, keys=143), self_visibility(1, 140, **rules).prepend_global(3))
+def per_key(n, keys, batch=1, least=NEVER):
+    """Key biases of n heads, the first of which hides a key if it is exp's."""
+    return jax.random.normal(jax.random.key(5), (batch, n, keys)).at[:, 0, 5].set(least)
+
+
+def test_a_key_bias_per_query_head_of_packed_documents():
+    """Each of a group's heads has its own, and its own gradient; some tiles have no mask."""
+    vis = self_visibility(1, 197, segment_ids=packed([192, 1, 3], 197)[1][:1])
+    check(numbers(197), vis, key_bias=per_key(2, 197))
+
+
+def test_alibi_and_a_key_bias_that_heads_share_next_to_keys_that_everyone_sees():
+    """Behind a window and a prefix. A scale below zero turns the products around, not the biases."""
+    vis = self_visibility(1, 140, window=40, prefix_len=jnp.array([30])).prepend_global(3)
+    q, k, v = numbers(140, keys=143)
+    # Outputs whose rounding is far below what a slope gains from distances.
+    check((q, k, 0.05 * v), vis, scale=-0.2, bias=Alibi(jnp.array([0.05, 0.2])), key_bias=per_key(1, 143))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [(96, 60), (192, 192), (192, 64), (250, 256)], ids=str)
+@pytest.mark.parametrize("added", ["key bias per head", "alibi", "raw relative bias"])
+def test_biases_of_other_head_dims(dims, added):
+    segments = packed([130, 0, 20], 150)[1]
+    q, k, v = numbers(150, dim=dims[0], value_dim=dims[1], keys=152)
+    vis = self_visibility(1, 150, segment_ids=segments[:1]).prepend_global(2)
+    more = {
+        "key bias per head": {"key_bias": per_key(2, 152)},
+        "alibi": {"bias": Alibi(jnp.array([0.05, 0.2]))},
+        "raw relative bias": {"bias": RawRelativeBias(), "key_bias": per_key(1, 152)},
+    }[added]
+    check((q, k, 0.05 * v), vis, scale=0.1, **more)
+
+
+def test_buckets_are_those_of_the_reference_with_a_logarithm_that_is_a_little_wrong(monkeypatch):
+    distance, log2 = jnp.arange(-5, 400), jnp.log2
+    for error in (-2e-6, 0.0, 2e-6):
+        monkeypatch.setattr(jnp, "log2", lambda x, error=error: log2(x) + error)
+        for buckets in gpu_biases.BUCKETS:
+            expected = relative_bucket(distance, buckets)
+            np.testing.assert_array_equal(gpu_biases.bucket(distance[None], buckets)[0], expected, err_msg=buckets)
 
 
 @pytest.mark.parametrize("dims", [(192, 192), (192, 64), (250, 256)], ids=str)
@@ -106,11 +146,14 @@ def test_wide_keys_or_values(dims, score):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
 @pytest.mark.parametrize("score", [SOFTMAX, SIGMOID], ids=ids)
-def test_odd_shapes(shape, score):
+@pytest.mark.parametrize("added", [False, True], ids=["", "biases"])
+def test_odd_shapes(shape, score, added):
     q, k, v = numbers(
         shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim, value_dim=shape.value_dim
     )
-    check((q, k, 0.05 * v), self_visibility(1, shape.length), score)  # outputs whose rounding no loss amplifies
+    more = {"bias": RawRelativeBias(), "key_bias": per_key(shape.heads, shape.length)}
+    vis = self_visibility(1, shape.length)
+    check((q, k, 0.05 * v), vis, score, **(more if added else {}))  # outputs whose rounding no loss amplifies
 
 
 @pytest.mark.slow
@@ -129,13 +172,15 @@ def test_odd_shapes(shape, score):
     ids=ids,
 )
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
-def test_every_member_on_packed_documents(score, stats):
+@pytest.mark.parametrize("added", [False, True], ids=["", "biases"])
+def test_every_member_on_packed_documents(score, stats, added):
     positions, segments = packed([70, 0, 1, 40], 131)
     vis = self_visibility(2, 131, positions=positions, segment_ids=segments)
     q, k, v = numbers(131, batch=2)
-    check(
-        (q, k, 0.05 * v), vis, score, scale=0.05, stats=stats
-    )  # outputs below 1, whose rounding the loss does not amplify
+    least = NEVER if score.activation == "exp" else -3.0  # identity has a weight for it
+    more = {"bias": Alibi(jnp.array([0.05, 0.2])), "key_bias": per_key(1, 131, batch=2, least=least)} if added else {}
+    # Outputs below 1, whose rounding the loss does not amplify; but distances do, in what slopes gain.
+    check((q, k, 0.05 * v), vis, score, scale=0.05, stats=stats, rtol=3e-2 if added else 2e-2, **more)
 
 
 @pytest.mark.parametrize("stats", [False, True], ids=["", "stats"])
@@ -189,7 +234,8 @@ def test_queries_that_continue_a_cache():
 def test_no_races_and_nothing_uninitialised_is_read():
     """What the simulator sees: loads and stores, not operands of products; see also the slot test."""
     simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    check(numbers(200, heads=1), self_visibility(1, 200), mode=simulator)
+    more = {"bias": Alibi(jnp.array([0.1])), "key_bias": per_key(1, 200)}
+    check(numbers(200, heads=1), self_visibility(1, 200), mode=simulator, **more)
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
 
     assert not gpu_callbacks.get_races().races_found
@@ -201,9 +247,11 @@ def test_no_races_and_nothing_uninitialised_is_read():
     ids=["copies", "first products", "second products", "second products of one warpgroup"],
 )
 @pytest.mark.parametrize(
-    "dim", [60, pytest.param(192, marks=pytest.mark.slow), pytest.param(256, marks=pytest.mark.slow)]
+    ("dim", "added"),
+    [(60, True), *(pytest.param(dim, False, marks=pytest.mark.slow) for dim in (60, 192, 256))],
+    ids=["60-biases", "60", "192", "256"],
 )
-def test_nobody_relies_on_others_being_quick(dim, late, only, monkeypatch):
+def test_nobody_relies_on_others_being_quick(dim, added, late, only, monkeypatch):
     """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
     do = getattr(_mosaic_gpu, late)
 
@@ -219,7 +267,8 @@ def test_nobody_relies_on_others_being_quick(dim, late, only, monkeypatch):
     monkeypatch.setattr(_mosaic_gpu, late, slow)
     simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")
     arrays = numbers(300, heads=1, dim=dim, value_dim=max(dim, 64))
-    check(arrays, self_visibility(1, 300), mode=simulator)
+    more = {"bias": Alibi(jnp.array([0.1])), "key_bias": per_key(1, 300)} if added else {}
+    check(arrays, self_visibility(1, 300), mode=simulator, **more)
 
 
 def order(vis, block_q, block_k, by_key=False):
@@ -267,10 +316,12 @@ def test_a_named_backend_says_why_it_cannot_run():
             call(k=k.astype(jnp.float32))
         with pytest.raises(NotImplementedError, match="head dims up to 256 but v has 257"):
             call(v=jnp.zeros((1, 8, 1, 257), jnp.bfloat16))
-        with pytest.raises(NotImplementedError, match="no position bias but this is Alibi"):
-            call(bias=Alibi(jnp.ones(2)))
-        with pytest.raises(NotImplementedError, match="no key_bias"):
-            call(key_bias=jnp.zeros((1, 1, 8)))
+        with pytest.raises(NotImplementedError, match="Alibi and RawRelativeBias but this is RelativeBias: use 'xla'"):
+            call(bias=RelativeBias(jnp.zeros((32, 2))))
+        with pytest.raises(NotImplementedError, match="with 2 to 60 buckets but this has 64"):
+            call(bias=RawRelativeBias(64))
+        with pytest.raises(NotImplementedError, match="up to 16 query heads of a key head but these are 17"):
+            call(q=jnp.zeros((1, 8, 17, 60), jnp.bfloat16), key_bias=jnp.zeros((1, 17, 8)))
         with pytest.raises(NotImplementedError, match=r"normalisers .* but this is 'p_norm'"):
             call(score=Score("exp", "p_norm", p=2.0))
 
@@ -283,13 +334,14 @@ def test_a_simulator_with_too_few_threads_is_refused_instead_of_waited_for(monke
 
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
     q, k, v = numbers(8)
-    text = lambda q, bias=None: str(
-        jax.make_jaxpr(lambda q: flash(q, k, v, self_visibility(1, 8), SOFTMAX, scale=1.0, bias=bias))(q)
+    text = lambda q, **more: str(
+        jax.make_jaxpr(lambda q: flash(q, k, v, self_visibility(1, 8), SOFTMAX, scale=1.0, **more))(q)
     )
     assert "flash_forward" not in text(q)
     with compiling_for("gpu"):
         assert "flash_forward" in text(q)
-        assert "flash_forward" not in text(q, Alibi(jnp.ones(2)))
+        assert "flash_forward" in text(q, bias=Alibi(jnp.ones(2)), key_bias=jnp.zeros((1, 1, 8)))
+        assert "flash_forward" not in text(q, bias=RelativeBias(jnp.zeros((32, 2))))
         assert "flash_forward" not in text(q.astype(jnp.float32))
 
 
