@@ -2,6 +2,10 @@
 
 Callers name an op and, if they must, a backend; nothing outside this package knows which exist.
 `python -m pallas_kernels` prints what each op's backends can do.
+
+Kernels for GPUs multiply bfloat16 and refuse float32, which "auto" leaves to "xla". Who wants it rounded says so to
+JAX, for all products of a program: `jax.default_matmul_precision("BF16_BF16_F32")`, or the environment variable
+`JAX_DEFAULT_MATMUL_PRECISION`. A decoding cache is never rounded.
 """
 
 from pallas_kernels._dispatch import may_be_kernel, recording

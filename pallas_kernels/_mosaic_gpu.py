@@ -43,7 +43,8 @@ def inexact(**arrays: jax.Array) -> str | None:
 
     Asked for as JAX is asked to do it everywhere: jax.default_matmul_precision, or $JAX_DEFAULT_MATMUL_PRECISION.
     """
-    rounds = jax.config.jax_default_matmul_precision in ROUNDING
+    config: Any = jax.config  # whose options are attributes only at run time
+    rounds = config.jax_default_matmul_precision in ROUNDING
     for name, x in arrays.items():
         if x.dtype == jnp.bfloat16 or (rounds and x.dtype == jnp.float32):
             continue

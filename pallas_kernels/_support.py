@@ -76,6 +76,7 @@ def variants() -> dict[str, dict[str, Variant]]:
             continue
         for label, dtype in (("float32", jnp.float32), ("bfloat16", jnp.bfloat16)):
             features[label] = _traced(make(SHAPE, dtype), gradient=False)
+        features["float32, products of bfloat16 allowed"] = _rounded(_traced(make(SHAPE, jnp.float32), gradient=False))
         if make(SHAPE, jnp.bfloat16).differentiable:
             features["gradient"] = _traced(make(SHAPE, jnp.bfloat16), gradient=True)
         wide = dataclasses.replace(SHAPE, value_dim=96)
@@ -91,6 +92,16 @@ def variants() -> dict[str, dict[str, Variant]]:
 def _traced(call: Call, gradient: bool) -> Variant:
     def run(backend: str) -> Any:
         return jax.eval_shape(call.gradient(backend) if gradient else call.run(backend), *call.arguments)
+
+    return run
+
+
+def _rounded(variant: Variant) -> Variant:
+    """Where JAX is told that operands of products may be rounded."""
+
+    def run(backend: str) -> Any:
+        with jax.default_matmul_precision("BF16_BF16_F32"):
+            return variant(backend)
 
     return run
 

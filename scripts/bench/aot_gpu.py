@@ -28,7 +28,7 @@ from train.rundir import result_environment, write_json_atomic
 
 RESULTS = Path("scripts/bench/results")
 LENGTH, HEADS, KV_HEADS = 4096, 4, 2
-DIMS = (64, 128)
+DIMS = (64, 128, 192)
 PLUGIN = "jax-cuda13-plugin"
 
 
