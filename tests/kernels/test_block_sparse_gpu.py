@@ -6,13 +6,10 @@ What is simulated hands weights to the second product through shared memory; the
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from jaxattn.masks import Visibility, self_visibility, visible
 from pallas_kernels import Score, _mosaic_gpu, compiling_for, interpreted
@@ -28,6 +25,7 @@ from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
 if jax.__version_info__ < _mosaic_gpu.SINCE:
     pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
 
+from tests.kernels.late import delay
 from tests.kernels.test_flash_gpu import near
 
 SIGMOID = Score("sigmoid", "none", logit_bias=-2.0)
@@ -186,20 +184,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
     "late", ["fetch", pytest.param("add_product", marks=pytest.mark.slow)], ids=["copies", "second products"]
 )
 def test_nobody_relies_on_others_being_quick(late, monkeypatch):
-    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
-    do = getattr(_mosaic_gpu, late)
-
-    def sleep():
-        time.sleep(0.03)
-        return np.int32(1)
-
-    def slow(*args):
-        """The outcome decides what is done next, so that nothing is done before it is there."""
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32))
-        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
-
-    monkeypatch.setattr(_mosaic_gpu, late, slow)
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    simulator = delay(monkeypatch, late)
     blocks = jnp.array([[[[0, -1, -1], [0, 1, -1], [1, 0, 2]]]], jnp.int32)
     check(numbers(300, heads=1), self_visibility(1, 300), mode=simulator, blocks=blocks)
 

@@ -7,13 +7,11 @@ What is simulated hands weights to the second product through shared memory; the
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias, relative_bucket
@@ -25,6 +23,7 @@ from pallas_kernels.flash.reference import NEVER, flash_reference
 from pallas_kernels.flash.tiles import certain, reachable
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.late import delay
 
 if jax.__version_info__ < _mosaic_gpu.SINCE:
     pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
@@ -252,20 +251,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
     ids=["60-biases", "60", "192", "256"],
 )
 def test_nobody_relies_on_others_being_quick(dim, added, late, only, monkeypatch):
-    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
-    do = getattr(_mosaic_gpu, late)
-
-    def sleep(wg):
-        time.sleep(0.03 if only in (None, wg) else 0.0)
-        return np.int32(1)
-
-    def slow(*args):
-        """The outcome decides what is done next, so that nothing is done before it is there."""
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"))
-        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
-
-    monkeypatch.setattr(_mosaic_gpu, late, slow)
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    simulator = delay(monkeypatch, late, only)
     arrays = numbers(300, heads=1, dim=dim, value_dim=max(dim, 64))
     more = {"bias": Alibi(jnp.array([0.1])), "key_bias": per_key(1, 300)} if added else {}
     check(arrays, self_visibility(1, 300), mode=simulator, **more)

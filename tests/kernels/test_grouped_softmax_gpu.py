@@ -6,14 +6,12 @@ What is simulated hands weights to the second product through shared memory; the
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import landmark
@@ -23,6 +21,7 @@ from pallas_kernels.grouped_softmax import grouped_softmax, layout
 from pallas_kernels.grouped_softmax.gpu import SLOTS, grouped_softmax_gpu
 from pallas_kernels.grouped_softmax.reference import NEVER, grouped_softmax_reference
 from tests.conformance.cases import inputs, packed
+from tests.kernels.late import delay
 
 if jax.__version_info__ < mg.SINCE:
     pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
@@ -199,19 +198,7 @@ def test_nobody_relies_on_others_being_quick(late, only, dim, monkeypatch):
 
     Three tiles of keys at least in every kernel: more than there are buffers.
     """
-    do = getattr(mg, late)
-
-    def sleep(wg):
-        time.sleep(0.02 if only in (None, wg) else 0.0)
-        return np.int32(1)
-
-    def slow(*args, **more):
-        """The outcome decides what is done next, so that nothing is done before it is there."""
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"))
-        return jax.lax.cond(slept > 0, lambda: do(*args, **more), lambda: do(*args, **more))
-
-    monkeypatch.setattr(mg, late, slow)
-    simulator = mg.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    simulator = delay(monkeypatch, late, only, seconds=0.02)
     length = 240 if dim <= 128 else 150
     arrays = numbers(length, batch=1, heads=1, kv_heads=1, dim=dim)
     check(arrays, self_visibility(1, length), block=48, mode=simulator, scale=0.3 if dim <= 128 else 0.1)

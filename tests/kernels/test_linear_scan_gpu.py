@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted
@@ -18,6 +16,7 @@ from pallas_kernels.linear_scan.gpu import linear_scan_gpu, unfit
 from pallas_kernels.linear_scan.gpu_kernel import Plan, scan
 from pallas_kernels.linear_scan.reference import linear_scan_reference
 from pallas_kernels.shapes import ODD
+from tests.kernels.late import delay
 
 if jax.__version_info__ < mg.SINCE:
     pytest.skip(mg.missing(), allow_module_level=True)
@@ -202,26 +201,9 @@ def test_no_races_and_nothing_uninitialised_is_read(monkeypatch):
     ids=["copies", "first products of 0", "first products of 1", "second products of 0", "second products of 1"],
 )
 def test_nobody_relies_on_others_being_quick(late, only, monkeypatch):
-    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
-    do = getattr(mg, late)
-
-    def sleep(wg, _):
-        time.sleep({None: 0.03, int(wg): 0.5}.get(only, 0.0))  # long enough for the other to do a step
-        return np.int32(1)
-
-    def slow(*args, **options):
-        """The outcome decides what is done next, so that nothing is done before it is there.
-
-        A callback runs as soon as its arguments are there: second products are late, not the whole step, because
-        it gets a number of the sums so far.
-        """
-        so_far = args[0][0][0, 0] if late == "add_products" else 0.0
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"), so_far)
-        return jax.lax.cond(slept > 0, lambda: do(*args, **options), lambda: do(*args, **options))
-
-    monkeypatch.setattr(mg, late, slow)
+    seconds = 0.03 if only is None else 0.5  # long enough for the other to do a step
+    simulator = delay(monkeypatch, late, only, seconds=seconds)
     monkeypatch.setattr(gpu_kernel, "DEPTH", 2)
-    simulator = mg.plgpu().InterpretGPUParams(uninitialized_memory="nan")
     arrays, segments = inputs(64 * 4 - 3, heads=1, dim=16, width=16), jnp.ones((1, 64 * 4 - 3), jnp.int32)
     if only is None:
         check(arrays, mode=simulator)

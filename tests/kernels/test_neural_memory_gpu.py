@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.neural_memory import neural_memory
 from pallas_kernels.neural_memory.gpu_plan import FINAL, FIRST, FLAGS, GROUP, LAST, SLOT, TILE, layout, visits
 from pallas_kernels.shapes import ODD
+from tests.kernels.late import delay
 from tests.kernels.test_neural_memory import RATES, setting
 from tests.kernels.test_neural_memory_tpu import SEGMENTS, inside
 
@@ -181,20 +180,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
     ],
 )
 def test_nobody_relies_on_others_being_quick(dim, late, only, monkeypatch):
-    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
-    do = getattr(mg, late)
-
-    def sleep(wg):
-        time.sleep(0.03 if only in (None, wg) else 0.0)
-        return np.int32(1)
-
-    def slow(*args):
-        """The outcome decides what is done next, so that nothing is done before it is there."""
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"))
-        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
-
-    monkeypatch.setattr(mg, late, slow)
-    simulator = mg.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    simulator = delay(monkeypatch, late, only)
     check(*rounded(130, batch=1, heads=1, dim=dim), how=simulator, chunk=64)
 
 

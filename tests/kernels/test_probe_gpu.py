@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from jaxattn.masks import Visibility, self_visibility
 from pallas_kernels import _mosaic_gpu, compiling_for, interpreted
 from pallas_kernels.probe import NAMES, probe
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import inputs, packed
+from tests.kernels.late import delay
 
 if jax.__version_info__ < _mosaic_gpu.SINCE:
     pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
@@ -169,19 +168,8 @@ def test_no_races_and_nothing_uninitialised_is_read():
 @pytest.mark.parametrize("late", ["fetch", "product"])
 def test_nobody_relies_on_others_being_quick(late, monkeypatch):
     """Blocks of threads are one warpgroup; a delay of its copies or products changes nothing."""
-    do = getattr(_mosaic_gpu, late)
-
-    def sleep():
-        time.sleep(0.03)
-        return np.int32(1)
-
-    def slow(*args):
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32))
-        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
-
-    monkeypatch.setattr(_mosaic_gpu, late, slow)
+    simulator = delay(monkeypatch, late)
     monkeypatch.setattr("pallas_kernels.probe.gpu_rows.BUSY", 1)  # so that one block goes through all tiles
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")
     check(*numbers(200, 500, heads=1), self_visibility(1, 500).rows(300, 200), want=UNTIED, mode=simulator)
 
 

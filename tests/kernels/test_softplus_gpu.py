@@ -6,13 +6,10 @@ What is simulated hands weights to the second product through shared memory; the
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import io_callback
 
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.mechanisms import get
@@ -24,6 +21,7 @@ from pallas_kernels.softplus.gpu import softplus_gpu
 from pallas_kernels.softplus.gpu_tiles import softplus
 from pallas_kernels.softplus.reference import softplus_reference
 from tests.conformance.cases import normal, packed
+from tests.kernels.late import delay
 
 if jax.__version_info__ < _mosaic_gpu.SINCE:
     pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
@@ -207,20 +205,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
     ids=["copies", "first products", "second products", "second products of one warpgroup", "of wide values"],
 )
 def test_nobody_relies_on_others_being_quick(late, only, value_dim, monkeypatch):
-    """The simulator misses races of products; a delay shows them as wrong values, and skipped waits as errors."""
-    do = getattr(_mosaic_gpu, late)
-
-    def sleep(wg):
-        time.sleep(0.03 if only in (None, wg) else 0.0)
-        return np.int32(1)
-
-    def slow(*args):
-        """The outcome decides what is done next, so that nothing is done before it is there."""
-        slept = io_callback(sleep, jax.ShapeDtypeStruct((), jnp.int32), jax.lax.axis_index("wg"))
-        return jax.lax.cond(slept > 0, lambda: do(*args), lambda: do(*args))
-
-    monkeypatch.setattr(_mosaic_gpu, late, slow)
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    simulator = delay(monkeypatch, late, only)
     check(numbers(260, heads=1, value_dim=value_dim), self_visibility(1, 260), mode=simulator)
 
 
