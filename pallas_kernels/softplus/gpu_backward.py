@@ -120,6 +120,7 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
     visit = Visit(table, b * steps + i)
     stage = staging[0].at[wg] if plan.staged else None
     dims = q_s.shape[2], do_s.shape[2]
+    busy = min(dims) == 128  # both walks at once have no registers left
 
     def fetch(n: Any, slot: Any) -> None:
         keys = pl.ds(visit.tile(jnp.where(n < visit.count, n, n - visit.count)) * columns, columns)
@@ -143,7 +144,7 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
         return masked(s, q_at_s.at[me], k_at_s.at[slot], prefix[b], plan) if hides else s
 
     def first(hides: bool, n: Any, slot: Any, carry: tuple[Tile, Array]) -> tuple[Tile, Array]:
-        (acc, sums), me = carry, whoami(wg, *dims)
+        (acc, sums), me = carry, whoami(wg, *dims, busy=busy)
         s = scores(me, hides, n, slot)
         mg.wait(v_full.at[slot])
         dp = mg.product(do_s.at[me], mg.turned(v_s.at[slot]))
@@ -153,7 +154,7 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
         return acc, sums + jnp.sum(g, axis=1)
 
     def second(t: Array, hides: bool, n: Any, slot: Any, acc: Tile) -> Tile:
-        slope = softplus(scores(whoami(wg, *dims), hides, n, slot))[1] * mg.down(t, columns)
+        slope = softplus(scores(whoami(wg, *dims, busy=busy), hides, n, slot))[1] * mg.down(t, columns)
         acc = mg.add_product(acc, slope.astype(k_s.dtype), k_s.at[slot], stage)
         mg.arrive(free.at[slot])
         return acc

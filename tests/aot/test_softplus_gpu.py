@@ -34,16 +34,13 @@ def compiled(dim, *, value_dim=None, length=1024, p=15.0, gradients=True, **rule
     return program, {kernel.name: kernel for kernel in kernels}
 
 
-def check(kernels, wide, gradients=True, spilled=0):
-    """All fits, products are done by tensor cores and tiles fetched by the copy engine.
-
-    Nothing is spilled; `spilled`: but for so many bytes of the dq kernel, whose registers are all in use.
-    """
+def check(kernels, wide, gradients=True):
+    """All fits, nothing is spilled, products are done by tensor cores and tiles fetched by the copy engine."""
     backward = ["softplus_dq", *(["softplus_dk", "softplus_dv"] if wide else ["softplus_dkv"])]
     assert set(kernels) == {"softplus_forward", *(backward if gradients else [])}, "auto is the kernel"
     for kernel in kernels.values():
-        assert kernel.spill_bytes <= (spilled if kernel.name == "softplus_dq" else 0), kernel
-        assert kernel.spill_bytes > 0 or kernel.stack_bytes == 0, kernel
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.stack_bytes == 0, kernel
         assert kernel.shared_bytes <= h100.SHARED_BYTES, kernel
         assert kernel.wgmma > 0, kernel
         assert kernel.tma > 0, kernel
@@ -64,8 +61,7 @@ def test_forward_and_backward_at_32k_fit(dim):
     ("dims", "p"), [*itertools.product(NARROW, (15.0, 2.5, None)), *((x, 2.5) for x in WIDE)], ids=str
 )
 def test_every_width_exponent_and_rule_fits(dims, rules, p):
-    few = 24 if dims == (128, 128) and p is not None else 0  # six registers; none for causal rows and p = 15
-    check(compiled(dims[0], value_dim=dims[1], length=257, p=p, **rules)[1], sum(dims) > 128, spilled=few)
+    check(compiled(dims[0], value_dim=dims[1], length=257, p=p, **rules)[1], sum(dims) > 128)
 
 
 def test_the_form_that_is_simulated_is_a_program_for_the_device_too(monkeypatch):
