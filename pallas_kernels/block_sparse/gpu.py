@@ -103,7 +103,8 @@ def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array
     (q, _, v, vis, _, _), blocks = saved
     columns = column_tile(q.shape[3], v.shape[3])
     tables = by_query(plan, blocks, vis, BLOCK, columns), by_key(plan, blocks, vis, columns, BLOCK)
-    return *gpu_backward.backward(plan, saved[0], *d_out, tables), None, None
+    dq, dk, dv, _ = gpu_backward.gradients(plan, saved[0], *d_out, tables)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)

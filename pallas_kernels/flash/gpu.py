@@ -31,22 +31,19 @@ from pallas_kernels.flash.gpu_tiles import (
     WEIGHTS,
     WGS,
     WIDTHS,
-    Feed,
     Plan,
     exponents,
     logits,
     nbytes,
     operands,
     places,
-    refill,
-    ring,
     visits,
     walk,
     whoami,
 )
+from pallas_kernels.flash.gpu_warpgroups import share_out, threads
 from pallas_kernels.flash.score import Score
 
-CONSUMER, PRODUCER = 232, 40  # registers of a thread
 NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum", "count")
 
 
@@ -246,28 +243,7 @@ def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, 
         stat_s[wg] = rows.saved(mass, top, plan.score)
         mg.store((o_s.at[wg], o.at[b, pl.ds(first, mg.ROWS), h]), (stat_s.at[wg], stat.at[b, h, pl.ds(first, mg.ROWS)]))
 
-    if threads(v_s.shape[2]) == WGS:
-        feed = Feed(wg, visit.count, k_free, keys_and_values)
-        pl.when(wg == 0)(queries)
-        feed.start()
-        compute(feed.ahead)
-        return
-
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        queries()
-        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
-        compute(lambda n: None)
-
-
-def threads(v_dim: int) -> int:
-    """Warpgroups of the forward kernel. Sums of the widest values leave no registers for one that only fetches."""
-    return WGS if v_dim > 192 else WGS + 1
+    share_out(wg, v_s.shape[2], visit.count, k_free, queries, keys_and_values, compute)
 
 
 def _floor(plan: Plan) -> float:

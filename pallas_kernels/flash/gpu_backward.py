@@ -49,13 +49,6 @@ BIAS = "bias"  # the name of the key bias's gradient
 SUMS = 256  # columns of sums a warpgroup has registers for
 
 
-def backward(
-    plan: Plan, saved: Any, do: Array, d_stat: Array, tables: tuple[Array, Array] | None = None
-) -> tuple[Array, Array, Array]:
-    """As `gradients`, where nothing is added to scores."""
-    return gradients(plan, saved, do, d_stat, tables)[:3]
-
-
 def gradients(
     plan: Plan,
     saved: Any,

@@ -4,7 +4,7 @@ A block of keys is a slot of a tile (see `layout`), so its maximum and sums are 
 enters the running softmax of a query with one number and shares that weight out, as in `tpu`. A block of threads has
 128 queries of one head, 64 for each computing warpgroup, and walks over the tiles that hold slots of their documents
 up to their own. Tiles of wide heads are smaller, and the sums of the widest leave no registers for a warpgroup that
-only fetches: see `pallas_kernels.flash.gpu`. The backward pass is in `gpu_backward`.
+only fetches: see `pallas_kernels.flash.gpu_warpgroups`. The backward pass is in `gpu_backward`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash.gpu import CONSUMER, PRODUCER, threads
-from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Feed, Visit, nbytes, refill, ring, whoami, wide
+from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, nbytes, ring, whoami, wide
+from pallas_kernels.flash.gpu_warpgroups import share_out, threads
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
@@ -215,23 +215,7 @@ def _kernel(plan: Plan, steps: int, table, tokens, q, k, v, at, o, log_z, *scrat
         z_s[wg] = jnp.where(mass > 0.0, top / LOG2E + jnp.log(safe), NEVER)
         mg.store((q_s.at[wg], o.at[b, rows, h]), (z_s.at[wg], log_z.at[b, h, rows]))
 
-    if threads(v_s.shape[2]) == WGS:
-        feed = Feed(wg, visit.count, k_free, keys_and_values)
-        pl.when(wg == 0)(queries)
-        feed.start()
-        compute(feed.ahead)
-        return
-
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        queries()
-        ring(jnp.int32(0), visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
-        compute(lambda n: None)
+    share_out(wg, v_s.shape[2], visit.count, k_free, queries, keys_and_values, compute)
 
 
 def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:

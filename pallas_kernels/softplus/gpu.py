@@ -21,12 +21,11 @@ from jaxattn.masks import Visibility, count_visible
 from jaxattn.rope import PositionBias
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
-from pallas_kernels.flash.gpu import CONSUMER, PRODUCER, blocked, threads
+from pallas_kernels.flash.gpu import blocked
 from pallas_kernels.flash.gpu_tiles import (
     BLOCK,
     STAGES,
     WGS,
-    Feed,
     Plan,
     Tile,
     Visit,
@@ -35,11 +34,10 @@ from pallas_kernels.flash.gpu_tiles import (
     nbytes,
     operands,
     places,
-    refill,
-    ring,
     visits,
     whoami,
 )
+from pallas_kernels.flash.gpu_warpgroups import share_out, threads
 from pallas_kernels.flash.score import Score
 from pallas_kernels.softplus.gpu_backward import backward
 from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, weights
@@ -228,23 +226,7 @@ def _forward_kernel(rule: Rule, steps: int, table, prefix, q, k, v, q_at, k_at, 
             kept_s[wg, n] = x
         mg.store((o_s.at[wg], o.at[b, rows, h]), (kept_s.at[wg], kept.at[b, h, :, rows]))
 
-    if threads(v_s.shape[2]) == WGS:
-        feed = Feed(wg, turn + visit.count, k_free, keys_and_values)
-        pl.when(wg == 0)(queries)
-        feed.start()
-        compute(feed.ahead)
-        return
-
-    @pl.when(wg == WGS)
-    def produce():
-        mg.registers(PRODUCER, more=False)
-        queries()
-        ring(jnp.int32(0), turn + visit.count, lambda n, slot, _: refill(n, slot, k_free, keys_and_values), None)
-
-    @pl.when(wg < WGS)
-    def consume():
-        mg.registers(CONSUMER, more=True)
-        compute(lambda n: None)
+    share_out(wg, v_s.shape[2], turn + visit.count, k_free, queries, keys_and_values, compute)
 
 
 def _row_terms(count: Array, total: Array, top: Array, exempt: int) -> tuple[Array, Array]:

@@ -22,13 +22,13 @@ CACHES = {"paged_decode": (1, 2)}  # arguments that are never rounded: it would 
 def arrays_of(name):
     """Random arguments, which rounding does not change: what sums and weights lose is seen then.
 
-    Log decays are not positive, lists name what there is.
+    Log decays are not positive, lists name the first block or page.
     """
     draw = np.random.default_rng(0)
 
     def make(n, like):
         if jnp.issubdtype(like.dtype, jnp.integer):
-            return jnp.broadcast_to(jnp.arange(like.shape[-1], dtype=like.dtype), like.shape)
+            return jnp.full(like.shape, -1, like.dtype).at[..., 0].set(0)
         x = 0.5 * draw.normal(size=like.shape)
         kind = jnp.bfloat16 if n in CACHES.get(name, ()) else like.dtype
         return jnp.asarray(-0.4 * np.abs(x) if x.ndim == 1 else x, jnp.bfloat16).astype(kind)
