@@ -25,6 +25,7 @@ from jaxattn.errors import ConfigError, UserError, run_cli
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.text import SIDE
+from jaxattn.tokenizer import read_tokenizer
 from train.load import load_params, read_config
 
 PROMPTS = (
@@ -119,9 +120,7 @@ def prompts_of(folder: Path, vocab: int, given: list[str]) -> list[tuple[str, np
       ConfigError: --prompt without a tokenizer.
     """
     if (folder / SIDE / "tokenizer.json").exists():
-        from train.data.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(str(folder / SIDE))
+        tokenizer = read_tokenizer(folder / SIDE)
         return [(text, np.asarray(tokenizer.encode(text), np.int32)) for text in given or PROMPTS]
     if given:
         raise ConfigError(f"--prompt needs a tokenizer, and {folder / SIDE} has no tokenizer.json.")

@@ -16,6 +16,7 @@ from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
+from jaxattn.tokenizer import read_tokenizer
 from jaxattn.types import Backend
 
 SIDE = "hf"  # where a converted checkpoint keeps its source's own files
@@ -50,7 +51,7 @@ class Loaded:
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation under the checkpoint's own template."""
-        return self.encode(render(*read_template(self.folder / SIDE), messages))
+        return self.tokenizer.encode(render(*read_template(self.folder / SIDE), messages), add_special_tokens=False)
 
 
 def load(
@@ -67,14 +68,13 @@ def load(
       UserError: no checkpoint, or a run whose data are no text.
     """
     from evals.trained import open_trained
-    from train.data.tokenizer import load_tokenizer
     from train.load import open_source
 
     trained = open_trained(folder, attn, step)
     model = trained.model if dtype is None else dataclasses.replace(trained.model, dtype=dtype)
     model = model if backend is None else dataclasses.replace(model, backend=backend)
     if (folder / SIDE / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(str(folder / SIDE))
+        tokenizer = read_tokenizer(folder / SIDE)
     else:
         tokenizer = open_source(trained.cfg)[0].tokenizer
     if tokenizer is None:

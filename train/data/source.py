@@ -16,8 +16,8 @@ from train.data.perturb import Perturbation
 if TYPE_CHECKING:
     import grain
 
+    from jaxattn.tokenizer import Tokenizer
     from train.data.pipeline import Layout
-    from train.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

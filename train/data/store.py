@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxattn.errors import DataError
+from jaxattn.tokenizer import Tokenizer
 from train.data.cache import corrupt, digest, file_digest, write_atomic
 from train.data.corpus import Corpus, Tally
 from train.data.progress import progress
-from train.data.tokenizer import Tokenizer
 
 _VERSION = "1"
 _BLOCK = 256
@@ -48,12 +48,13 @@ class TokenStore:
 def build_store(corpus: Corpus, tokenizer: Tokenizer, root: Path, *, max_bad_records: int = 0) -> TokenStore:
     """Tokenises the corpus once per (corpus, tokenizer); later calls map the cached files.
 
-    Every non-empty document is closed with the end-of-text token. An empty document has no tokens.
+    Every non-empty document is closed with the end-of-text token, and begins with the start token where the tokenizer
+    has it so. An empty document has no tokens.
 
     Raises:
       DataError: no text at all, too many corrupt records, or cache files that are not what was written.
     """
-    key = digest("tokens", _VERSION, corpus.fingerprint, tokenizer.to_json())
+    key = digest("tokens", _VERSION, corpus.fingerprint, *tokenizer.identity())
     record_path = root / f"tokens-{key}.json"
     if not record_path.exists():
         _write(corpus, tokenizer, record_path, max_bad_records)
@@ -80,11 +81,12 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
 
     def encoded() -> Iterator[bytes]:
         nonlocal characters
-        end = [] if tokenizer.eos is None else [tokenizer.eos]
+        around = tokenizer.encode("")
+        end = [] if tokenizer.eos is None or around[-1:] == [tokenizer.eos] else [tokenizer.eos]
         for block in _blocks(progress(corpus.read(tally), f"tokenising {corpus.name}")):
             characters += sum(map(len, block))
             for ids in tokenizer.encode_batch(block):
-                ids = ids + end if ids else []
+                ids = ids + end if ids != around else []
                 lengths.append(len(ids))
                 yield np.asarray(ids, dtype).tobytes()
 

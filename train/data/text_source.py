@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxattn.errors import DataError
+from jaxattn.tokenizer import Tokenizer
 from train.data.cache import cache_root, digest
 from train.data.config import DataConfig
 from train.data.corpus import Corpus, Tally, open_corpus
@@ -17,7 +18,7 @@ from train.data.perturb import parse_perturbation
 from train.data.source import Source
 from train.data.split import Spans, first_tokens, split
 from train.data.store import TokenStore, build_store
-from train.data.tokenizer import Tokenizer, byte_tokenizer, cached_bpe, load_tokenizer
+from train.data.tokenizer import byte_tokenizer, cached_bpe, load_tokenizer
 
 if TYPE_CHECKING:
     import grain
@@ -109,7 +110,7 @@ def text_source(cfg: DataConfig, place: dict[str, Any]) -> TextSource:
         raise DataError(f"data.source={cfg.source!r} leaves no training text: give more documents.")
     meta = {
         **{k: v for k, v in store.meta.items() if not k.endswith("sha256")},
-        "data_hash": digest(corpus.fingerprint, tokenizer.to_json()),
+        "data_hash": digest(corpus.fingerprint, *tokenizer.identity()),
         "tokenizer": cfg.tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "eos": tokenizer.eos,

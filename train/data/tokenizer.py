@@ -1,60 +1,28 @@
-"""Tokenizers: all four kinds are one `tokenizers.Tokenizer`, so each can be saved as a tokenizer.json.
+"""Tokenizers of a run's data: bytes, a BPE trained on the corpus and cached, or one that is read.
 
-The end-of-text token closes every document. Nothing is put in front of a document (the sink study needs data
-without a start token).
+The end-of-text token closes every document. Of these, bytes and our own BPE put nothing in front of a document (the
+sink study needs data without a start token).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxattn.errors import DataError
+from jaxattn.tokenizer import END, Tokenizer
 from train.data.cache import corrupt, digest, write_atomic
 
 if TYPE_CHECKING:
     import tokenizers
 
-END = "<|endoftext|>"
-_END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
 _BPE_VERSION = "1"
 SAMPLE_BYTES = 8_000_000
 """The BPE is trained on at most this much text: more changes a 2048-entry vocabulary little and costs
 seconds."""
-
-
-class Tokenizer:
-    """Text to token ids and back; `eos` is the end-of-text id, or None if the vocabulary has none."""
-
-    def __init__(self, inner: tokenizers.Tokenizer):
-        self._inner = inner
-        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        ids = (inner.token_to_id(name) for name in _END_NAMES)
-        self.eos: int | None = next((i for i in ids if i is not None), None)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; no start or end token is added."""
-        return self._inner.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts, on all cores."""
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a HuggingFace tokenizer.json."""
-        write_atomic(Path(path), [self.to_json().encode("utf-8")])
-
-    def to_json(self) -> str:
-        """The content of tokenizer.json."""
-        return self._inner.to_str()
 
 
 def _byte_alphabet() -> list[str]:

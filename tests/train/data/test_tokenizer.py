@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from jaxattn.errors import DataError
 from train.data.tokenizer import END, byte_tokenizer, load_tokenizer, sample, train_bpe
@@ -123,3 +125,36 @@ def test_an_unwritable_cache(source_of, tmp_path):
 
 def test_end_token_name():
     assert byte_tokenizer().to_json().count(END) == 1
+
+
+def bracketed(folder, around="<s> $A"):
+    """A byte tokenizer whose post-processor puts <s> in front, saved with settings of one call in it."""
+    body = json.loads(byte_tokenizer().to_json())
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(body))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, pair="$A $B", special_tokens=[("<s>", 257), (END, 256)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("around", ["<s> $A", f"<s> $A {END}"])
+def test_documents_begin_with_the_start_token_and_end_once(tmp_path, source_of, around):
+    tokenizer = bracketed(tmp_path, around)
+    end = [256] * (END in around)
+    assert tokenizer.encode("hello") == [257, *b"hello", *end]
+    assert tokenizer.encode_batch(["hello"], add_special_tokens=False) == [list(b"hello")]
+    source = source_of(["hello", ""], tokenizer=str(tmp_path), val_fraction=0)
+    assert source.store.ids.tolist() == [257, *b"hello", 256]
+    assert source.store.offsets.tolist() == [0, 7, 7]
+
+
+def test_tokens_cached_without_a_start_token_are_not_used(tmp_path):
+    """The old key was a digest of the tokenizer alone; that of our own tokenizers stays."""
+    tokenizer = bracketed(tmp_path)
+    assert tokenizer.identity()[0] == tokenizer.to_json()
+    assert len(tokenizer.identity()) == 2
+    assert byte_tokenizer().identity() == (byte_tokenizer().to_json(),)
