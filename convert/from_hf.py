@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from rich.progress import Progress
 from convert import hf_config, rules
 from convert.new_folder import new_folder
 from convert.sources import Source, open_source
-from jaxattn.errors import Mismatch, run_cli
+from jaxattn.errors import Mismatch, UserError, run_cli
+from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
+from jaxattn.tokenizer import read_tokenizer
 from train.checkpoint import Checkpoints
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
+from train.data.tokenizer import byte_tokenizer
 from train.manifest import hash_file
 from train.rundir import versions, write_json_atomic
 
@@ -80,11 +84,14 @@ def read_params(
     return rules.nested(flat), dtypes
 
 
-def run_config(model: ModelConfig, tokenizer: bool) -> RunConfig:
+def run_config(model: ModelConfig, side: Path) -> RunConfig:
     """What `evals` reads of a converted checkpoint; `train.load.read_config` knows that paths are inside its folder."""
+    tokenizer = f"{SIDE}/tokenizer.json" if (side / "tokenizer.json").is_file() else SIDE
+    if not has_tokenizer(side) and model.vocab_size == byte_tokenizer().vocab_size:
+        tokenizer = "bytes"  # a model of bytes has no files for them
     data = DataConfig(
         source="stdlib:json,email",
-        tokenizer=f"{SIDE}/tokenizer.json" if tokenizer else "bytes",
+        tokenizer=tokenizer,
         context=min(512, model.max_positions),
     )
     evaluation = EvalConfig(length=min(64, model.max_positions), sequences=32)
@@ -111,7 +118,7 @@ def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None
         task = bar.add_task(f"reading {model.num_layers} layers", total=total)
         params, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
     source.save_side_files(folder / SIDE)
-    cfg = run_config(model, (folder / SIDE / "tokenizer.json").exists())
+    cfg = run_config(model, folder / SIDE)
     write_json_atomic(folder / "config.json", cfg.to_dict())
     (folder / "metrics.jsonl").write_text('{"step": 0}\n', "utf-8")  # what a report begins with
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict(), async_save=False) as checkpoints:
@@ -139,6 +146,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     folder = convert(args.src, args.dst, dtype=args.dtype)
+    try:
+        read_tokenizer(folder / SIDE)
+    except UserError as error:  # the weights are there all the same
+        print(f"its tokenizer cannot be used yet: {error}", file=sys.stderr)
     print(f"converted: {folder}")
     return 0
 

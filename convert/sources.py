@@ -27,7 +27,10 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
     st.INDEX,
 )
 MOST_SIDE_BYTES = 128 << 20

@@ -97,7 +97,7 @@ def write_maps(path: Path, cfg: RunConfig, source: Source, params: Any, text: st
 def token_label(source: Source, token: int) -> str:
     """What a person reads for one token."""
     if source.tokenizer is not None:
-        return source.tokenizer.decode([token])
+        return source.tokenizer.decode([token], skip_special_tokens=False)
     if not source.trigger_ids:  # a task's tokens have no names
         return str(token)
     from train.data.bb_table import CHARS, START

@@ -1,68 +1,198 @@
-"""Chat templates of HuggingFace tokenizers, rendered in a sandbox: a template is text from a stranger."""
+"""Chat templates of HuggingFace tokenizers, rendered as transformers renders them, by a process with limits."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxattn import _chat_child
 from jaxattn.errors import Corrupt, UserError
+from jaxattn.hf_tokenizer import named_tokens
+from jaxattn.json_file import read_object, read_text, short
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of one field, the first the usual one
+STARTING_SECONDS = 60.0  # of the rendering process, on a busy machine
 
 
-def read_template(folder: Path) -> tuple[str, dict[str, str]]:
+def read_template(folder: Path, *, tools: bool = False) -> tuple[str, dict[str, str]]:
     """The template of a tokenizer folder and the special tokens it may name.
 
+    Args:
+      tools: take the template for tool use where there is one of its own.
+
     Raises:
-      UserError: the folder has none.
+      UserError: the folder has none, or several of which none is the default.
+      Corrupt: a file of it is broken.
     """
-    config = read_json(folder / "tokenizer_config.json")
-    template = config.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    if not isinstance(template, str):
+    found = read_templates(folder)
+    if tools and "tool_use" in found:
+        return found["tool_use"], named_tokens(folder)
+    if found and "default" not in found:
+        raise UserError(f"{folder} has the chat templates {short(sorted(found))} but none is the default; name one so.")
+    if not found:
         raise UserError(f"{folder} has no chat template; leave --chat out, or use an instruction-tuned checkpoint.")
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    text = lambda value: value["content"] if isinstance(value, dict) else value
-    return template, {n: text(config[n]) for n in names if config.get(n) is not None}
+    return found["default"], named_tokens(folder)
 
 
-def render(template: str, special: Mapping[str, str], messages: Messages) -> str:
+def read_templates(folder: Path) -> dict[str, str]:
+    """All templates of a folder by name: its .jinja files if there are any, else those in its JSON."""
+    files = {p.name.removesuffix(".jinja"): p for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files = {"default": folder / "chat_template.jinja", **files}
+    if files:
+        return {name: read_text(path).replace("\r\n", "\n").replace("\r", "\n") for name, path in files.items()}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        value = read_object(folder / name).get("chat_template")
+        if isinstance(value, str):
+            return {"default": value}
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            value = {entry.get("name"): entry.get("template") for entry in value}
+        if value is None:
+            continue
+        if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+            raise Corrupt(
+                f"{folder / name}: chat_template is {short(value)} but must be text, or a list of objects with a name "
+                "and a template."
+            )
+        return value
+    return {}
+
+
+def render(
+    template: str,
+    special: Mapping[str, str],
+    messages: Messages,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> str:
     """The prompt that asks for the assistant's next message.
 
+    Args:
+      messages: role, content and whatever else the template reads (name, tool_calls, ...); a null is as if missing.
+      variables: more that the template may read, such as enable_thinking.
+
     Raises:
-      UserError: the template refuses these messages.
-      Corrupt: it is no valid template, or wants what the sandbox does not allow.
+      UserError: the template refuses these messages, or they do not fit it.
+      Corrupt: it is no valid template, wants what the sandbox does not allow, or too much memory or time.
     """
-    from jinja2 import TemplateError
-    from jinja2.exceptions import SecurityError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> Any:
-        raise UserError(f"the chat template refuses these messages: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+    given = {
+        **special,
+        **variables,
+        "messages": [_message(m) for m in messages],
+        "tools": tools,
+        "documents": documents,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        return environment.from_string(template).render(
-            raise_exception=refuse, messages=[dict(m) for m in messages], add_generation_prompt=True, **special
+        request = json.dumps({"template": template, "variables": given}).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the messages are not what JSON can hold ({str(error)[:120]}).") from error
+    found = _RENDERER.ask(request)
+    if "text" in found:
+        return found["text"]
+    kind, reason = next(iter(found.items()))
+    reason = " ".join(reason.split())[:300]
+    if kind == "refused":
+        raise UserError(f"the chat template refuses these messages: {reason}")
+    if kind == "messages":
+        raise UserError(f"the chat template does not fit these messages ({reason}).")
+    raise Corrupt(f"the checkpoint's chat template cannot be used ({reason}).")
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers hands it to a template: without nulls, and with reasoning under the names it is read by."""
+    kept = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((kept[key] for key in REASONING if key in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+class Renderer:
+    """The rendering process: started when it is first needed, replaced when it had to be killed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: bytes) -> dict[str, str]:
+        """The process's answer; a template that takes too long is its own fault."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            assert self._process is not None
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(len(request).to_bytes(8, "big") + request)
+                self._process.stdin.flush()
+                return self._read(_chat_child.MOST_SECONDS)
+            except TimeoutError:
+                self._stop()
+                return {"template": f"it takes longer than {_chat_child.MOST_SECONDS} seconds"}
+            except (OSError, ValueError):  # it died: beyond its limits in a way that Python cannot catch
+                self._stop()
+                return {"template": "the process that renders it has ended, beyond its memory or time"}
+            except BaseException:  # interrupted: what is still to come would be the answer of the next question
+                self._stop()
+                raise
+
+    def _start(self) -> None:
+        command = [sys.executable, "-I", _chat_child.__file__, json.dumps([os.path.abspath(p) for p in sys.path])]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/"
         )
-    except (TemplateSyntaxError, SecurityError) as error:
-        raise Corrupt(f"the checkpoint's chat template cannot be used ({error}).") from error
-    except (TemplateError, TypeError, KeyError) as error:
-        raise UserError(f"the chat template does not fit these messages ({error}).") from error
+        try:
+            self._read(STARTING_SECONDS)
+        except (OSError, ValueError) as error:
+            self._stop()
+            raise UserError("the process that renders chat templates does not start; is jinja2 installed?") from error
+
+    def _read(self, seconds: float) -> dict[str, str]:
+        """One message.
+
+        Raises:
+          TimeoutError: it does not come in time.
+          ValueError: the process has ended.
+        """
+        assert self._process is not None
+        assert self._process.stdout is not None
+        until, pipe, raw = time.monotonic() + seconds, self._process.stdout, b""
+        while len(raw) < 8 or len(raw) < 8 + int.from_bytes(raw[:8], "big"):
+            if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise TimeoutError
+            part = os.read(pipe.fileno(), 1 << 20)
+            if not part:
+                raise ValueError("the process has ended")
+            raw += part
+        return json.loads(raw[8:])
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):  # what was not yet sent
+                        pipe.close()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._stop()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} without one. Raises `Corrupt` if it cannot be read."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"{path} cannot be read ({error}).") from error
-    return found if isinstance(found, dict) else {}
+_RENDERER = Renderer()
+atexit.register(_RENDERER.close)

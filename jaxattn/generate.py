@@ -7,6 +7,7 @@ function is `jaxattn.generate(model, params, tokens, ...)`, and importing this m
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ def main() -> int:
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--backend", choices=get_args(Backend), help="of attention (default: the model's)")
     args = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that does not have every character gets a question mark
+        sys.stdout.reconfigure(errors="replace")
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)

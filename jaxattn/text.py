@@ -1,9 +1,9 @@
-"""Text in, text out: a checkpoint with its tokenizer, streams of text, stop strings."""
+"""Text in, text out: a checkpoint with its tokenizer, its prompts, and the text behind one."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 from jaxattn._generate import BLOCK, stream
-from jaxattn.chat import read_json, read_template, render
-from jaxattn.errors import UserError
+from jaxattn.chat import Messages, read_template, render
+from jaxattn.errors import Corrupt, Incomplete, UserError
+from jaxattn.hf_tokenizer import has_tokenizer
+from jaxattn.json_file import read_object, short
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
-from jaxattn.tokenizer import read_tokenizer
+from jaxattn.text_stream import TextStream
+from jaxattn.tokenizer import Tokenizer, read_tokenizer
 from jaxattn.types import Backend
 
 SIDE = "hf"  # where a converted checkpoint keeps its source's own files
@@ -28,30 +31,55 @@ class Loaded:
 
     model: ModelConfig
     params: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     stop_tokens: tuple[int, ...]
     folder: Path
     context: int
     """Tokens of the longest sequence that was trained."""
+    first_token: int | None = None
+    """What an empty prompt begins with."""
 
     def prepared(self) -> Loaded:
         """The same with parameters laid out for decoding alone (`jaxattn.nn.decoding`); the old ones may go."""
         return dataclasses.replace(self, params=decoding_variables(self.model, self.params))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt; an empty one is the end-of-text token, behind which a text begins.
+        """Token ids of a prompt, with the start token where the tokenizer puts one; an empty one is what a text begins
+        with: the start token, else the end-of-text token.
 
         Raises:
-          UserError: the text has no token.
+          UserError: the text has no token, or one that the model does not have.
         """
-        ids = list(self.tokenizer.encode(text)) or ([self.stop_tokens[0]] if self.stop_tokens else [])
-        if not ids:
+        if ids := self.tokenizer.encode(text):
+            return self._checked(ids)
+        if self.first_token is None:
             raise UserError("the prompt is empty and the model has no end-of-text token to start from: give some text.")
-        return ids
+        return [self.first_token]
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation under the checkpoint's own template."""
-        return self.tokenizer.encode(render(*read_template(self.folder / SIDE), messages), add_special_tokens=False)
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation under the checkpoint's own template, which writes its start token itself."""
+        text = self.render(messages, tools=tools, documents=documents, **variables)
+        return self._checked(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **more: Any) -> str:
+        """The text of a conversation under the checkpoint's own template; see `jaxattn.chat.render`."""
+        template, _ = read_template(self.folder / SIDE, tools=tools is not None)
+        return render(template, self.tokenizer.named, messages, tools=tools, **more)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if ids and max(ids) >= self.model.vocab_size:
+            raise UserError(
+                f"the tokenizer of {self.folder} makes token {max(ids)} of this text, but the model has "
+                f"{self.model.vocab_size}; take the tokenizer that belongs to the model."
+            )
+        return ids
 
 
 def load(
@@ -70,75 +98,67 @@ def load(
     from evals.trained import open_trained
     from train.load import open_source
 
-    trained = open_trained(folder, attn, step)
+    trained, side = open_trained(folder, attn, step), folder / SIDE
     model = trained.model if dtype is None else dataclasses.replace(trained.model, dtype=dtype)
     model = model if backend is None else dataclasses.replace(model, backend=backend)
-    if (folder / SIDE / "tokenizer.json").exists():
-        tokenizer = read_tokenizer(folder / SIDE)
+    if has_tokenizer(side):
+        tokenizer = read_tokenizer(side)
+    elif trained.cfg.preset == "converted" and trained.cfg.data.tokenizer != "bytes":
+        raise Incomplete(f"{side} has no tokenizer: the source had none; put its files there.")
     else:
         tokenizer = open_source(trained.cfg)[0].tokenizer
     if tokenizer is None:
         raise UserError(f"{folder} was trained on {trained.cfg.data.source!r}, which is no text: nothing to generate.")
     context = model.max_positions or trained.cfg.data.context
-    return Loaded(model, trained.params, tokenizer, _stop_tokens(folder, tokenizer), folder, context)
+    named, first = (_named_ids(side, f"{end}_token_id", model.vocab_size) for end in ("eos", "bos"))
+    # Where the model's own files name ends of text, transformers stops at those alone, whatever the tokenizer's is
+    stop = named or (() if tokenizer.eos is None else (tokenizer.eos,))
+    starts = [*([] if tokenizer.bos is None else [tokenizer.bos]), *first]
+    starts += [*([] if tokenizer.eos is None else [tokenizer.eos]), *stop]
+    return Loaded(model, trained.params, tokenizer, stop, folder, context, starts[0] if starts else None)
 
 
-def _stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-text ids: those of the source's generation_config.json or config.json, else the tokenizer's."""
+def _named_ids(side: Path, key: str, count: int) -> tuple[int, ...]:
+    """Token ids of the source's generation_config.json, else of its config.json.
+
+    Raises:
+      Corrupt: one is no token of the model.
+    """
     for name in ("generation_config.json", "config.json"):
-        path = folder / SIDE / name
-        if path.is_file():
-            ids = read_json(path).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [ids]
-            if all(isinstance(i, int) for i in ids):
-                return tuple(ids)
-    return () if tokenizer.eos is None else (tokenizer.eos,)
-
-
-class TextStream:
-    """Turns tokens into text as they come, holding back half a character and what may become a stop string."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
-        self._ids: list[int] = []
-        self._shown = 0
-        self.stopped = False
-
-    def add(self, ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that is certain now; `last` gives out what was held back."""
-        self._ids += [int(i) for i in ids]
-        text = self._tokenizer.decode(self._ids)
-        for stop in self._stop:
-            if (at := text.find(stop)) >= 0:
-                text, self.stopped, last = text[:at], True, True
-        end = len(text)
-        if not last:
-            while end and text[end - 1] == "\ufffd":  # bytes of a character still to come
-                end -= 1
-            end = min([end, *(_overlap(text[:end], stop) for stop in self._stop)])
-        new, self._shown = text[self._shown : end], max(self._shown, end)
-        return new
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Where a beginning of `stop` starts at the end of the text, or the text's length."""
-    for n in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:n]):
-            return len(text) - n
-    return len(text)
+        value = read_object(side / name).get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for number in ids:
+            if type(number) is not int or not 0 <= number < count:
+                raise Corrupt(
+                    f"{side / name}: {key} is {short(value)} but must be of whole numbers from 0 to {count - 1}; "
+                    "repair the file."
+                )
+        if ids:
+            return tuple(dict.fromkeys(ids))
+    return ()
 
 
 def stream_text(
-    loaded: Loaded, ids: Sequence[int], *, max_new_tokens: int, how: Sampling, seed: int = 0, stop: Sequence[str] = ()
+    loaded: Loaded,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    how: Sampling,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    in_context: bool = True,
 ) -> Iterator[str]:
-    """Pieces of text behind one prompt, until a stop token, a stop string or the limit."""
-    out = TextStream(loaded.tokenizer, stop)
+    """Pieces of text behind one prompt, until a stop token, a stop string or the limit.
+
+    in_context: the text as it goes on from the prompt's; else that of the new tokens alone, which may lack a blank.
+    """
+    out = TextStream(loaded.tokenizer, stop, prompt_ids=ids if in_context else ())
     parts = stream(
         loaded.model, loaded.params, np.asarray(ids, np.int32)[None], max_new_tokens=max_new_tokens,
         key=jax.random.key(seed), how=how, stop_tokens=loaded.stop_tokens, block=min(BLOCK, max_new_tokens),
     )  # fmt: skip
     for tokens, own in parts:
-        yield out.add(tokens[0][own[0]].tolist())
+        yield out.add([t for t in tokens[0][own[0]].tolist() if t not in loaded.stop_tokens])
         if out.stopped:
             return
     yield out.add((), last=True)

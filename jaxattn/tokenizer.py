@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxattn.errors import Corrupt, Incomplete
+from jaxattn import hf_tokenizer
+from jaxattn.errors import UserError
+from jaxattn.rust import guarded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,33 +19,75 @@ END = "<|endoftext|>"
 END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
 
 
+KNOWN_REGEX = (hf_tokenizer.QWEN2_SPLIT,)
+
+
+def _odd_regex(inner: tokenizers.Tokenizer) -> bool:
+    """Whether it cuts or rewrites text by a regular expression that is not known to be harmless."""
+    parts = [json.loads(part.__getstate__()) for part in (inner.normalizer, inner.pre_tokenizer) if part is not None]
+    odd = False
+
+    def look(value: object) -> None:
+        nonlocal odd
+        if isinstance(value, dict):
+            odd |= "Regex" in value and value["Regex"] not in KNOWN_REGEX
+        for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            look(below)
+
+    look(parts)
+    return odd
+
+
 class Tokenizer:
     """Text to token ids and back; `bos` and `eos` are the ids of the start and the end of a text, or None.
 
-    Settings of one call that a file may hold (truncation, padding) are reset: they are no part of the tokenizer.
+    Settings of one call that a file may hold (truncation, padding, dropout of merges) are reset: they are no part of
+    the tokenizer. `named` are the special tokens with a name, as a chat template sees them.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, bos: int | None = None, eos: int | None = None):
-        self._inner = inner
+    def __init__(self, inner: tokenizers.Tokenizer, named: Mapping[str, str] | None = None, *, clean_up: bool = False):
+        self._inner, self.cleans_up = inner, clean_up
+        self.named = dict(named or {})
+        self.byte_fallback = inner.decoder is not None and b"ByteFallback" in inner.decoder.__getstate__()
         inner.no_truncation()
         inner.no_padding()
+        if getattr(inner.model, "dropout", None) is not None:
+            inner.model.dropout = None
+        self._quiet = _odd_regex(inner)
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = (inner.token_to_id(name) for name in END_NAMES)
         self._guess = next((i for i in ids if i is not None), None)
-        self.bos: int | None = bos
-        self.eos: int | None = self._guess if eos is None else eos
+        find = lambda key: inner.token_to_id(self.named[key]) if key in self.named else None
+        self.bos: int | None = find("bos_token")
+        self.eos: int | None = self._guess if (eos := find("eos_token")) is None else eos
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of the text, with the start and end tokens that this tokenizer puts around one."""
-        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        """Ids of the text, with the start and end tokens that this tokenizer puts around one.
+
+        Raises:
+          UserError: the text holds half a character (a lone surrogate).
+          Corrupt: the tokenizer's own rules fail on this text.
+        """
+        check_text(text)
+        with guarded("the tokenizer fails on this text", quiet=self._quiet):
+            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of several texts, on all cores."""
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        for text in texts:
+            check_text(text)
+        with guarded("the tokenizer fails on a text", quiet=self._quiet):
+            return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids; broken UTF-8 becomes U+FFFD."""
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        with guarded("the tokenizer cannot decode", quiet=False):
+            text = self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return clean_up(text) if self.cleans_up else text
+
+    def token(self, number: int) -> str | None:
+        """The token as the vocabulary writes it, None for an id that it does not have."""
+        return self._inner.id_to_token(number)
 
     def identity(self) -> tuple[str, ...]:
         """Parts of a digest that changes whenever the ids of some document would."""
@@ -59,19 +104,31 @@ class Tokenizer:
 
 
 def read_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a HuggingFace folder.
+    """The tokenizer of a HuggingFace folder, as transformers' AutoTokenizer reads it.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: there is none, a file of it is broken, or it needs a package that is not installed.
     """
-    import tokenizers
+    parts = hf_tokenizer.read(Path(folder))
+    return Tokenizer(parts.inner, parts.named, clean_up=parts.clean_up)
 
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise Incomplete(f"{folder} has no tokenizer.json; copy the tokenizer's files there.")
+
+def check_text(text: str, what: str = "the text") -> None:
+    """Refuse what is no text.
+
+    Raises:
+      UserError: naming the first lone surrogate, which stands for a byte or half a character.
+    """
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"{path} is not a tokenizer.json ({error}).") from error
-    except Exception as error:  # `tokenizers` raises the base class
-        raise Corrupt(f"{path} is not a tokenizer.json ({error}).") from error
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        kind = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a character"
+        raise UserError(f"{what} has {kind} (U+{code:04X}) at character {error.start}; remove it.") from error
+
+
+def clean_up(text: str) -> str:
+    """Without the blanks before punctuation that some tokenizers decode to, as transformers removes them."""
+    for old in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(old, old.strip())
+    return text

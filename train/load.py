@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxattn.errors import Incomplete, Mismatch, UserError
+from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
 from train import base
@@ -38,9 +39,10 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
     cfg = config_from_dict(RunConfig, raw, str(path))
     # A converted checkpoint brings its tokenizer, wherever it is moved, and so does a run that started from one.
-    own = folder / (cfg.data.tokenizer if cfg.preset == "converted" else f"{SIDE}/tokenizer.json")
-    gone = bool(cfg.start.source) and not Path(cfg.data.tokenizer).exists()
-    if (cfg.preset == "converted" or gone) and own.is_file():
+    side = folder / SIDE
+    own = side / "tokenizer.json" if (side / "tokenizer.json").is_file() else side
+    gone = bool(cfg.start.source) and not Path(cfg.data.tokenizer).exists() and has_tokenizer(side)
+    if gone or (cfg.preset == "converted" and (cfg.data.tokenizer != "bytes" or has_tokenizer(side))):
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer=str(own)))
     return cfg
 

@@ -19,7 +19,8 @@ from starlette.routing import Route
 from jaxattn.errors import UserError
 from jaxattn.serving.asks import ApiError, Ask, parse
 from jaxattn.serving.engine import Engine, QueueFull, Stopped
-from jaxattn.text import Loaded, TextStream
+from jaxattn.text import Loaded
+from jaxattn.text_stream import TextStream
 
 Event = tuple[list[int], str | None]
 
@@ -111,8 +112,8 @@ class Talk:
         self._head = {"id": self._id, "created": int(time.time()), "model": name}
         self._inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Any] = []
-        self._texts = [TextStream(loaded.tokenizer, ask.stop) for _ in ask.prompts]
-        self._made = 0
+        self._texts = [TextStream(loaded.tokenizer, ask.stop, prompt_ids=prompt) for prompt in ask.prompts]
+        self._made = [0] * len(ask.prompts)
 
     def submit(self) -> None:
         """Queue every prompt, or none.
@@ -152,21 +153,21 @@ class Talk:
                 continue
             if reason == "error":
                 raise ApiError(500, f"the engine has stopped ({self._engine.failure or 'shutdown'}).", "engine_error")
-            self._made += len(tokens)
+            self._made[index] += len(tokens)
             text = self._texts[index]
             own = [t for t in tokens if t not in self._loaded.stop_tokens]
             piece = text.add(own, last=reason is not None)
-            if text.stopped:
+            if text.stopped:  # what the device made beyond it is not counted
                 self._tickets[index].cancel()
-                reason = "stop"
+                self._made[index], reason = text.used, text.reason
             if reason:
                 left.discard(index)
             if piece or reason:
                 yield index, piece, reason
 
     def _usage(self) -> dict[str, int]:
-        read = sum(map(len, self._ask.prompts))
-        return {"prompt_tokens": read, "completion_tokens": self._made, "total_tokens": read + self._made}
+        read, made = sum(map(len, self._ask.prompts)), sum(self._made)
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events; a client that goes away cancels what is left."""

@@ -12,8 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxattn.errors import DataError
-from jaxattn.tokenizer import END, Tokenizer
+from jaxattn.errors import DataError, UserError
+from jaxattn.hf_added_tokens import ADDED, CONFIG, JSON, SPECIAL_MAP
+from jaxattn.hf_tokenizer import FILES
+from jaxattn.json_file import read_text
+from jaxattn.rust import guarded
+from jaxattn.tokenizer import END, Tokenizer, read_tokenizer
 from train.data.cache import corrupt, digest, write_atomic
 
 if TYPE_CHECKING:
@@ -109,37 +113,34 @@ def _from_json(body: str) -> tokenizers.Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer.json, a folder that holds one, or "hf:NAME" from the hub.
+    """A folder with a tokenizer's files, a tokenizer.json in one, another file of its kind, or "hf:NAME" from the hub.
 
     Raises:
       DataError: it is not there or cannot be read.
     """
     path = _from_hub(name) if name.startswith("hf:") else Path(name).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise DataError(
             f"data.tokenizer={name!r}: {str(path)!r} does not exist; give 'bpe', 'bytes', the path of a "
             "tokenizer.json or of a folder that holds one, or 'hf:NAME'."
         )
     try:
-        body = path.read_text("utf-8")
-        json.loads(body)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error}).") from error
-    try:
-        return Tokenizer(_from_json(body))
-    except Exception as error:  # `tokenizers` raises the base class
-        raise DataError(f"data.tokenizer={name!r}: {str(path)!r} is not a tokenizer.json ({error}).") from error
+        if path.is_dir() or path.name == JSON:
+            return read_tokenizer(path if path.is_dir() else path.parent)
+        with guarded(f"{str(path)!r} is not a tokenizer.json"):
+            return Tokenizer(_from_json(read_text(path)))
+    except UserError as error:
+        raise DataError(f"data.tokenizer={name!r}: {error}") from error
 
 
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
+    files = [*FILES, "merges.txt", CONFIG, SPECIAL_MAP, ADDED, "config.json"]
     try:
-        return Path(huggingface_hub.hf_hub_download(name.removeprefix("hf:"), "tokenizer.json"))
+        return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=files))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".")[:300]
         raise DataError(
             f"data.tokenizer={name!r} cannot be fetched ({reason}): check the name and the network, or "
             "give a local path."
