@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_vocab import token_id
 from convert.safetensors_files import finite
 from jaxattn.errors import Corrupt, Incomplete, Unsupported
 from jaxattn.rope import RopeScaling, frequencies
@@ -197,8 +198,8 @@ class GgufFile:
             "dtype": "float32",
         }
         for key, field in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-            if (number := self.fields.get(f"tokenizer.ggml.{field}_token_id")) is not None:
-                raw[key] = int(number)
+            if (number := token_id(self.fields, field, str(self.path))) is not None:
+                raw[key] = number
         return raw
 
     def _llama3(self, rotated: int, base: float) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def read(fields: dict[str, Any], origin: str) -> Vocabulary:
         if values is not None and len(values) < len(tokens):
             raise Corrupt(f"{origin}: tokenizer.ggml.{name} has {len(values)} values for {len(tokens)} tokens.")
     kinds = [KINDS.get(number, "normal") for number in numbers or [1] * len(tokens)][: len(tokens)]
-    named = {name: i for name, key in NAMES.items() if (i := token_id(fields, key, len(tokens), origin)) is not None}
+    named = {name: i for name, key in NAMES.items() if (i := token_id(fields, key, origin)) is not None}
     if model == "llama":  # as old files mean without saying
         named = {**{name: i for name, i in (("unk", 0), ("bos", 1), ("eos", 2)) if i < len(tokens)}, **named}
     usual = model == "llama" or (model == "gpt2" and pre in PRE and PRE[pre].add_bos)
@@ -116,7 +116,7 @@ def _ends(
     for number in found:
         kinds[number] = "control"
     for name, texts in FILL.items():
-        number = token_id(fields, name, len(kinds), origin)
+        number = token_id(fields, name, origin)
         if number is None and (text := next((text for text in texts if text in ids), None)) is not None:
             number = ids[text]
             kinds[number] = "control"
@@ -125,7 +125,7 @@ def _ends(
         if text in ids:
             kinds[ids[text]] = "user"
     for name in ("eos", "eot", "eom"):
-        number = named.get(name) if name in named else token_id(fields, name, len(kinds), origin)
+        number = named.get(name) if name in named else token_id(fields, name, origin)
         found |= set() if number is None else {number}
     has = lambda *texts: any(ids.get(text) in found for text in texts)
     # In harmony's and Solar's formats a message ends with <|end|>, and another follows
@@ -138,15 +138,16 @@ def _ends(
     return frozenset(found)
 
 
-def token_id(fields: dict[str, Any], name: str, count: int, origin: str) -> int | None:
+def token_id(fields: dict[str, Any], name: str, origin: str) -> int | None:
     """A token id by its field, None where it is not named.
 
     Raises:
-      Corrupt: it is no whole number from 0 to count - 1.
+      Corrupt: it is no whole number, or no token has it.
     """
-    value = fields.get(f"tokenizer.ggml.{name}_token_id")
+    value, tokens = fields.get(f"tokenizer.ggml.{name}_token_id"), fields.get("tokenizer.ggml.tokens")
     if value is None:
         return None
+    count = len(tokens) if isinstance(tokens, list) else 1 << 31
     if type(value) is not int or not 0 <= value < count:
         raise Corrupt(
             f"{origin}: tokenizer.ggml.{name}_token_id is {short(value)} but must be a whole number from 0 to "

@@ -14,6 +14,7 @@ from convert import safetensors_files as st
 from convert import strict_json
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
+from jaxattn.chat import ADDITIONAL
 from jaxattn.errors import Incomplete, UserError
 
 # Kept beside the weights, byte for byte, and written back on export.
@@ -34,6 +35,12 @@ SIDE_FILES = (
     st.INDEX,
 )
 MOST_SIDE_BYTES = 128 << 20
+
+
+def side_names(folder: Path) -> list[str]:
+    """The names of `SIDE_FILES` that may be in a folder, and those of its additional chat templates."""
+    more = sorted((folder / ADDITIONAL).glob("*.jinja"))
+    return [*SIDE_FILES, *(f"{ADDITIONAL}/{path.name}" for path in more)]
 
 
 class Source(Protocol):
@@ -82,13 +89,14 @@ class Folder:
         return st.read_all(self.entries)
 
     def save_side_files(self, folder: Path) -> None:
-        for name in SIDE_FILES:
+        for name in side_names(self.path):
             path = self.path / name
             if not path.is_file():
                 continue
             self._guard(path)
             if path.stat().st_size > MOST_SIDE_BYTES:
                 raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)
 
     def files(self) -> list[Path]:
@@ -157,7 +165,7 @@ def _download(name: str) -> Source:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(f"{name!r} is no path here, and hub names need: pip install 'jaxattn[hf]'.") from error
-    patterns = ["*.safetensors", *SIDE_FILES]
+    patterns = ["*.safetensors", *SIDE_FILES, f"{ADDITIONAL}/*.jinja"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:

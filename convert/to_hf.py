@@ -17,7 +17,7 @@ from convert import hf_config, rules, strict_json
 from convert import safetensors_files as st
 from convert.from_hf import TIED
 from convert.new_folder import new_folder
-from convert.sources import SIDE_FILES
+from convert.sources import side_names
 from jaxattn.errors import Unsupported, run_cli
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
@@ -78,7 +78,7 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
 def _side_files(src: Path, model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, bytes]:
     """The source's own files, and a config.json that describes the model and the tensors' dtype."""
     folder = src / SIDE
-    kept = {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
     dtype = _common_dtype(tensors)
     raw = None
     if "config.json" in kept:
@@ -110,6 +110,7 @@ def _write_files(folder: Path, tensors: dict[str, np.ndarray], layout: dict[str,
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(layout.items()))}
         kept = {**kept, st.INDEX: _json(index)}
     for name, raw in kept.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(raw)
 
 

@@ -2,8 +2,9 @@
 
 The source runs in transformers (torch, f32, on the CPU), ours in JAX, on real prompts. Printed per prompt: the largest
 difference of a logit, KL(source || ours) in nats, the share of positions whose top-1 and whose five likeliest tokens
-agree. If the largest difference exceeds --tolerance, the first prompt is followed layer by layer to where it begins,
-and the command exits 1. Needs the extra `verify` (torch and transformers).
+agree; then whether token ids and chat renderings are those of transformers. If the largest difference exceeds
+--tolerance, the first prompt is followed layer by layer to where it begins. Whatever differs, the command exits 1.
+Needs the extra `verify` (torch and transformers).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 from convert.sources import Folder, Gguf, open_source
+from convert.verify_tokens import compare
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.text import SIDE
@@ -118,18 +121,19 @@ def prompts_of(folder: Path, vocab: int, given: list[str]) -> list[tuple[str, np
 
     Raises:
       ConfigError: --prompt without a tokenizer.
+      CheckpointError: there is one that cannot be read.
     """
-    if (folder / SIDE / "tokenizer.json").exists():
+    if has_tokenizer(folder / SIDE):
         tokenizer = read_tokenizer(folder / SIDE)
         return [(text, np.asarray(tokenizer.encode(text), np.int32)) for text in given or PROMPTS]
     if given:
-        raise ConfigError(f"--prompt needs a tokenizer, and {folder / SIDE} has no tokenizer.json.")
+        raise ConfigError(f"--prompt needs a tokenizer, and {folder / SIDE} has none.")
     rng = np.random.default_rng(0)
     return [(f"random tokens {i}", rng.integers(0, vocab, 32).astype(np.int32)) for i in range(8)]
 
 
 def verify(src: str, dst: Path, *, prompts: list[str], tolerance: float, console: Console) -> bool:
-    """Print the comparison; whether every prompt is within the tolerance.
+    """Print the comparison; whether every prompt is within the tolerance, and tokens and chats are the same.
 
     Raises:
       UserError: source or checkpoint cannot be opened.
@@ -153,9 +157,11 @@ def verify(src: str, dst: Path, *, prompts: list[str], tolerance: float, console
         if not found.max_abs <= tolerance and failed is None:
             failed = ids
     console.print(table)
+    tokens = compare(source, dst / SIDE, prompts or list(PROMPTS))
+    console.print(tokens.line, markup=False)
     if failed is None:
         console.print(f"equal: no logit differs by more than {worst:.2e} (tolerance {tolerance:g})")
-        return True
+        return tokens.same
     console.print(
         f"[bold]different[/bold]: logits differ by up to {worst:.2e} (tolerance {tolerance:g}); layer by layer:"
     )

@@ -22,6 +22,7 @@ from jaxattn.json_file import read_object, read_text, short
 
 Messages = Sequence[Mapping[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of one field, the first the usual one
+ADDITIONAL = "additional_chat_templates"  # the folder of templates other than the default
 STARTING_SECONDS = 60.0  # of the rendering process, on a busy machine
 
 
@@ -47,7 +48,7 @@ def read_template(folder: Path, *, tools: bool = False) -> tuple[str, dict[str, 
 
 def read_templates(folder: Path) -> dict[str, str]:
     """All templates of a folder by name: its .jinja files if there are any, else those in its JSON."""
-    files = {p.name.removesuffix(".jinja"): p for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {p.name.removesuffix(".jinja"): p for p in sorted((folder / ADDITIONAL).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files = {"default": folder / "chat_template.jinja", **files}
     if files:

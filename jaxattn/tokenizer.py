@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxattn import hf_tokenizer
 from jaxattn.errors import UserError
+from jaxattn.long_text import SIZE, cutter
 from jaxattn.rust import guarded
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class Tokenizer:
         if getattr(inner.model, "dropout", None) is not None:
             inner.model.dropout = None
         self._quiet = _odd_regex(inner)
+        self._cut = cutter(inner)
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = (inner.token_to_id(name) for name in END_NAMES)
         self._guess = next((i for i in ids if i is not None), None)
@@ -68,7 +72,25 @@ class Tokenizer:
           UserError: the text holds half a character (a lone surrogate).
           Corrupt: the tokenizer's own rules fail on this text.
         """
+        return list(itertools.chain(*self.encode_parts(text, add_special_tokens=add_special_tokens)))
+
+    def encode_parts(self, text: str, *, add_special_tokens: bool = True, size: int = SIZE) -> Iterator[list[int]]:
+        """`encode`, part by part: a long text needs the memory of `size` characters at a time where it can be cut.
+
+        Raises:
+          UserError, Corrupt: as `encode`.
+        """
         check_text(text)
+        if len(text) <= size:
+            yield self._ids(text, add_special_tokens)
+            return
+        front, back = self.around if add_special_tokens else ([], [])
+        yield front
+        for piece in self._cut(text, size):
+            yield self._ids(piece, False)
+        yield back
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         with guarded("the tokenizer fails on this text", quiet=self._quiet):
             return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -89,10 +111,17 @@ class Tokenizer:
         """The token as the vocabulary writes it, None for an id that it does not have."""
         return self._inner.id_to_token(number)
 
+    @functools.cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The ids put before a text and behind it."""
+        ids, body = self._ids("a", True), self._ids("a", False)
+        at = next(i for i in range(len(ids) + 1) if ids[i : i + len(body)] == body)
+        return ids[:at], ids[at + len(body) :]
+
     def identity(self) -> tuple[str, ...]:
         """Parts of a digest that changes whenever the ids of some document would."""
-        around = self.encode("")
-        return (self.to_json(), *([f"{around} {self.eos}"] if around or self.eos != self._guess else []))
+        plain = self.around == ([], []) and self.eos == self._guess
+        return (self.to_json(), *([] if plain else [f"{self.around} {self.eos}"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a HuggingFace tokenizer.json."""

@@ -98,9 +98,10 @@ class Source(ABC):
 
     @abstractmethod
     def held_out(self, n: int, length: int, *, perturbed: bool = True) -> np.ndarray:
-        """n held-out sequences [n, length] int32, the same on every call, without a start token for text.
+        """n held-out sequences [n, length] int32, the same on every call.
 
-        Text: each lies inside one document; the documents' beginnings first, then random places.
+        Text: each lies inside one document; the documents' beginnings first, then random places. A start token stands
+        before each where the tokenizer puts one before a text (our own BPE and bytes do not).
         Bigram-Backcopy and tasks: fresh sequences. The configured perturbation is applied unless `perturbed`
         is False.
 

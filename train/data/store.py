@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from train.data.progress import progress
 
 _VERSION = "1"
 _BLOCK = 256
+LONG = 1 << 20  # characters of a document that is tokenised by itself, in parts where it can be cut
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,18 @@ def build_store(corpus: Corpus, tokenizer: Tokenizer, root: Path, *, max_bad_rec
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    texts = iter(texts)
-    while block := list(islice(texts, _BLOCK)):
+    """Texts by the hundreds, but a long one alone."""
+    block: list[str] = []
+    for text in texts:
+        if len(text) > LONG:
+            yield from filter(None, (block, [text]))
+            block = []
+            continue
+        block.append(text)
+        if len(block) == _BLOCK:
+            yield block
+            block = []
+    if block:
         yield block
 
 
@@ -81,12 +92,19 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
 
     def encoded() -> Iterator[bytes]:
         nonlocal characters
-        around = tokenizer.encode("")
-        end = [] if tokenizer.eos is None or around[-1:] == [tokenizer.eos] else [tokenizer.eos]
+        front, back = tokenizer.around
+        end = [] if tokenizer.eos is None or back[-1:] == [tokenizer.eos] else [tokenizer.eos]
         for block in _blocks(progress(corpus.read(tally), f"tokenising {corpus.name}")):
             characters += sum(map(len, block))
+            if len(block) == 1 and len(block[0]) > LONG:
+                lengths.append(0)
+                parts = tokenizer.encode_parts(block[0])
+                for ids in itertools.chain(progress(parts, f"a document of {len(block[0]):,} characters"), [end]):
+                    lengths[-1] += len(ids)
+                    yield np.asarray(ids, dtype).tobytes()
+                continue
             for ids in tokenizer.encode_batch(block):
-                ids = ids + end if ids != around else []
+                ids = ids + end if ids != [*front, *back] else []
                 lengths.append(len(ids))
                 yield np.asarray(ids, dtype).tobytes()
 

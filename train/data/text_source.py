@@ -66,23 +66,32 @@ class TextSource(Source):
             picked = rng.choice(fits, n - len(starts), p=(room[fits] + 1) / (room[fits] + 1).sum())
             starts = np.concatenate([starts, self.val.start[picked] + rng.integers(0, room[picked] + 1)])
         out = np.stack([self.store.ids[s : s + length] for s in starts]).astype(np.int32)
+        front = self._front()[:length]
+        out[:, : len(front)] = front
         return self.perturb.replace(out, self.seed) if perturbed and self.perturb else out
 
     def encode_text(self, path: str, n: int, length: int) -> np.ndarray:
         """Windows of the file."""
         assert self.tokenizer is not None
+        front = self._front()[:length]
+        room = length - len(front)
         try:
             text = Path(path).expanduser().read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"the text file {path!r} cannot be read as UTF-8 ({error}); check the file.") from error
-        ids = np.asarray(self.tokenizer.encode(text), np.int32)
-        if len(ids) < n * length:
+        ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+        if len(ids) < n * room:
             raise DataError(
                 f"the text file {path!r} has {len(ids)} tokens, too few for {n} sequences of {length}: "
-                f"give a longer text, or ask for {len(ids) // length} sequences."
+                f"give a longer text, or ask for {len(ids) // room} sequences."
             )
         starts = np.arange(n) * (len(ids) // n if n else 0)
-        return np.stack([ids[s : s + length] for s in starts]) if n else np.zeros((0, length), np.int32)
+        rows = [np.concatenate([front, ids[s : s + room]]) for s in starts]
+        return np.stack(rows) if n else np.zeros((0, length), np.int32)
+
+    def _front(self) -> np.ndarray:
+        """What the tokenizer puts before a text, and so stands before every sequence cut from one."""
+        return np.asarray([] if self.tokenizer is None else self.tokenizer.around[0], np.int32)
 
     def entropies(self, max_tokens: int = 5_000_000) -> dict[str, float]:
         """Measured on the tokens."""

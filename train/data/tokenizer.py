@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,9 @@ from train.data.cache import corrupt, digest, write_atomic
 if TYPE_CHECKING:
     import tokenizers
 
-_BPE_VERSION = "1"
+_BPE_VERSION = "2"  # 2: words of a training text are bounded
+LONGEST_WORD = 256
+"""Characters: learning merges costs the square of a word's length, and a text without blanks is one word."""
 SAMPLE_BYTES = 8_000_000
 """The BPE is trained on at most this much text: more changes a 2048-entry vocabulary little and costs
 seconds."""
@@ -57,15 +60,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    runs = "|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(runs), "isolated"), level])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
         initial_alphabet=_byte_alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     inner.train_from_iterator(texts, trainer)
+    inner.pre_tokenizer = level
     return Tokenizer(inner)
 
 
