@@ -9,9 +9,11 @@ Requests and answers are JSON behind eight bytes of length.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -90,13 +92,13 @@ class Refused(Exception):
     """The template says that the messages do not suit it."""
 
 
-def answer(env: Any, request: dict[str, Any]) -> dict[str, str]:
+def answer(compiled: Callable[[str], Any], request: dict[str, Any]) -> dict[str, str]:
     """The rendered text, or which of `refused`, `template` and `messages` is at fault and why."""
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
     try:
         parts, size = [], 0
-        for part in env.from_string(request["template"]).generate(**request["variables"]):
+        for part in compiled(request["template"]).generate(**request["variables"]):
             parts.append(part)
             size += len(part)
             if size > MOST_TEXT:
@@ -149,12 +151,12 @@ def write(target: BinaryIO, message: Any) -> None:
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])
     source, target = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    env = environment()
+    compiled = functools.lru_cache(maxsize=4)(environment().from_string)
     limit_memory()
     write(target, {"text": "ready"})
     while (request := read(source)) is not None:
         limit_time()
-        write(target, answer(env, request))
+        write(target, answer(compiled, request))
 
 
 if __name__ == "__main__":

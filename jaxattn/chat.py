@@ -36,14 +36,18 @@ def read_template(folder: Path, *, tools: bool = False) -> tuple[str, dict[str, 
       UserError: the folder has none, or several of which none is the default.
       Corrupt: a file of it is broken.
     """
-    found = read_templates(folder)
+    return choose_template(read_templates(folder), folder, tools=tools), named_tokens(folder)
+
+
+def choose_template(found: Mapping[str, str], folder: Path, *, tools: bool = False) -> str:
+    """The template for a conversation, with or without tools, among all of a folder. Raises as `read_template`."""
     if tools and "tool_use" in found:
-        return found["tool_use"], named_tokens(folder)
+        return found["tool_use"]
     if found and "default" not in found:
         raise UserError(f"{folder} has the chat templates {short(sorted(found))} but none is the default; name one so.")
     if not found:
         raise UserError(f"{folder} has no chat template; leave --chat out, or use an instruction-tuned checkpoint.")
-    return found["default"], named_tokens(folder)
+    return found["default"]
 
 
 def read_templates(folder: Path) -> dict[str, str]:

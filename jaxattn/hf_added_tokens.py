@@ -33,6 +33,8 @@ def settings_of(folder: Path, config: dict[str, Any], saved: dict[str, Any] | No
     if "added_tokens_decoder" in settings:
         return settings
     for key, value in read_object(folder / SPECIAL_MAP).items():
+        if key in NAMED and value is not None:
+            _token(value, f"{folder / SPECIAL_MAP}: {key}")
         if isinstance(value, dict) and key != "extra_special_tokens":
             value = {**value, "special": True}
         elif key == "extra_special_tokens" and isinstance(value, list):

@@ -72,7 +72,7 @@ def read(folder: Path) -> Parts:
             raise Corrupt(f"{folder / JSON} is not a tokenizer.json: {error}") from error
         if kind == AS_SAVED or field(saved_json, "model", dict, folder / JSON, {}).get("type") == "BPE":
             return _assemble(folder, config, kind, saved_json)
-        why = f"a {kind} whose tokenizer.json is no BPE"
+        why = f"{kind} whose tokenizer.json is no BPE"
     elif kind in ("Qwen2Tokenizer", "GPT2Tokenizer") and not any((folder / name).is_file() for name in OTHER):
         if not (folder / "merges.txt").is_file():
             raise Incomplete(f"{folder} has vocab.json but neither merges.txt nor tokenizer.json; add one of them.")
@@ -108,9 +108,9 @@ def _class_of(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     own_code = config.get("auto_map") is not None
     odd = next((key for key in ("fast_tokenizer_files", "fix_mistral_regex", "init_inputs") if config.get(key)), None)
     if odd or (own_code and not declared):
-        return None, f"with {odd or 'auto_map'} in {CONFIG}"
+        return None, f"{odd or 'auto_map'} in {CONFIG}"
     if kind is not None and kind not in REGISTERED:
-        return None, f"of a {short(kind)}"
+        return None, f"model type {short(kind)}"
     known = lambda name: AS_SAVED if name in ("PreTrainedTokenizer", "PythonBackend") else name
     registered = REGISTERED.get(kind or "")
     if not own_code:
@@ -120,9 +120,9 @@ def _class_of(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
             if registered == AS_SAVED:
                 return AS_SAVED, either
             either = registered if kind in FORCED else known(either)
-            return (either if either in DEFAULTS else None), f"a {either}"
+            return (either if either in DEFAULTS else None), either
     name = known(either or registered or AS_SAVED)
-    return (name if name in DEFAULTS else None), f"a {name}"
+    return (name if name in DEFAULTS else None), name
 
 
 def _byte_level(folder: Path) -> bool:
@@ -224,7 +224,7 @@ def _by_transformers(folder: Path, why: str) -> Parts:
     pieces = [] if (folder / JSON).is_file() else [name for name in OTHER if (folder / name).is_file()]
     needed = ["transformers", *(["sentencepiece", "google.protobuf"] if "tokenizer.model" in pieces else [])]
     missing = [name.removeprefix("google.") for name in needed if not _installed(name)]
-    what = f"{folder}: a tokenizer {why}" + (f" of {', '.join(pieces)}" if pieces else "")
+    what = f"{folder}: its tokenizer ({', '.join([why, *pieces])})"
     if missing:
         raise Unsupported(f"{what} is read with {' and '.join(missing)}: pip install {' '.join(missing)}.")
     from transformers import AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxattn._generate import BLOCK, stream
-from jaxattn.chat import Messages, read_template, render
+from jaxattn.chat import Messages, choose_template, read_templates, render
 from jaxattn.errors import Corrupt, Incomplete, UserError
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.json_file import read_object, short
@@ -70,8 +71,13 @@ class Loaded:
 
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **more: Any) -> str:
         """The text of a conversation under the checkpoint's own template; see `jaxattn.chat.render`."""
-        template, _ = read_template(self.folder / SIDE, tools=tools is not None)
+        template = choose_template(self.templates, self.folder, tools=tools is not None)
         return render(template, self.tokenizer.named, messages, tools=tools, **more)
+
+    @functools.cached_property
+    def templates(self) -> dict[str, str]:
+        """The checkpoint's chat templates by name."""
+        return read_templates(self.folder / SIDE)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if ids and max(ids) >= self.model.vocab_size:

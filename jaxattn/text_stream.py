@@ -52,7 +52,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
-        self._context = self._tail([int(i) for i in prompt_ids])
+        self._context = self._tail(self._whole([int(i) for i in prompt_ids]))
         self._base = self._texts(self._context)
         self._pending: list[int] = []  # tokens whose text may still change
         self._waiting: list[_Piece] = []  # settled text that may become a stop string
@@ -154,6 +154,13 @@ class TextStream:
         while start and (self._is_byte(ids[start]) or not self._tokenizer.decode(ids[start : start + 1])):
             start -= 1
         return ids[start:]
+
+    def _whole(self, prompt: list[int]) -> list[int]:
+        """A prompt without the bytes of whole characters at its end: bytes to come are not to change them."""
+        end = len(prompt)
+        while end and self._is_byte(prompt[end - 1]):
+            end -= 1
+        return prompt if self._tokenizer.decode(prompt[end:]).endswith("\ufffd") else prompt[:end]
 
     def _is_byte(self, token: int) -> bool:
         return _BYTE.fullmatch(self._tokenizer.token(token) or "") is not None

@@ -1,0 +1,144 @@
+"""Tokenizers of GGUF files: ids, what goes around a text and where generation ends, as llama.cpp has them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from convert import gguf_tokenizer
+from convert.from_hf import convert
+from convert.gguf_pre import PRE
+from jaxattn.chat import read_template
+from jaxattn.errors import UserError
+from jaxattn.text import load
+from jaxattn.tokenizer import Tokenizer, read_tokenizer
+from tests.convert.llama_cpp import CASES, KEY, PRES, TEXTS, fields_of, kept, write_gguf
+
+
+def made(fields, folder):
+    folder.mkdir(exist_ok=True)
+    gguf_tokenizer.save(fields, folder, "x.gguf")
+    return read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ids_and_ends_are_llama_cpp_s(name, tmp_path):
+    wanted, ours = kept()["cases"][name], made(fields_of(name, kept()), tmp_path)
+    for text, ids, plain in zip(TEXTS, wanted["ids"], wanted["plain"], strict=True):
+        assert ours.encode(text) == ids, text
+        assert ours.encode(text, add_special_tokens=False) == plain, text
+    ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == wanted["ends"]
+
+
+def test_every_way_to_cut_text_is_among_the_cases():
+    assert {PRE[name] for name in PRES} == set(PRE.values())
+
+
+def test_a_file_is_read_as_its_fields(tmp_path):
+    """Through the package, and with what a GGUF file alone can hold: f32 scores, u32 ids."""
+    pytest.importorskip("gguf")
+    from convert.gguf_files import GgufFile
+
+    for name in ("pieces with special tokens", "llama-bpe"):
+        fields = GgufFile(write_gguf(tmp_path / "x.gguf", fields_of(name, kept()))).fields
+        ours = made(fields, tmp_path / name.replace(" ", "-"))
+        assert [ours.encode(text) for text in TEXTS] == kept()["cases"][name]["ids"]
+
+
+def test_a_word_that_no_merge_reaches(tmp_path):
+    fields = {KEY + "model": "gpt2", KEY + "tokens": [*"abc", "ab", "abc"], KEY + "merges": ["a b"]}
+    whole = made(fields | {KEY + "pre": "llama-bpe"}, tmp_path / "one")
+    assert whole.encode("abc") == [4]  # no bos_token_id: nothing that could be put in front
+    assert made(fields | {KEY + "pre": "qwen2"}, tmp_path / "two").encode("abc") == [3, 2]
+
+
+def test_text_comes_back(tmp_path):
+    ours = made(fields_of("pieces with special tokens", kept()), tmp_path / "pieces")
+    for text in ("hello world", "naïve 東京 🙂", "  lead", "a\nb"):
+        assert ours.decode(ours.encode(text)) == text
+    assert (
+        ours.decode(ours.encode("<|im_start|>hi <tool>")) == "hi <tool>"
+    )  # control tokens are left out, users' are not
+
+
+def test_the_tokenizer_counts_as_it_is_whatever_class_its_model_has(tmp_path):
+    """transformers' Qwen2Tokenizer composes characters first; llama.cpp does not."""
+    ours = made(fields_of("qwen2", kept()), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    again = read_tokenizer(tmp_path)
+    assert again.encode("cafe\u0301") == ours.encode("cafe\u0301") != ours.encode("caf\u00e9")
+
+
+def test_chat_templates_by_name(tmp_path):
+    fields, chat = fields_of("qwen2", kept()), "tokenizer.chat_template"
+    made(fields | {chat: "plain"}, tmp_path / "one")
+    assert read_template(tmp_path / "one")[0] == "plain"
+    made(
+        fields | {chat: "plain", f"{chat}.tool_use": "tools", "tokenizer.chat_templates": ["tool_use"]},
+        tmp_path / "two",
+    )
+    assert read_template(tmp_path / "two")[0] == "plain"
+    assert read_template(tmp_path / "two", tools=True)[0] == "tools"
+
+
+BAD = {
+    "model": 5, "pre": ["llama-bpe"], "tokens": [1, 2], "token_type": ["1"], "merges": [1, 2], "bos_token_id": "4",
+    "eos_token_id": [1, 2], "eot_token_id": 2**31, "eom_token_id": -5, "fim_pad_token_id": True, "add_bos_token": 1,
+    "add_eos_token": "yes", "unknown_token_id": 1.0, "padding_token_id": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*BAD, "scores", "add_space_prefix"])
+def test_a_field_of_another_type_is_named(key, tmp_path):
+    name = "pieces" if key in ("scores", "add_space_prefix") else "qwen2"
+    value = {"scores": [float("nan")] * 999, "add_space_prefix": "no"}.get(key, BAD.get(key))
+    with pytest.raises(UserError, match=rf"tokenizer\.ggml\.{key} ") as caught:
+        gguf_tokenizer.save(fields_of(name, kept()) | {KEY + key: value}, tmp_path, "x.gguf")
+    assert len(str(caught.value)) < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pre": "nosuch"}, "pre-tokenizer 'nosuch' is not one of default, gpt-2"),
+        ({"model": "t5"}, "tokenizer 't5' is neither gpt2 nor llama"),
+        ({"merges": None}, "merges is missing"),
+        ({"merges": ["a zz"]}, "inconsistent"),
+        ({"tokens": ["a", "a"], "token_type": None}, "holds 'a' twice"),
+        ({"tokens": []}, "tokens is missing or empty"),
+        ({"token_type": [1]}, r"token_type has 1 values for \d+ tokens"),
+        ({"bos_token_id": None, "add_bos_token": True}, "add_bos_token is true but no bos_token_id"),
+        ({"tokens": ["a" * 600, *"bcd"], "model": "llama", "scores": [0.0] * 4, "token_type": None}, "600 characters"),
+        ({"model": "llama"}, "scores is missing"),
+    ],
+)  # fmt: skip
+def test_a_file_that_contradicts_itself_is_refused(change, words, tmp_path):
+    fields = fields_of("qwen2", kept()) | {KEY + key: value for key, value in change.items()}
+    with pytest.raises(UserError, match=words):
+        gguf_tokenizer.save({key: value for key, value in fields.items() if value is not None}, tmp_path, "x.gguf")
+
+
+def test_a_converted_file_generates_from_its_start_token_to_any_of_its_ends(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from tests.convert.test_faults import gguf_file
+
+    plain = gguf.GGUFWriter.add_token_merges
+
+    def more(writer, merges):
+        plain(writer, merges)
+        writer.add_bos_token_id(3)
+        writer.add_eos_token_id(4)
+        writer.add_eot_token_id(5)
+        writer.add_add_bos_token(True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_token_merges", more)
+        gguf_file(tmp_path / "x.gguf")
+    loaded = load(convert(str(tmp_path / "x.gguf"), tmp_path / "made"))
+    assert (loaded.stop_tokens, loaded.first_token) == ((4, 5), 3)
+    assert loaded.encode("ab") == [3, 25]
+    assert loaded.encode("") == [3]
+    assert isinstance(loaded.tokenizer, Tokenizer)
