@@ -28,11 +28,12 @@ SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor by its header: where it is and what it says it is."""
+    """A tensor by its header: where it is, under which name, and what it says it is."""
 
     file: Path
     dtype: Any
     shape: tuple[int, ...]
+    name: str
 
     @property
     def bytes(self) -> int:
@@ -82,7 +83,7 @@ def read_all(found: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             # Opened anew for each tensor: the pages of a mapped file that were read count as this process's memory.
             with safe_open(entry.file, framework="numpy") as file:
-                array = file.get_tensor(name)
+                array = file.get_tensor(entry.name)
         except SafetensorError as error:
             raise Corrupt(f"{entry.file} cannot be read ({str(error)[:120]}); download it again.") from error
         yield name, finite(name, array, str(entry.file))
@@ -128,7 +129,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise Unsupported(
                 f"tensor {name[:120]!r} of {path} has dtype {dtype[:20]}; weights must be one of {', '.join(DTYPES)}."
             )
-        entry = Entry(path, DTYPES[dtype], shape)
+        entry = Entry(path, DTYPES[dtype], shape, name)
         if end - begin != entry.bytes:
             raise Corrupt(f"tensor {name[:120]!r} of {path}: {end - begin:,} bytes for shape {str(list(shape))[:80]}.")
         spans.append((begin, end, name))
@@ -161,8 +162,10 @@ def _fields(value: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files that hold weights, and the index's name -> file where there is one."""
+    """The files that hold weights, and the index's name -> file where it counts: one whole file goes before it."""
     index = folder / INDEX
+    if (folder / SINGLE).exists():
+        return [SINGLE], None
     if index.exists():
         mapped = strict_json.read(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
@@ -174,8 +177,6 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                     "with plain names."
                 )
         return sorted(set(mapped.values())), mapped
-    if (folder / SINGLE).exists():
-        return [SINGLE], None
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED) if folder.is_dir() else []
     if pickled:
         raise Unsupported(

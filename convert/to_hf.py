@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import hf_config, rules, strict_json
 from convert import safetensors_files as st
-from convert.from_hf import TIED
+from convert.from_hf import EMBEDDING, HEAD
 from convert.new_folder import new_folder
 from convert.sources import SIDE_FILES
 from jaxattn.errors import Unsupported, run_cli
@@ -43,8 +43,8 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
         array = pair.theirs(np.asarray(flat[pair.path]))
         tensors[name] = np.ascontiguousarray(array if dtype == "source" else array.astype(np.dtype(dtype)))
     layout = _layout(src, tensors, cfg.model)
-    if TIED in layout and cfg.model.tie_embeddings:
-        tensors[TIED] = tensors["model.embed_tokens.weight"]
+    if HEAD in layout and cfg.model.tie_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
     kept = _side_files(src, cfg.model, tensors)
     with new_folder(dst) as partial:
         _write_files(partial, tensors, layout, kept)
@@ -57,7 +57,7 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
     if path.exists():
         layout = strict_json.read(path).get("layout", {})
         kept = {name: file for name, file in layout.items() if not any(r.fullmatch(name) for r in rules.COMPUTED)}
-        names = set(tensors) | ({TIED} if model.tie_embeddings and TIED in kept else set())
+        names = set(tensors) | ({HEAD} if model.tie_embeddings and HEAD in kept else set())
         plain = all(isinstance(f, str) and st.FILE_NAME.fullmatch(f) for f in kept.values())
         if set(kept) == names and plain:
             return kept

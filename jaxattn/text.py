@@ -79,7 +79,7 @@ def load(
         tokenizer = open_source(trained.cfg)[0].tokenizer
     if tokenizer is None:
         raise UserError(f"{folder} was trained on {trained.cfg.data.source!r}, which is no text: nothing to generate.")
-    context = model.max_positions or trained.cfg.data.context
+    context = model.position_limit or trained.cfg.data.context
     return Loaded(model, trained.params, tokenizer, _stop_tokens(folder, tokenizer), folder, context)
 
 
