@@ -94,8 +94,12 @@ def _null(allowed: bool, value: int) -> Json:
     return {"null": value} if allowed else {}
 
 
-def write(model: ModelConfig, dtype: str) -> Json:
+def write(model: ModelConfig, dtype: str, *, context: int = 2048, ids: Json | None = None) -> Json:
     """The `config.json` of a model that has a HuggingFace architecture (`parse` gives it back).
+
+    Args:
+      context: tokens of the longest training sequence, for a model that does not say.
+      ids: `TOKEN_IDS`; what is missing is null, because transformers' classes have defaults of their own.
 
     Raises:
       Unsupported: naming what no HuggingFace Llama, Mistral or Qwen has.
@@ -113,13 +117,15 @@ def write(model: ModelConfig, dtype: str) -> Json:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": _context(model),
+        "max_position_embeddings": _context(model, context),
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": rope,
         "rope_theta": model.rope_base,  # for readers of before transformers 5
         "tie_word_embeddings": model.tie_embeddings,
         "dtype": dtype,
         "use_cache": True,
+        **dict.fromkeys(TOKEN_IDS),
+        **(ids or {}),
     }
     if model.rope_scaling.kind != "none":
         raw["rope_scaling"] = rope
@@ -138,7 +144,7 @@ def write(model: ModelConfig, dtype: str) -> Json:
     return raw
 
 
-def _context(model: ModelConfig) -> int:
+def _context(model: ModelConfig, context: int) -> int:
     """`max_position_embeddings`, from which transformers takes the pretraining's context of a dynamic rope."""
     scaling = model.rope_scaling
     if scaling.kind == "dynamic":
@@ -148,7 +154,7 @@ def _context(model: ModelConfig) -> int:
                 f"{scaling.original_length}: a dynamic rope of HuggingFace has one number for both."
             )
         return scaling.original_length
-    return model.max_positions or 2048
+    return model.max_positions or context
 
 
 def _family_of_model(model: ModelConfig) -> Family:

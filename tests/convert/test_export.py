@@ -157,3 +157,60 @@ def save_run(folder, cfg):
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict()) as checkpoints:
         checkpoints.save(0, {"params": params})
     return params
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
+    """AutoTokenizer, AutoModelForCausalLM and a pipeline: ids, logits and text are ours, and the end of text is known."""
+    import transformers
+
+    import jaxattn
+    from jaxattn.text import load
+    from train.config import RunConfig
+    from train.data import DataConfig
+
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    data = DataConfig(source=str(tmp_path / "text.txt"), tokenizer="bytes", context=48, cache_dir=str(tmp_path / "c"))
+    save_run(tmp_path / "run", RunConfig(model=model_of(vocab_size=257), data=data))
+    export(tmp_path / "run", tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    loaded = load(tmp_path / "run")
+    for text in ("It was", "ünïcödé 数学 🙂", " leading", "a\n\nb", ""):
+        assert tokenizer(text)["input_ids"] == list(loaded.tokenizer.encode(text)), text
+    ids = tokenizer("It was the best", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs = oracle(ids).logits.numpy()
+    np.testing.assert_allclose(
+        Decoder(loaded.model).apply({"params": loaded.params}, jnp.asarray(ids.numpy(), jnp.int32)), theirs, atol=1e-4
+    )
+    assert tokenizer.eos_token_id == oracle.generation_config.eos_token_id == 256
+    assert (tokenizer.bos_token_id, oracle.generation_config.bos_token_id, oracle.config.bos_token_id) == (None,) * 3
+    assert oracle.config.max_position_embeddings == tokenizer.model_max_length == 48
+    pipe = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    made = pipe("It was", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    prompt = np.asarray([loaded.tokenizer.encode("It was")], np.int32)
+    ours = jaxattn.generate(loaded.model, loaded.params, prompt, max_new_tokens=8, stop_tokens=loaded.stop_tokens)
+    assert made == loaded.tokenizer.decode(ours.tokens[0][: ours.lengths[0]])
+    again = read_config(convert(str(tmp_path / "hf"), tmp_path / "again"))
+    assert again.model.max_positions == 48
+
+
+def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
+    import transformers
+
+    from jaxattn.errors import UserError
+    from train.config import RunConfig
+    from train.data import DataConfig
+
+    data = DataConfig(source=str(tmp_path / "gone.txt"), tokenizer="bytes", context=48)
+    save_run(tmp_path / "run", RunConfig(model=model_of(vocab_size=257), data=data))
+    with pytest.raises(UserError, match="--no-tokenizer exports without"):
+        export(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    export(tmp_path / "run", tmp_path / "hf", tokenizer=False)
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    save_run(tmp_path / "bb", RunConfig(model=model_of(vocab_size=67), data=DataConfig(source="bb")))
+    export(tmp_path / "bb", tmp_path / "hf-bb")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf-bb")
+    assert model.generation_config.eos_token_id is None, "a Llama's default is 2, an ordinary token here"
