@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from convert import strict_json
+from convert.fields import short
 from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".h5", ".msgpack")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -157,7 +158,7 @@ def _fields(value: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
         ok = isinstance(shape, list) and len(shape) <= 8 and all(map(is_count, shape))
         ok = ok and isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))
     if not ok:
-        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {str(value)[:100]}; download it again.")
+        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {short(value, 100)}; download it again.")
     return value["dtype"], tuple(shape), offsets[0], offsets[1]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from convert import hf_config, strict_json
 from convert import safetensors_files as st
-from convert.fields import Fields, check_ids
+from convert.fields import Fields, check_ids, short
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
 from jaxattn.errors import Incomplete, Unsupported, UserError
@@ -163,6 +163,10 @@ def open_source(text: str) -> Source:
       UserError: nothing of that name is there.
     """
     path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise Incomplete(f"{short(text, 200)} cannot be opened ({error.strerror}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is no .gguf file; give the folder of a HuggingFace checkpoint, or a GGUF file.")

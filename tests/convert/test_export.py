@@ -161,7 +161,7 @@ def save_run(folder, cfg):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
-    """AutoTokenizer, AutoModelForCausalLM and a pipeline: ids, logits and text are ours, and the end of text is known."""
+    """AutoTokenizer, AutoModelForCausalLM and a pipeline: ids, logits and text are ours, with the end of text."""
     import transformers
 
     import jaxattn

@@ -148,6 +148,11 @@ FAULTS = {
         "places 'model.norm.weight' in '/etc/passwd'",
     ),
     "path traversal in index": (lambda f: index(f, **{NORM: "../x.safetensors"}), "only files of this folder"),
+    "a file name of a megabyte in the index": (
+        lambda f: index(f, **{NORM: "x" * 1_000_000 + ".safetensors"}),
+        "only files of this folder",
+    ),
+    "a header entry of lines": (lambda f: header(f, lambda h: {**h, NORM: "a\n" * 50}), "its header entry is 'a"),
     "index names an absent tensor": (
         lambda f: index(f, extra="model-00001-of-00002.safetensors"),
         "tensor 'extra' is in model.safetensors.index.json but not in",
@@ -276,6 +281,8 @@ def test_a_name_that_is_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         convert(str(tmp_path / "nowhere"), tmp_path / "dst")
     (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^'nnn.* cannot be opened \(File name too long\)\.$"):
+        convert("n" * 100_000, tmp_path / "dst")
     with pytest.raises(UserError, match=r"is no \.gguf file"):
         convert(str(tmp_path / "x.bin"), tmp_path / "dst")
 

@@ -341,6 +341,28 @@ def test_every_setting_that_is_read_moves_logits_somewhere(quiet):
     assert {str(change) for change in READ} - MOVED == {str(change) for change in EQUAL_TO_BASE}
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "Ministral"])
+def test_what_is_not_there_has_the_default_of_its_class(family):
+    import transformers
+
+    theirs = getattr(transformers, f"{family}Config")()
+    model = hf_config.parse({"model_type": family.lower()})
+    names = {
+        "vocab_size": "vocab_size", "d_model": "hidden_size", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+        "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+        "max_positions": "max_position_embeddings", "tie_embeddings": "tie_word_embeddings",
+    }  # fmt: skip
+    assert {ours: getattr(model, ours) for ours in names} == {ours: getattr(theirs, n) for ours, n in names.items()}
+    assert model.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
+    assert (model.rope_base, model.rope_scaling) == (theirs.rope_parameters["rope_theta"], RopeScaling())
+    assert model.mixers == (f"softmax(window={theirs.sliding_window})" if "istral" in family else "softmax",)
+    sliding = hf_config.parse({"model_type": family.lower(), "use_sliding_window": True})
+    if family in QWEN:
+        theirs = getattr(transformers, f"{family}Config")(use_sliding_window=True)
+        windows = [sliding.mixer(i).window for i in range(sliding.num_layers)]
+        assert windows == [4096 if kind == "sliding_attention" else None for kind in theirs.layer_types]
+
+
 # Names that transformers asks a configuration for, which are its own doing and no keys of a file.
 INNER = (
     "_attn_implementation", "_attn_implementation_internal", "_experts_implementation", "experts_implementation",

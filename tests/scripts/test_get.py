@@ -1,4 +1,4 @@
-"""`scripts.get` takes members out of archives of every registry, joins them, and keeps nothing that is not what it was."""
+"""`scripts.get` takes members out of archives of every registry, joins them, and keeps nothing else."""
 
 from __future__ import annotations
 
