@@ -129,3 +129,18 @@ def test_factors_for_another_number_of_pairs_are_refused_where_the_model_is_made
     with pytest.raises(ConfigError, match="rope_base is 1 but yarn"):
         ModelConfig(rope_base=1.0, rope_scaling=RopeScaling("yarn", 2.0, original_length=16))
     assert json.dumps(dataclasses.asdict(scaling))
+
+
+def test_a_run_configuration_speaks_of_new_fields_only_where_they_are_used():
+    """So a run that was started before they existed has the same configuration, and resumes."""
+    from train.config import LATER, RunConfig
+    from train.load import config_from_dict
+
+    plain = RunConfig().to_dict()
+    assert "mlp_bias" not in plain["model"]
+    assert not {"short_factors", "long_factors"} & set(plain["model"]["rope_scaling"])
+    assert config_from_dict(RunConfig, json.loads(json.dumps(plain)), "x") == RunConfig()
+    scaling = RopeScaling("longrope", 2.0, original_length=16, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4)
+    cfg = RunConfig(model=ModelConfig(d_model=32, num_heads=4, mlp_bias=True, rope_scaling=scaling))
+    assert all(path.split(".")[-1] in str(cfg.to_dict()["model"]) for path in LATER)
+    assert config_from_dict(RunConfig, json.loads(json.dumps(cfg.to_dict())), "x") == cfg
