@@ -105,7 +105,7 @@ def _check_fraction(get: Fields, inner: Fields, kind: str, head_dim: int) -> Non
         fraction = inner.number("partial_rotary_factor")  # null here is no default
     else:
         fraction = owner.number("partial_rotary_factor", 1.0, null=1.0)
-    if kind != "default" and int(head_dim * fraction) != head_dim:
+    if kind != "default" and (fraction > 1 or int(head_dim * fraction) != head_dim):
         raise Unsupported(
             f"{owner.origin}: partial_rotary_factor is {fraction} but this architecture rotates whole heads; "
             "transformers fails on it with a scaled rope, and it is refused here."

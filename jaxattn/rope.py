@@ -82,9 +82,10 @@ class RopeScaling:
                 f"rope_scaling.low_freq_factor is {self.low_freq_factor} but must be positive and below "
                 f"high_freq_factor {self.high_freq_factor}."
             )
-        if self.kind == "yarn" and not (0 < self.beta_slow < math.inf and 0 < self.beta_fast < math.inf):
+        if self.kind == "yarn" and not all(1e-6 <= beta <= 1e6 for beta in (self.beta_slow, self.beta_fast)):
             raise ConfigError(
-                f"rope_scaling.beta_fast is {self.beta_fast} and beta_slow {self.beta_slow} but both must be positive."
+                f"rope_scaling.beta_fast is {self.beta_fast} and beta_slow {self.beta_slow} but both must be from 1e-6 "
+                "to 1e6."
             )
         if not 0 <= self.attention_factor < math.inf:
             raise ConfigError(f"rope_scaling.attention_factor is {self.attention_factor} but must be 0 or positive.")

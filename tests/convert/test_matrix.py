@@ -363,6 +363,36 @@ def test_what_is_not_there_has_the_default_of_its_class(family):
         assert windows == [4096 if kind == "sliding_attention" else None for kind in theirs.layer_types]
 
 
+ODD = (
+    True, False, "x", "4", "", [], [1], ["a"], [[1]], {}, {"a": 1}, {"a": {"b": 1}}, -1, 0, 1, 1.5, -0.0, float("inf"),
+    float("nan"), 10**30, -(10**30), 10**400, None, 2**31, 1e-320, 1e308, "é\n" * 300_000,
+)  # fmt: skip
+
+
+def test_any_value_of_any_key_is_read_or_refused_in_one_short_sentence():
+    """Types, signs and sizes that no checkpoint has, in every key and every kind of rope; never another exception."""
+    keys = {key for change in READ + NEUTRAL + REFUSE for key in change} | set(BASE) | {"model_type"}
+    inner = {key for change in READ for value in change.values() if isinstance(value, dict) for key in value}
+    wrong, count = [], 0
+    for family in FAMILIES:
+        base = {**BASE, "model_type": family.lower()}
+        raws = [(key, {**base, key: value}) for key in keys for value in ODD]
+        for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
+            rope = {"rope_type": kind, "factor": 4.0, **LONG, **LLAMA3}
+            raws += [(f"{kind} {key}", {**base, "rope_scaling": {**rope, key: v}}) for key in inner for v in ODD]
+        for name, raw in raws:
+            count += 1
+            try:
+                hf_config.parse(raw)
+            except UserError as error:
+                if "\n" in str(error) or len(str(error)) > 500:
+                    wrong.append(f"{name}: {str(error)[:200]}")
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the fault that is looked for
+                wrong.append(f"{name}: {type(error).__name__} {str(error)[:200]}")
+    assert not wrong, "\n".join(wrong[:20])
+    assert count > 10_000
+
+
 # Names that transformers asks a configuration for, which are its own doing and no keys of a file.
 INNER = (
     "_attn_implementation", "_attn_implementation_internal", "_experts_implementation", "experts_implementation",

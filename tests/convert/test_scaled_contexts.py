@@ -114,7 +114,7 @@ def test_padding_behind_a_text_does_not_make_it_longer():
         ({"kind": "linear", "attention_factor": 0.5}, "linear has none"),
         ({"kind": "yarn", "short_factors": (1.0,)}, "are longrope's"),
         ({"attention_factor": -1.0, "short_factors": (1.0,), "long_factors": (1.0,)}, "attention_factor is -1.0"),
-        ({"kind": "yarn", "beta_slow": 0.0}, "beta_slow 0.0"),
+        ({"kind": "yarn", "beta_slow": 0.0}, "beta_slow 0.0 but both"),
     ],
 )
 def test_scalings_that_fit_nothing_are_refused(fields, message):
