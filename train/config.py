@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal
 
@@ -255,7 +254,9 @@ class RunConfig:
         plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in drop}
         for path, default in LATER.items():
             *folders, name = path.split(".")
-            place = functools.reduce(dict.__getitem__, folders, plain)
+            place: Any = plain
+            for folder in folders:
+                place = place[folder]
             if place[name] == default:
                 del place[name]
         return plain

@@ -356,6 +356,10 @@ def test_what_is_not_there_has_the_default_of_its_class(family):
     assert model.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
     assert (model.rope_base, model.rope_scaling) == (theirs.rope_parameters["rope_theta"], RopeScaling())
     assert model.mixers == (f"softmax(window={theirs.sliding_window})" if "istral" in family else "softmax",)
+    small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    theirs = getattr(transformers, f"{family}Config")(**small)
+    parsed = hf_config.parse({"model_type": family.lower(), **small})
+    assert parsed.head_dim == (getattr(theirs, "head_dim", None) or 64 // 2)
     sliding = hf_config.parse({"model_type": family.lower(), "use_sliding_window": True})
     if family in QWEN:
         theirs = getattr(transformers, f"{family}Config")(use_sliding_window=True)
