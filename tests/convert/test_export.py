@@ -211,7 +211,7 @@ def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(
     export(tmp_path / "run", tmp_path / "hf", tokenizer=False)
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
     bare = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert bare.generation_config.eos_token_id is None, "a Llama's default is 2, an ordinary token here"
+    assert bare.config.eos_token_id is None, "a Llama's default is 2, an ordinary token here"
     save_run(tmp_path / "bb", RunConfig(model=model_of(vocab_size=67), data=DataConfig(source="bb")))
     export(tmp_path / "bb", tmp_path / "hf-bb")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf-bb")
