@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import Progress
 from convert import hf_config, rules
 from convert.new_folder import new_folder
 from convert.sources import Source, open_source
-from jaxattn.errors import Mismatch, UserError, run_cli
+from jaxattn.errors import UserError, run_cli
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
@@ -35,15 +36,16 @@ from train.manifest import hash_file
 from train.rundir import versions, write_json_atomic
 
 DTYPES = ("source", "float32", "bfloat16")
-TIED = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_params(
     source: Source, model: ModelConfig, *, dtype: str = "source", shardings: Any = None, progress: Any = None
-) -> tuple[dict[str, Any], set[str]]:
-    """Parameters as our tree, tensor by tensor onto their shardings, and the dtypes the source had.
+) -> tuple[dict[str, Any], ModelConfig, set[str]]:
+    """Parameters as our tree, tensor by tensor onto their shardings, the model they are of, and the source's dtypes.
 
-    The host holds one tensor at a time besides what has been placed.
+    A model whose configuration ties its two matrices is another one where the files hold two that differ, as in
+    transformers. The host holds one tensor at a time besides what has been placed.
 
     Args:
       dtype: "source" keeps each tensor's, else "float32" or "bfloat16".
@@ -52,22 +54,23 @@ def read_params(
     Raises:
       UserError: a tensor is missing, unknown, of another shape, not finite or of an unsupported dtype.
     """
+    shapes, tied = source.shapes(), model.tie_embeddings
+    both = tied and {HEAD, EMBEDDING} <= set(shapes)
+    if both:
+        model = dataclasses.replace(model, tie_embeddings=False)
+    alias = {HEAD: EMBEDDING} if tied and not both else {}  # one matrix, under either name
     wanted = rules.pairs(model)
-    shapes = source.shapes()
-    rules.check_names(shapes, wanted, source.origin, also=(TIED,) if model.tie_embeddings else ())
-    for name, pair in wanted.items():
-        rules.check_shape(pair, shapes[name], source.origin)
+    rules.check_names({alias.get(name, name): None for name in shapes}, wanted, source.origin)
+    for name, shape in shapes.items():
+        if (pair := wanted.get(alias.get(name, name))) is not None:
+            rules.check_shape(pair, shape, source.origin)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat: dict[str, Any] = {}
     dtypes: set[str] = set()
-    twin = None
     for name, array in source.read_all():
-        if name == TIED and model.tie_embeddings:
-            twin = array
-            continue
-        if name not in wanted:
+        pair = wanted.get(alias.get(name, name))
+        if pair is None:
             continue  # computed from the configuration: `rules.COMPUTED`
-        pair = wanted[name]
         dtypes.add(array.dtype.name)
         ours = pair.ours(array)
         if dtype != "source":
@@ -76,12 +79,10 @@ def read_params(
         flat[pair.path] = jax.device_put(np.ascontiguousarray(ours), place)
         if progress is not None:
             progress(math.prod(pair.shape))
-    if twin is not None and not np.array_equal(twin, np.asarray(flat["embed"])):
-        raise Mismatch(
-            f"{source.origin} says tie_word_embeddings but its {TIED} is not the embedding; "
-            "set it to false in config.json."
-        )
-    return rules.nested(flat), dtypes
+    if both and np.array_equal(np.asarray(flat["unembed"]).T, np.asarray(flat["embed"])):
+        del flat["unembed"]
+        model = dataclasses.replace(model, tie_embeddings=True)
+    return rules.nested(flat), model, dtypes
 
 
 def run_config(model: ModelConfig, side: Path) -> RunConfig:
@@ -106,7 +107,9 @@ def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
     """
     with new_folder(dst) as partial:
         source = open_source(text)
-        model = hf_config.parse(source.config(), f"{source.origin} (config.json)")
+        raw, origin = source.config(), f"{source.origin} (config.json)"
+        rules.check_layers(source.shapes(), hf_config.count_layers(raw, origin), origin)
+        model = hf_config.parse(raw, origin)
         (partial / SIDE).mkdir()
         _write(source, model, partial, dtype)
     return dst
@@ -116,7 +119,7 @@ def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None
     total = sum(math.prod(pair.shape) for pair in rules.pairs(model).values())
     with Progress() as bar:
         task = bar.add_task(f"reading {model.num_layers} layers", total=total)
-        params, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
+        params, model, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
     source.save_side_files(folder / SIDE)
     cfg = run_config(model, folder / SIDE)
     write_json_atomic(folder / "config.json", cfg.to_dict())
@@ -131,6 +134,7 @@ def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None
             "dtypes": sorted(dtypes),
             "kept_as": dtype,
             "layout": source.layout(),
+            "notes": source.notes(),
             "files": {path.name: dataclasses.asdict(hash_file(path)) for path in source.files()},
             "versions": versions(),
         },
@@ -150,6 +154,8 @@ def main() -> int:
         read_tokenizer(folder / SIDE)
     except UserError as error:  # the weights are there all the same
         print(f"its tokenizer cannot be used yet: {error}", file=sys.stderr)
+    for note in json.loads((folder / "provenance.json").read_text("utf-8"))["notes"]:
+        print(f"note: {note}", file=sys.stderr)
     print(f"converted: {folder}")
     return 0
 

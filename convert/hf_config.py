@@ -1,56 +1,26 @@
 """`config.json` of a HuggingFace model as our `ModelConfig`, and back; parsed here because a wrong default is silent.
 
-transformers 5 moved `rope_theta` into `rope_parameters`; both forms are read, and a model without a base is refused
-(several loaders fall back to 10000 and answer nonsense).
+Read as transformers 5.24 reads it: keys, precedence and the defaults of each class (`hf_families`, `hf_rope`). What it
+reads and this project does not compute is refused by name.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from jaxattn.errors import ConfigError, Corrupt, Mismatch, Unsupported, suggest
+from convert import hf_rope
+from convert.fields import Fields, check_ids, short
+from convert.hf_families import BY_ARCHITECTURE, Family, family_of
+from jaxattn.errors import ConfigError, Mismatch, Unsupported
 from jaxattn.models import ModelConfig
-from jaxattn.rope import RopeScaling
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-SCALINGS = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
-LARGEST = 1 << 31
-UNSUPPORTED = {  # field -> why, if it is there and not empty
-    "quantization_config": "quantised weights are not read; use the unquantised checkpoint or a GGUF file",
-    "auto_map": "code from a checkpoint is never executed; use a checkpoint of a stock architecture",
-}
-
-
-def architecture(raw: Json, origin: str) -> str:
-    """The class that a checkpoint says it is.
-
-    Raises:
-      Corrupt: it says none.
-      Unsupported: it is none of `MODEL_TYPES`, is a mixture of experts, is quantised, or brings its own code.
-    """
-    names = raw.get("architectures")
-    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise Corrupt(f"{origin}: architectures is {str(names)[:80]} but must hold one name, like LlamaForCausalLM.")
-    if any("expert" in key for key in raw) or "Moe" in names[0] or names[0].startswith("Mixtral"):
-        raise Unsupported(
-            f"{origin}: {names[0][:80]} is a mixture of experts, which is not supported; use a dense model."
-        )
-    if names[0] not in MODEL_TYPES:
-        raise Unsupported(f"{origin}: " + suggest("architecture", names[0][:80], list(MODEL_TYPES)))
-    for field, why in UNSUPPORTED.items():
-        if raw.get(field):
-            raise Unsupported(f"{origin}: {field} is set, but {why}.")
-    return names[0]
+ACTIVATIONS = ("silu", "swish")
+WIDEST_HEAD = 1 << 16
+SLIDING, FULL = "sliding_attention", "full_attention"
+LAYER_TYPES = {SLIDING: SLIDING, FULL: FULL, "attention": FULL}  # the last is an old name
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def parse(raw: Json, origin: str = "config.json") -> ModelConfig:
@@ -61,73 +31,84 @@ def parse(raw: Json, origin: str = "config.json") -> ModelConfig:
       Unsupported: something this project does not compute.
       Mismatch: two fields contradict each other.
     """
-    name, get = architecture(raw, origin), _Reader(raw, origin)
-    heads, width, layers = get.count("num_attention_heads"), get.count("hidden_size"), get.count("num_hidden_layers")
-    kv_heads = get.count("num_key_value_heads", heads)
-    if raw.get("head_dim") is None and width % heads:
-        raise Mismatch(f"{origin}: hidden_size {width} is not divisible by num_attention_heads {heads}.")
+    family, get = family_of(raw, origin), Fields(raw, origin)
+    heads = get.count("num_attention_heads", family.num_attention_heads)
+    width, layers = get.count("hidden_size", family.hidden_size), count_layers(raw, origin)
+    kv_heads = get.count(
+        "num_key_value_heads", family.num_key_value_heads or heads, **_null(family.null_kv_heads, heads)
+    )
     if heads % kv_heads:
         raise Mismatch(f"{origin}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}.")
+    head_dim = get.count(
+        "head_dim", family.head_dim or width // heads or 1, **_null(family.null_head_dim, width // heads)
+    )
+    if not get.has("head_dim") and not family.head_dim and width % heads:
+        raise Mismatch(f"{origin}: hidden_size {width} is not divisible by num_attention_heads {heads}.")
+    if head_dim > WIDEST_HEAD:
+        raise Unsupported(f"{origin}: heads of {head_dim:,} dims are not supported; {WIDEST_HEAD:,} are the most.")
     act = get.value("hidden_act", str, "silu")
-    if act not in ("silu", "swish"):
-        raise Unsupported(f"{origin}: hidden_act is {act[:40]!r} but only 'silu' is supported.")
-    context = get.count("max_position_embeddings")
-    base, scaling, fraction = _rope(get, context)
-    bias = get.value("attention_bias", bool, False)
-    if get.value("mlp_bias", bool, False) and not bias:
-        raise Unsupported(f"{origin}: mlp_bias without attention_bias is not supported.")
-    everywhere = bias and get.value("mlp_bias", bool, False)
-    attention_bias = "qkv" if name == "Qwen2ForCausalLM" else "qkvo" if bias and not everywhere else "none"
+    if act not in ACTIVATIONS:
+        raise Unsupported(f"{origin}: hidden_act is {short(act)} but only 'silu' is supported.")
+    context = get.count("max_position_embeddings", family.max_position_embeddings)
+    base, scaling = hf_rope.read(get, head_dim, context)
+    biased = get.value("attention_bias", bool, False) if family.kind in ("llama", "qwen3") else False
+    check_ids(get, TOKEN_IDS, several=("eos_token_id",))
     try:
         return ModelConfig(
-            vocab_size=get.count("vocab_size"),
+            vocab_size=get.count("vocab_size", family.vocab_size),
             num_layers=layers,
             d_model=width,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            key_dim=get.count("head_dim", width // heads),
-            mixers=_mixers(get, name, layers),
+            key_dim=head_dim,
+            mixers=_mixers(get, family, layers),
             mlps=("swiglu",),
-            d_ff=get.count("intermediate_size"),
+            d_ff=get.count("intermediate_size", family.intermediate_size),
             norm="rmsnorm",
             norm_eps=get.number("rms_norm_eps", 1e-6),
-            qk_norm=name == "Qwen3ForCausalLM",
+            qk_norm=family.kind == "qwen3",
             position="rope",
             rope_base=base,
-            rope_fraction=fraction,
             rope_scaling=scaling,
             max_positions=context,
-            use_bias=everywhere,
-            attention_bias=attention_bias,
+            attention_bias="qkv" if family.kind == "qwen2" else "qkvo" if biased else "none",
+            mlp_bias=get.value("mlp_bias", bool, False) if family.kind == "llama" else False,
             tie_embeddings=get.value("tie_word_embeddings", bool, False),
         )
     except ConfigError as error:
         raise Mismatch(f"{origin}: {error}") from error
 
 
-def write(model: ModelConfig, dtype: str) -> Json:
+def count_layers(raw: Json, origin: str) -> int:
+    """The layers that a `config.json` says it has; they cost time, so a file is asked for them first."""
+    return Fields(raw, origin).count("num_hidden_layers", family_of(raw, origin).num_hidden_layers)
+
+
+def notes(raw: Json) -> list[str]:
+    """What in it is out of force although it looks as if it mattered, one sentence each."""
+    found = hf_rope.note(Fields(raw, "config.json"))
+    return [] if found is None else [found]
+
+
+def _null(allowed: bool, value: int) -> Json:
+    return {"null": value} if allowed else {}
+
+
+def write(model: ModelConfig, dtype: str, *, context: int = 2048, ids: Json | None = None) -> Json:
     """The `config.json` of a model that has a HuggingFace architecture (`parse` gives it back).
+
+    Args:
+      context: tokens of the longest training sequence, for a model that does not say.
+      ids: `TOKEN_IDS`; what is missing is null, because transformers' classes have defaults of their own.
 
     Raises:
       Unsupported: naming what no HuggingFace Llama, Mistral or Qwen has.
     """
-    name = _architecture_of(model)
-    scaling = model.rope_scaling
-    rope: Json = {"rope_theta": model.rope_base, "rope_type": "default" if scaling.kind == "none" else scaling.kind}
-    if model.rope_fraction != 1:
-        rope["partial_rotary_factor"] = model.rope_fraction
-    if scaling.kind != "none":
-        rope["factor"] = scaling.factor
-    if scaling.kind in ("yarn", "llama3"):
-        rope["original_max_position_embeddings"] = scaling.original_length
-    if scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    if scaling.kind == "yarn":
-        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        rope |= {"attention_factor": scaling.amplitude, "truncate": scaling.truncate}
+    family = _family_of_model(model)
+    rope = hf_rope.write(model.rope_base, model.rope_scaling)
     raw: Json = {
-        "architectures": [name],
-        "model_type": MODEL_TYPES[name],
+        "architectures": [family.architecture],
+        "model_type": family.kind,
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.ff_width("swiglu"),
@@ -136,31 +117,47 @@ def write(model: ModelConfig, dtype: str) -> Json:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": model.max_positions or 2048,
+        "max_position_embeddings": _context(model, context),
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": rope,
         "rope_theta": model.rope_base,  # for readers of before transformers 5
         "tie_word_embeddings": model.tie_embeddings,
         "dtype": dtype,
         "use_cache": True,
+        **dict.fromkeys(TOKEN_IDS),
+        **(ids or {}),
     }
-    if scaling.kind != "none":
-        raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if name in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
-        raw["attention_bias"] = model.use_bias or model.attention_bias == "qkvo"
-    if name == "LlamaForCausalLM":
-        raw["mlp_bias"] = model.use_bias
+    if model.rope_scaling.kind != "none":
+        raw["rope_scaling"] = rope
+    if family.kind in ("llama", "qwen3"):
+        raw["attention_bias"] = model.attention_bias == "qkvo" or model.use_bias
+    if family.kind == "llama":
+        raw["mlp_bias"] = model.mlp_bias or model.use_bias
     windows = [model.mixer(i).window for i in range(model.num_layers)]
-    if name == "MistralForCausalLM":
-        raw["sliding_window"] = windows[0]
-    elif name.startswith("Qwen"):
-        sliding = [w for w in windows if w]
-        raw |= {"use_sliding_window": bool(sliding), "sliding_window": sliding[0] if sliding else None}
-        raw["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    sliding = [window for window in windows if window]
+    if family.kind != "llama":
+        raw["sliding_window"] = sliding[0] if sliding else None
+    if family.is_qwen:
+        raw["use_sliding_window"] = bool(sliding)
+    if family.is_qwen or family.kind == "ministral":
+        raw["layer_types"] = [SLIDING if window else FULL for window in windows]
     return raw
 
 
-def _architecture_of(model: ModelConfig) -> str:
+def _context(model: ModelConfig, context: int) -> int:
+    """`max_position_embeddings`, from which transformers takes the pretraining's context of a dynamic rope."""
+    scaling = model.rope_scaling
+    if scaling.kind == "dynamic":
+        if model.max_positions not in (0, scaling.original_length):
+            raise Unsupported(
+                f"model.max_positions is {model.max_positions} but rope_scaling.original_length is "
+                f"{scaling.original_length}: a dynamic rope of HuggingFace has one number for both."
+            )
+        return scaling.original_length
+    return model.max_positions or context
+
+
+def _family_of_model(model: ModelConfig) -> Family:
     """The class that computes what the model does."""
     plain = {
         "norm": (model.norm, "rmsnorm"),
@@ -170,6 +167,7 @@ def _architecture_of(model: ModelConfig) -> str:
         "value_dim": (model.v_dim, model.head_dim),
         "scale_embeddings": (model.scale_embeddings, False),
         "scan_layers": (model.scan_layers, False),
+        "rope_fraction": (model.rope_fraction, 1.0),
     }
     for field, (found, wanted) in plain.items():
         if found != wanted:
@@ -186,130 +184,65 @@ def _architecture_of(model: ModelConfig) -> str:
                 "can be exported."
             )
     windows = {model.mixer(i).window for i in range(model.num_layers)}
-    qwen = "Qwen3ForCausalLM" if model.qk_norm else "Qwen2ForCausalLM" if model.attention_bias == "qkv" else None
-    if qwen:
-        if model.use_bias or (model.qk_norm and model.attention_bias == "qkv"):
-            raise Unsupported("qk_norm, qkv biases and biases everywhere have no common HuggingFace architecture.")
-        if len(windows - {None}) > 1:
-            raise Unsupported(f"windows {sorted(w for w in windows if w)}: a Qwen model has one window size.")
-        return qwen
-    if windows == {None}:
-        return "LlamaForCausalLM"
-    if len(windows) > 1 or model.use_bias or model.attention_bias != "none":
+    if len(windows - {None}) > 1:
         raise Unsupported(
-            "a window in some layers only, or with biases, needs a Qwen architecture (qkv bias or qk_norm)."
+            f"windows {sorted(w for w in windows if w)}: a HuggingFace model has one window size for all its layers."
         )
-    return "MistralForCausalLM"
+    attention = "qkvo" if model.use_bias else model.attention_bias
+    feed_forward = model.use_bias or model.mlp_bias
+    if model.qk_norm:
+        kind = "qwen3" if attention != "qkv" and not feed_forward else None
+    elif attention == "qkv":
+        kind = None if feed_forward else "qwen2"
+    elif windows == {None}:
+        kind = "llama"
+    else:
+        kind = None if attention != "none" or feed_forward else "mistral" if None not in windows else "ministral"
+    if kind is None:
+        found = {
+            "qk_norm": model.qk_norm,
+            "attention_bias": attention != "none" and attention,
+            "mlp_bias": feed_forward,
+            "a window": windows != {None},
+        }
+        raise Unsupported(
+            f"{' with '.join(name for name, given in found.items() if given)} has no HuggingFace architecture among "
+            f"{', '.join(BY_ARCHITECTURE)}: this model cannot be exported."
+        )
+    return next(family for family in BY_ARCHITECTURE.values() if family.kind == kind)
 
 
-def _mixers(get: _Reader, name: str, layers: int) -> tuple[str, ...]:
+def _mixers(get: Fields, family: Family, layers: int) -> tuple[str, ...]:
     """softmax, with the sliding window in the layers that have one."""
-    window = get.raw.get("sliding_window")
-    if name == "LlamaForCausalLM" or window is None:
-        return ("softmax",)
-    if name.startswith("Qwen") and not get.value("use_sliding_window", bool, False):
-        return ("softmax",)
-    local = f"softmax(window={get.count('sliding_window')})"
-    if name == "MistralForCausalLM":
-        return (local,)
-    kinds = get.raw.get("layer_types")
+    used = not family.is_qwen or get.value("use_sliding_window", bool, False)
+    window = get.count("sliding_window", family.sliding_window, null=None) if used else None
+    kinds = _layer_types(get, layers)
+    if family.kind == "llama":
+        # transformers computes a prompt without the window and cuts its cache to it, so that no text is well defined
+        if window is not None:
+            raise Unsupported(
+                f"{get.origin}: sliding_window is {window} but a Llama has none; its class may be Mistral."
+            )
+        window, kinds = None, kinds and [FULL if kind == FULL else "" for kind in kinds]
+    elif family.kind == "mistral":
+        kinds = [SLIDING if window else FULL]
+    elif family.kind == "ministral" and window is None:
+        raise Unsupported(f"{get.origin}: layer_types needs sliding_window in a Mistral; leave both out, or give it.")
     if kinds is None:
-        first = get.count("max_window_layers", layers, least=0)
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    known = {"sliding_attention": local, "full_attention": "softmax"}
-    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
-        raise Corrupt(
-            f"{get.origin}: layer_types must name sliding_attention or full_attention for each of {layers} layers."
-        )
-    return tuple(known[k] for k in kinds)
+        first = get.count("max_window_layers", family.max_window_layers, least=0) if family.is_qwen else 0
+        kinds = [SLIDING if window is not None and i >= first else FULL for i in range(layers)]
+    if not all(kind in (FULL, SLIDING) for kind in kinds) or (SLIDING in kinds and window is None):
+        raise get.wrong("layer_types", f"{FULL} where there is no window, for each of {layers} layers")
+    names = {SLIDING: f"softmax(window={window})", FULL: "softmax"}
+    if len(set(kinds)) == 1:
+        return (names[kinds[0]],)
+    return tuple(names[kind] for kind in kinds)
 
 
-def _rope(get: _Reader, context: int) -> tuple[float, RopeScaling, float]:
-    """Base, scaling and the rotated share of the head dim."""
-    raw, origin = get.raw, get.origin
-    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
-    for field, value in (("rope_parameters", new), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, dict):
-            raise Corrupt(f"{origin}: {field} must be an object, not {str(value)[:60]}.")
-        if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
-            raise Unsupported(f"{origin}: {field} differs between layers, which is not supported.")
-    inner = _Reader({**(old or {}), **(new or {})}, f"{origin}: rope_parameters")
-    bases = {r.number("rope_theta") for r in (get, inner) if r.raw.get("rope_theta") is not None}
-    if not bases:
-        raise Corrupt(
-            f"{origin} gives no rotary base (neither rope_theta nor rope_parameters.rope_theta), and a guess would be "
-            "silently wrong; add the value the model was trained with."
-        )
-    if len(bases) > 1:
-        raise Mismatch(f"{origin}: rope_theta and rope_parameters.rope_theta differ: {sorted(bases)}; correct one.")
-    kind = inner.value("rope_type", str, inner.value("type", str, "default"))
-    if kind not in SCALINGS:
-        raise Unsupported(f"{origin}: rope scaling {kind[:40]!r} is not supported; only {', '.join(SCALINGS)} are.")
-    fraction = inner.number("partial_rotary_factor", get.number("partial_rotary_factor", 1.0))
-    base = bases.pop()
-    if SCALINGS[kind] == "none":
-        return base, RopeScaling(), fraction
-    factor = inner.number("factor")
-    fields: Json = {"kind": SCALINGS[kind], "factor": factor}
-    if kind == "dynamic":
-        fields["original_length"] = context
-    if kind in ("yarn", "llama3"):
-        default = context if kind == "yarn" else None
-        fields["original_length"] = inner.count("original_max_position_embeddings", default)
-    if kind == "llama3":
-        fields |= {name: inner.number(name) for name in ("low_freq_factor", "high_freq_factor")}
-    if kind == "yarn":
-        fields |= {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
-        fields |= {"truncate": inner.value("truncate", bool, True), "attention_factor": _amplitude(inner, factor)}
-    try:
-        return base, RopeScaling(**fields), fraction
-    except ConfigError as error:
-        raise Corrupt(f"{origin}: {error}") from error
-
-
-def _amplitude(inner: _Reader, factor: float) -> float:
-    """YaRN's factor of cos and sin, with DeepSeek's two numbers where they are given."""
-    given = inner.raw.get("attention_factor")
-    if given is not None:
-        return inner.number("attention_factor")
-    grow = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-    above, below = inner.raw.get("mscale"), inner.raw.get("mscale_all_dim")
-    if above and below:
-        return grow(inner.number("mscale")) / grow(inner.number("mscale_all_dim"))
-    return grow(1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Fields of a JSON object, each checked for its kind."""
-
-    raw: Json
-    origin: str
-
-    def value(self, field: str, kind: type[T], default: T | None = None) -> T:
-        found = self.raw.get(field)
-        if found is None:
-            if default is None:
-                raise Corrupt(f"{self.origin}: {field} is missing; it is needed and not guessed.")
-            return default
-        if not isinstance(found, kind) or (kind is not bool and isinstance(found, bool)):
-            raise Corrupt(f"{self.origin}: {field} is {str(found)[:60]!r} but must be a {kind.__name__}.")
-        return found
-
-    def count(self, field: str, default: int | None = None, least: int = 1) -> int:
-        found = self.value(field, int, default)
-        if not least <= found < LARGEST:
-            raise Corrupt(f"{self.origin}: {field} is {str(found)[:40]} but must be from {least} to {LARGEST - 1}.")
-        return found
-
-    def number(self, field: str, default: float | None = None) -> float:
-        found = self.value(field, cast(Any, (int, float)), default) if self.raw.get(field) is not None else default
-        if found is None:
-            raise Corrupt(f"{self.origin}: {field} is missing; it is needed and not guessed.")
-        try:
-            found = float(found)
-        except OverflowError as error:
-            raise Corrupt(f"{self.origin}: {field} is too large a number.") from error
-        if not math.isfinite(found) or found <= 0:
-            raise Corrupt(f"{self.origin}: {field} is {found} but must be a positive number.")
-        return found
+def _layer_types(get: Fields, layers: int) -> list[str] | None:
+    found = get.value("layer_types", list, None, null=None) if get.names("layer_types") else None
+    if found is None:
+        return None
+    if len(found) != layers or not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in found):
+        raise get.wrong("layer_types", f"a list of {SLIDING} or {FULL} for each of {layers} layers")
+    return [LAYER_TYPES[kind] for kind in found]

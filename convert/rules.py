@@ -41,6 +41,7 @@ def _linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
 
 
 _LAYER = "model.layers.{i}"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Llama, Mistral, Qwen2 and Qwen3 share these names; which of them a model has follows from its configuration.
 DECODER = (
     Rule("model.embed_tokens.weight", "embed"),
@@ -106,6 +107,21 @@ def pairs(model: ModelConfig, table: tuple[Rule, ...] = DECODER) -> dict[str, Pa
         name, transpose = by_path[path]
         found[name] = Pair(name, path, tuple(shape), transpose)
     return found
+
+
+def check_layers(found: Iterable[str], layers: int, origin: str) -> None:
+    """Refuse a configuration of more layers than there are tensors of, before anything is built from it.
+
+    Raises:
+      Incomplete: naming both numbers.
+    """
+    there = {match.group(1) for name in found if (match := LAYER.match(name))}
+    if layers > len(there):
+        absent = next(i for i in range(layers) if str(i) not in there)
+        raise Incomplete(
+            f"{origin} lacks 'model.layers.{absent}' of the {layers:,} layers that its configuration asks for; nothing "
+            "is filled with random numbers: download the whole checkpoint."
+        )
 
 
 def check_names(found: Mapping[str, Any], wanted: Mapping[str, Pair], origin: str, *, also: Iterable[str] = ()) -> None:

@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from convert import strict_json
+from convert.fields import short
 from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".h5", ".msgpack")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,11 +29,12 @@ SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor by its header: where it is and what it says it is."""
+    """A tensor by its header: where it is, under which name, and what it says it is."""
 
     file: Path
     dtype: Any
     shape: tuple[int, ...]
+    name: str
 
     @property
     def bytes(self) -> int:
@@ -82,7 +84,7 @@ def read_all(found: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             # Opened anew for each tensor: the pages of a mapped file that were read count as this process's memory.
             with safe_open(entry.file, framework="numpy") as file:
-                array = file.get_tensor(name)
+                array = file.get_tensor(entry.name)
         except SafetensorError as error:
             raise Corrupt(f"{entry.file} cannot be read ({str(error)[:120]}); download it again.") from error
         yield name, finite(name, array, str(entry.file))
@@ -128,7 +130,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise Unsupported(
                 f"tensor {name[:120]!r} of {path} has dtype {dtype[:20]}; weights must be one of {', '.join(DTYPES)}."
             )
-        entry = Entry(path, DTYPES[dtype], shape)
+        entry = Entry(path, DTYPES[dtype], shape, name)
         if end - begin != entry.bytes:
             raise Corrupt(f"tensor {name[:120]!r} of {path}: {end - begin:,} bytes for shape {str(list(shape))[:80]}.")
         spans.append((begin, end, name))
@@ -156,13 +158,15 @@ def _fields(value: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
         ok = isinstance(shape, list) and len(shape) <= 8 and all(map(is_count, shape))
         ok = ok and isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))
     if not ok:
-        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {str(value)[:100]}; download it again.")
+        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {short(value, 100)}; download it again.")
     return value["dtype"], tuple(shape), offsets[0], offsets[1]
 
 
 def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The files that hold weights, and the index's name -> file where there is one."""
+    """The files that hold weights, and the index's name -> file where it counts: one whole file goes before it."""
     index = folder / INDEX
+    if (folder / SINGLE).exists():
+        return [SINGLE], None
     if index.exists():
         mapped = strict_json.read(index).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
@@ -174,8 +178,6 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
                     "with plain names."
                 )
         return sorted(set(mapped.values())), mapped
-    if (folder / SINGLE).exists():
-        return [SINGLE], None
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED) if folder.is_dir() else []
     if pickled:
         raise Unsupported(

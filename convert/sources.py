@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from convert import hf_config, strict_json
 from convert import safetensors_files as st
-from convert import strict_json
+from convert.fields import Fields, check_ids, short
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
 from jaxattn.chat import ADDITIONAL
-from jaxattn.errors import Incomplete, UserError
+from jaxattn.errors import Incomplete, Unsupported, UserError
 
 # Kept beside the weights, byte for byte, and written back on export.
 SIDE_FILES = (
@@ -50,6 +51,7 @@ class Source(Protocol):
     kind: str
 
     def config(self) -> dict[str, Any]: ...
+    def notes(self) -> list[str]: ...
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def layout(self) -> dict[str, str]: ...
     def read_all(self) -> Iterator[tuple[str, np.ndarray]]: ...
@@ -72,12 +74,27 @@ class Folder:
     @property
     def entries(self) -> dict[str, st.Entry]:
         if self._entries is None:
-            self._entries = st.entries(self.path, self.root)
+            self._entries = _with_prefix(st.entries(self.path, self.root))
         return self._entries
 
     def config(self) -> dict[str, Any]:
         self._guard(self.path / "config.json")
+        if (self.path / "adapter_config.json").exists():
+            raise Unsupported(
+                f"{self.path} holds adapter_config.json: an adapter is not read; merge it into the model first."
+            )
+        self._check_generation()
         return strict_json.read(self.path / "config.json")
+
+    def notes(self) -> list[str]:
+        return hf_config.notes(self.config())
+
+    def _check_generation(self) -> None:
+        """Whoever generates later believes the ids in this file."""
+        path = self.path / "generation_config.json"
+        self._guard(path)
+        if path.exists():
+            check_ids(Fields(strict_json.read(path), str(path)), hf_config.TOKEN_IDS, several=("eos_token_id",))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -121,6 +138,9 @@ class Gguf:
     def config(self) -> dict[str, Any]:
         return self.opened.config()
 
+    def notes(self) -> list[str]:
+        return self.opened.notes()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.opened.shapes()
 
@@ -140,6 +160,13 @@ class Gguf:
         return [self.path]
 
 
+def _with_prefix(found: dict[str, st.Entry]) -> dict[str, st.Entry]:
+    """The names of a whole model for a checkpoint that was saved without its head."""
+    if any(name.startswith("model.") for name in found):
+        return found
+    return {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in found.items()}
+
+
 def open_source(text: str) -> Source:
     """A path or a hub name.
 
@@ -147,6 +174,10 @@ def open_source(text: str) -> Source:
       UserError: nothing of that name is there.
     """
     path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise Incomplete(f"{short(text, 200)} cannot be opened ({error.strerror}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is no .gguf file; give the folder of a HuggingFace checkpoint, or a GGUF file.")

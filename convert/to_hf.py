@@ -1,7 +1,8 @@
 """`python -m convert.to_hf SRC DST`: a jaxattn checkpoint becomes a HuggingFace folder of safetensors.
 
 SRC is a converted checkpoint or a run whose architecture HuggingFace has (softmax layers, RMSNorm, SwiGLU, rotary
-positions). A converted one that was not changed comes back byte for byte: same names, dtypes, files and JSON.
+positions). A converted one that was not changed comes back byte for byte: same names, dtypes, files and JSON. A run of
+text brings its tokenizer and its end of text along, so that transformers opens the folder as it is.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import numpy as np
 
 from convert import hf_config, rules, strict_json
 from convert import safetensors_files as st
-from convert.from_hf import TIED
+from convert.from_hf import EMBEDDING, HEAD
 from convert.new_folder import new_folder
 from convert.sources import side_names
-from jaxattn.errors import Unsupported, run_cli
+from jaxattn.errors import Unsupported, UserError, run_cli
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
+from train.config import RunConfig
 from train.leaf_io import named
-from train.load import load_params, read_config
+from train.load import load_params, open_source, read_config
 
 MOST_BYTES = 5 << 30  # of one file
 FLOATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
-def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = None) -> Path:
+def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = None, tokenizer: bool = True) -> Path:
     """Write DST and return it.
+
+    Args:
+      tokenizer: whether a run of text brings its own, which its data tell (they are opened for it).
 
     Raises:
       UserError: no checkpoint, an architecture HuggingFace does not have, or DST exists; DST is then as it was.
@@ -43,9 +48,9 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
         array = pair.theirs(np.asarray(flat[pair.path]))
         tensors[name] = np.ascontiguousarray(array if dtype == "source" else array.astype(np.dtype(dtype)))
     layout = _layout(src, tensors, cfg.model)
-    if TIED in layout and cfg.model.tie_embeddings:
-        tensors[TIED] = tensors["model.embed_tokens.weight"]
-    kept = _side_files(src, cfg.model, tensors)
+    if HEAD in layout and cfg.model.tie_embeddings:
+        tensors[HEAD] = tensors[EMBEDDING]
+    kept = _side_files(src, cfg, tensors, tokenizer)
     with new_folder(dst) as partial:
         _write_files(partial, tensors, layout, kept)
     return dst
@@ -57,7 +62,7 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
     if path.exists():
         layout = strict_json.read(path).get("layout", {})
         kept = {name: file for name, file in layout.items() if not any(r.fullmatch(name) for r in rules.COMPUTED)}
-        names = set(tensors) | ({TIED} if model.tie_embeddings and TIED in kept else set())
+        names = set(tensors) | ({HEAD} if model.tie_embeddings and HEAD in kept else set())
         plain = all(isinstance(f, str) and st.FILE_NAME.fullmatch(f) for f in kept.values())
         if set(kept) == names and plain:
             return kept
@@ -75,24 +80,56 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
     return {name: f"model-{i:05d}-of-{of:05d}.safetensors" for i, group in enumerate(groups, 1) for name in group}
 
 
-def _side_files(src: Path, model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """The source's own files, and a config.json that describes the model and the tensors' dtype."""
-    folder = src / SIDE
+def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], tokenizer: bool) -> dict[str, bytes]:
+    """The source's own files or those of the run's tokenizer, and a config.json of the model and the tensors' dtype."""
+    folder, model = src / SIDE, cfg.model
     kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
     dtype = _common_dtype(tensors)
-    raw = None
+    raw, ids = None, {}
     if "config.json" in kept:
         raw = strict_json.loads(kept["config.json"], f"{folder / 'config.json'}")
         if hf_config.parse(raw) != model:
-            raw = None
+            raw, ids = None, {key: raw[key] for key in hf_config.TOKEN_IDS if key in raw}
+    elif not kept:
+        kept, ids = _own_tokenizer(cfg) if tokenizer else ({}, {})
     if raw is None:
-        kept["config.json"] = _json(hf_config.write(model, dtype))
+        kept["config.json"] = _json(hf_config.write(model, dtype, context=cfg.data.context, ids=ids))
     before = strict_json.read(src / "provenance.json").get("dtypes") if (src / "provenance.json").exists() else None
     if before != sorted({x.dtype.name for x in tensors.values()}):
         kept.pop(st.INDEX, None)  # its total size is that of another dtype
         if raw is not None:
             kept["config.json"] = _json({k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": dtype})
     return kept
+
+
+def _own_tokenizer(cfg: RunConfig) -> tuple[dict[str, bytes], dict[str, int | None]]:
+    """Files of the tokenizer that a run was trained with, and its token ids; none for a run that is not of text.
+
+    Raises:
+      UserError: the run's data cannot be opened.
+    """
+    try:
+        own = open_source(cfg)[0].tokenizer
+    except UserError as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{reason}; its data bring the run's tokenizer: --no-tokenizer exports without.") from error
+    ids: dict[str, int | None] = {key: None for key in hf_config.TOKEN_IDS}
+    if own is None:
+        return {"generation_config.json": _json(ids)}, ids
+    import tokenizers
+
+    body = own.to_json()
+    ids |= {"eos_token_id": own.eos, "pad_token_id": own.eos}
+    described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    described["model_max_length"] = cfg.data.context
+    if own.eos is not None:
+        token = tokenizers.Tokenizer.from_str(body).id_to_token(own.eos)
+        described |= {"eos_token": token, "pad_token": token}
+    return {
+        "tokenizer.json": body.encode(),
+        "tokenizer_config.json": _json(described),
+        "generation_config.json": _json(ids),
+    }, ids
 
 
 def _write_files(folder: Path, tensors: dict[str, np.ndarray], layout: dict[str, str], kept: dict[str, bytes]) -> None:
@@ -131,8 +168,9 @@ def main() -> int:
     parser.add_argument("dst", type=Path, help="folder to create")
     parser.add_argument("--dtype", choices=("source", *FLOATS), default="source", help="of the written tensors")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave out the tokenizer of a run trained here")
     args = parser.parse_args()
-    folder = export(args.src, args.dst, dtype=args.dtype, step=args.step)
+    folder = export(args.src, args.dst, dtype=args.dtype, step=args.step, tokenizer=not args.no_tokenizer)
     print(f"exported: {folder}")
     return 0
 

@@ -80,12 +80,16 @@ class Oracle:
             raise UserError(f"convert.verify needs {error.name}: pip install 'jaxattn[verify]'.") from error
         self.torch = torch
         call: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+        folder = source.path
         if isinstance(source, Gguf):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source.path.parent, gguf_file=source.path.name, **call
-            )
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=False, **call)
+            folder, call["gguf_file"] = source.path.parent, source.path.name
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **call)
+        except Exception as error:  # transformers raises whatever its parts raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"transformers cannot open {source.origin} ({type(error).__name__}: {reason}); nothing to compare with."
+            ) from error
         self.model = model.eval()
 
     def logits(self, ids: np.ndarray) -> np.ndarray:

@@ -91,7 +91,7 @@ def losses(
     Raises:
       ConfigError: impossible context or stride.
     """
-    limit = model.max_positions
+    limit = model.position_limit
     if context < 2 or (limit and context > limit):
         raise ConfigError(f"--context is {context} but must be from 2 to {limit or 'any number'}.")
     if not 1 <= stride <= context:

@@ -25,6 +25,7 @@ from jaxattn.types import Leaf
 
 CHUNK = 512  # tokens of a prefill step: the more, the better a matrix product pays
 BLOCK = 16  # tokens decoded per call of the device
+WHOLE = 128  # prompts that are read in one step are padded to multiples of this
 BUCKET = 256  # smallest room for tokens
 GREEDY = Sampling()
 
@@ -55,8 +56,13 @@ def room_for(tokens: int) -> int:
     return room
 
 
-def chunk_for(length: int, most: int) -> int:
-    """Tokens of the prefill steps of a prompt: a power of two that holds it, or `most`."""
+def chunk_for(model: ModelConfig, length: int, most: int) -> int:
+    """Tokens of the prefill steps of a prompt: a power of two that holds it, or `most`.
+
+    Angles that depend on the length are those of the whole prompt, so such a model reads it in one step.
+    """
+    if model.rope is not None and model.rope.scaling.by_length:
+        return -(-length // WHOLE) * WHOLE
     return min(most, 1 << (length - 1).bit_length())
 
 
@@ -103,7 +109,7 @@ def prefill_chunks(
     """Read prompts [B, T] whose `live` places are at the right end, in chunks of at most `most` (CHUNK) tokens: None
     after a chunk, the cursor after the last."""
     batch, length = tokens.shape
-    chunk = chunk_for(length, most or CHUNK)
+    chunk = chunk_for(model, length, most or CHUNK)
     pad = -length % chunk
     tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
     positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
@@ -182,10 +188,11 @@ def stream(
             f"token {tokens.min() if tokens.min() < 0 else tokens.max()} is not in 0..{model.vocab_size - 1}."
         )
     longest = int(live.sum(1).max())
-    if model.max_positions and longest + max_new_tokens > model.max_positions:
+    limit = model.position_limit
+    if limit and longest + max_new_tokens > limit:
         raise ConfigError(
-            f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
-            f"the model was trained on; ask for at most {max(0, model.max_positions - longest)} new ones."
+            f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the {limit} positions "
+            f"the model was made for; ask for at most {max(0, limit - longest)} new ones."
         )
     if key is None:
         if how.temperature:
@@ -194,7 +201,7 @@ def stream(
             )
         key = jax.random.key(0)
     variables = decoding_variables(model, params)
-    room = room_for(length + (-length % chunk_for(length, CHUNK)) + max_new_tokens + block)
+    room = room_for(length + (-length % chunk_for(model, length, CHUNK)) + max_new_tokens + block)
     cursor = prefill(model, variables, tokens, live, room, jax.random.split(key, batch))
     made = 0
     while made < max_new_tokens:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.types import Leaf
@@ -24,7 +24,9 @@ from jaxattn.types import Leaf
 PositionBias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "b h T S"]]
 
 
-Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+MOST_POSITIONS = 2**31 - 1  # positions are int32
+
+Scaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,16 @@ class RopeScaling:
     yarn     slow pairs / factor, fast pairs as they are, a ramp between; cos and sin times
              `attention_factor` (arXiv 2309.00071)
     llama3   slow pairs / factor, fast pairs as they are, smooth between (Llama 3.1)
+    longrope every pair / its own factor, `short_factors` in sequences of up to `original_length` tokens, else
+             `long_factors`; cos and sin times `attention_factor` (arXiv 2402.13753)
     """
 
     kind: Scaling = "none"
-    """none, linear, dynamic, yarn or llama3."""
+    """none, linear, dynamic, yarn, llama3 or longrope."""
     factor: float = 1.0
     """How many times longer the context becomes."""
     original_length: int = 0
-    """Context (tokens) of the pretraining; dynamic, yarn and llama3 need it."""
+    """Context (tokens) of the pretraining; dynamic, yarn, llama3 and longrope need it."""
     low_freq_factor: float = 1.0
     """llama3: pairs that turn fewer times than this over `original_length` are slow."""
     high_freq_factor: float = 4.0
@@ -53,9 +57,13 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: turns below which a pair is slow."""
     attention_factor: float = 0.0
-    """yarn: factor of cos and sin; 0 means 0.1 ln(factor) + 1."""
+    """yarn, longrope: factor of cos and sin; 0 is the paper's, 0.1 ln(factor) + 1 or sqrt(1 + log_original(factor))."""
     truncate: bool = True
     """yarn: round the ends of the ramp outwards to whole pairs."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divisor of each rotated pair's angle in sequences of up to `original_length` tokens."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same in longer sequences."""
 
     def __post_init__(self) -> None:
         if self.kind not in typing.get_args(Scaling):
@@ -64,7 +72,7 @@ class RopeScaling:
             )
         if not (math.isfinite(self.factor) and self.factor >= 1):
             raise ConfigError(f"rope_scaling.factor is {self.factor} but must be a finite number of at least 1.")
-        if self.kind in ("dynamic", "yarn", "llama3") and self.original_length < 1:
+        if self.kind in ("dynamic", "yarn", "llama3", "longrope") and self.original_length < 1:
             raise ConfigError(
                 f"rope_scaling.original_length is {self.original_length} but {self.kind} needs the context of "
                 "the pretraining in tokens."
@@ -74,25 +82,67 @@ class RopeScaling:
                 f"rope_scaling.low_freq_factor is {self.low_freq_factor} but must be positive and below "
                 f"high_freq_factor {self.high_freq_factor}."
             )
-        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+        if self.kind == "yarn" and not all(1e-6 <= beta <= 1e6 for beta in (self.beta_slow, self.beta_fast)):
             raise ConfigError(
-                f"rope_scaling.beta_slow is {self.beta_slow} but must be positive and below beta_fast {self.beta_fast}."
+                f"rope_scaling.beta_fast is {self.beta_fast} and beta_slow {self.beta_slow} but both must be from 1e-6 "
+                "to 1e6."
+            )
+        if not 0 <= self.attention_factor < math.inf:
+            raise ConfigError(f"rope_scaling.attention_factor is {self.attention_factor} but must be 0 or positive.")
+        if self.attention_factor and self.kind not in ("yarn", "longrope"):
+            raise ConfigError(
+                f"rope_scaling.attention_factor is {self.attention_factor} but {self.kind} has none: leave it 0, or "
+                "use longrope."
+            )
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        short, long = self.short_factors, self.long_factors
+        if self.kind != "longrope":
+            if short or long:
+                raise ConfigError(f"rope_scaling.short_factors and long_factors are longrope's, not of {self.kind}.")
+            return
+        if not short or len(short) != len(long):
+            raise ConfigError(
+                f"rope_scaling.short_factors has {len(short)} numbers and long_factors {len(long)}, but longrope needs "
+                "one for every rotated pair in both."
+            )
+        if not all(0 < x < math.inf for x in (*short, *long)):
+            raise ConfigError("rope_scaling.short_factors and long_factors must be positive and finite.")
+        if self.original_length < 2 and not self.attention_factor:
+            raise ConfigError(
+                "rope_scaling.original_length is 1 but longrope's attention_factor divides by its logarithm."
             )
 
     @property
     def amplitude(self) -> float:
         """The factor of cos and sin."""
-        if self.kind != "yarn":
-            return 1.0
-        return self.attention_factor or 0.1 * math.log(self.factor) + 1.0
+        if self.attention_factor or self.kind not in ("yarn", "longrope"):
+            return self.attention_factor or 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles of a position depend on how long its sequence is."""
+        return self.kind == "dynamic" or (self.kind == "longrope" and self.short_factors != self.long_factors)
+
+    def reach(self, context: int) -> int:
+        """Tokens that a model of this `context` can read: the longer of it and what the scaling stretches it to."""
+        if self.kind == "none":
+            return context
+        return max(context, min(int((self.original_length or context) * self.factor), MOST_POSITIONS))
 
 
 def frequencies(head_dim: int, base: float, fraction: float = 1.0, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Angle per position of each rotated pair, f64 [R]; what `dynamic` adds depends on the sequence."""
+    """Angle per position of each rotated pair, f64 [R], in a sequence of up to `original_length` tokens."""
     half = int(head_dim * fraction) // 2
     plain = base ** (-np.arange(half) / max(half, 1))
     if scaling is None or scaling.kind in ("none", "dynamic"):
         return plain
+    if scaling.kind == "longrope":
+        return plain / _divisors(scaling.short_factors, half)
     slow = plain / scaling.factor
     if scaling.kind == "linear":
         return slow
@@ -100,14 +150,22 @@ def frequencies(head_dim: int, base: float, fraction: float = 1.0, scaling: Rope
     if scaling.kind == "llama3":
         keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     else:  # pair index at which a pair makes `beta` turns, then linear between the two
+        if base == 1:
+            raise ConfigError("rope_base is 1 but yarn tells pairs apart by their speed: use another base.")
         pair = lambda beta: half * math.log(scaling.original_length / (beta * 2 * math.pi)) / math.log(base)
         low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
         if scaling.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * half - 1)
-        keep = 1 - (np.arange(half) - low) / max(high - low, 1e-3)
+        keep = 1 - (np.arange(half) - low) / (high - low or 1e-3)
     keep = np.clip(keep, 0, 1)
     return keep * plain + (1 - keep) * slow
+
+
+def _divisors(factors: tuple[float, ...], half: int) -> np.ndarray:
+    if len(factors) != half:
+        raise ConfigError(f"rope_scaling has factors for {len(factors)} pairs but {half} pairs are rotated.")
+    return np.asarray(factors, np.float64)
 
 
 def rotary_tables(
@@ -116,25 +174,38 @@ def rotary_tables(
     base: float,
     fraction: float = 1.0,
     scaling: RopeScaling | None = None,
+    live: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
     """cos and sin of the rotary angles in f32, R = rotated dims / 2 (arXiv 2104.09864, Eq. 34).
 
     Args:
       base: theta; pair m of R turns by position · base^(-m/R).
       fraction: share of the head dim that is rotated (the first dims), rounded down to an even count.
-      scaling: for contexts beyond the pretraining's. `dynamic` takes the largest position of the call as the length.
+      scaling: for contexts beyond the pretraining's. `dynamic` and `longrope` take the largest position of the call
+        as the length.
+      live: where there are tokens; positions elsewhere do not count as length. Default: everywhere.
     """
     freq = jnp.asarray(frequencies(head_dim, base, fraction, scaling), jnp.float32)
-    if scaling is not None and scaling.kind == "dynamic" and freq.size > 1:
-        length = jnp.maximum(jnp.max(positions) + 1, scaling.original_length).astype(jnp.float32)
-        stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
-        half = freq.size  # the new base is base · stretch^(R/(R-1))
-        freq = freq * stretch ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    if scaling is not None and scaling.by_length and freq.size:
+        freq = _of_length(freq, jnp.max(positions if live is None else positions * live) + 1, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
     # A loop of two steps, because XLA's CPU backend fuses (and repeats) cosines into whatever reads them.
     cos, sin = jax.lax.map(lambda odd: jnp.where(odd, jnp.sin(angle), jnp.cos(angle)), jnp.array([False, True]))
     amplitude = 1.0 if scaling is None else scaling.amplitude
     return (cos, sin) if amplitude == 1.0 else (amplitude * cos, amplitude * sin)
+
+
+def _of_length(freq: Array, length: Array, scaling: RopeScaling) -> Array:
+    """The frequencies of short sequences [R] turned into those of a sequence of `length` tokens."""
+    if scaling.kind == "longrope":
+        ratio = np.asarray(scaling.short_factors) / np.asarray(scaling.long_factors)
+        return jnp.where(length > scaling.original_length, freq * jnp.asarray(ratio, jnp.float32), freq)
+    half = freq.size
+    if half == 1:
+        return freq
+    length = jnp.maximum(length, scaling.original_length).astype(jnp.float32)
+    stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+    return freq * stretch ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))  # base · stretch^(R/(R-1))
 
 
 def rotate(
@@ -163,9 +234,11 @@ class Rope:
     fraction: float = 1.0
     scaling: RopeScaling = RopeScaling()
 
-    def tables(self, positions: Int[Array, "B T"], head_dim: int) -> tuple[Array, Array]:
+    def tables(
+        self, positions: Int[Array, "B T"], head_dim: int, live: Bool[Array, "B T"] | None = None
+    ) -> tuple[Array, Array]:
         """cos and sin, see `rotary_tables`."""
-        return rotary_tables(positions, head_dim, self.base, self.fraction, self.scaling)
+        return rotary_tables(positions, head_dim, self.base, self.fraction, self.scaling, live)
 
     def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
         return rotate(x, self.tables(positions, x.shape[-1]))

@@ -115,7 +115,7 @@ def load(
         tokenizer = open_source(trained.cfg)[0].tokenizer
     if tokenizer is None:
         raise UserError(f"{folder} was trained on {trained.cfg.data.source!r}, which is no text: nothing to generate.")
-    context = model.max_positions or trained.cfg.data.context
+    context = model.position_limit or trained.cfg.data.context
     named, first = (_named_ids(side, f"{end}_token_id", model.vocab_size) for end in ("eos", "bos"))
     # Where the model's own files name ends of text, transformers stops at those alone, whatever the tokenizer's is
     stop = named or (() if tokenizer.eos is None else (tokenizer.eos,))

@@ -251,8 +251,19 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, JSON-ready; a run that starts from no checkpoint does not speak of one."""
         drop = () if self.start.source else ("start", "lora")
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in drop}
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in drop}
+        for path, default in LATER.items():
+            *folders, name = path.split(".")
+            place: Any = plain
+            for folder in folders:
+                place = place[folder]
+            if place[name] == default:
+                del place[name]
+        return plain
 
+
+# Fields that older runs do not have, and the value that makes a run the same without: such a run resumes.
+LATER = {"model.mlp_bias": False, "model.rope_scaling.short_factors": (), "model.rope_scaling.long_factors": ()}
 
 # What a resumed run may change without becoming another run.
 RESUMABLE = (

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
-from jaxattn.rope import Rope, RopeScaling
+from jaxattn.rope import Rope, RopeScaling, frequencies
 from jaxattn.types import Backend
 
 Norm = Literal["rmsnorm", "layernorm", "srmsnorm"]
@@ -60,11 +60,13 @@ class ModelConfig:
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
     """Stretching of the rotary angles for contexts beyond the pretraining's."""
     max_positions: int = 0
-    """Rows of a learned position table; 0 takes the data's context."""
+    """Tokens of the longest context, rows of a learned position table; 0 takes the data's context."""
     use_bias: bool = False
     """Bias vectors in every linear map."""
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
-    """Bias vectors in the attention's maps alone: q, k and v (Qwen2), or all four."""
+    """Bias vectors in the attention's maps: q, k and v (Qwen2), or all four."""
+    mlp_bias: bool = False
+    """Bias vectors in the feed-forward's maps."""
     scale_embeddings: bool = False
     """Multiply embeddings by sqrt(E)."""
     tie_embeddings: bool = False
@@ -102,6 +104,10 @@ class ModelConfig:
             raise ConfigError(f"model.rope_base is {self.rope_base} but must be positive and finite.")
         if not 0 < self.rope_fraction <= 1:
             raise ConfigError(f"model.rope_fraction is {self.rope_fraction} but must be in (0, 1].")
+        if self.position == "rope":
+            frequencies(
+                self.head_dim, self.rope_base, self.rope_fraction, self.rope_scaling
+            )  # refuses what does not fit
         if not self.mixers or not self.mlps:
             raise ConfigError("model.mixers and model.mlps need at least one entry each.")
         if self.scan_layers and self.num_layers % self.period:
@@ -132,6 +138,13 @@ class ModelConfig:
     def rope(self) -> Rope | None:
         """The rotary encoding, where the model has one."""
         return Rope(self.rope_base, self.rope_fraction, self.rope_scaling) if self.position == "rope" else None
+
+    @property
+    def position_limit(self) -> int:
+        """Tokens that prompt and answer may have together; 0 where nothing says."""
+        if self.position == "rope" and self.max_positions:
+            return self.rope_scaling.reach(self.max_positions)
+        return self.max_positions
 
     @property
     def kv_heads(self) -> int:

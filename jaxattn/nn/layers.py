@@ -90,7 +90,7 @@ class Mlp(nn.Module):
             "linear": lambda y: y,
             "sglu": lambda y: y,
         }[self.kind]
-        h = Linear(cfg, width, name="up")(x)
+        h = Linear(cfg, width, bias=cfg.mlp_bias, name="up")(x)
         gated = self.kind in GATED
-        h = act(Linear(cfg, width, name="gate")(x)) * h if gated else act(h)
-        return Linear(cfg, cfg.d_model, last_of_mlp=True, name="down")(h)
+        h = act(Linear(cfg, width, bias=cfg.mlp_bias, name="gate")(x)) * h if gated else act(h)
+        return Linear(cfg, cfg.d_model, last_of_mlp=True, bias=cfg.mlp_bias, name="down")(h)

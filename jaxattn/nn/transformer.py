@@ -228,7 +228,8 @@ class Decoder(nn.Module):
     def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
         cfg = self.cfg
         if cfg.rope is not None:
-            stream = dataclasses.replace(stream, rotary=cfg.rope.tables(stream.positions, cfg.head_dim))
+            tables = cfg.rope.tables(stream.positions, cfg.head_dim, stream.segments != 0)
+            stream = dataclasses.replace(stream, rotary=tables)
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")

@@ -66,8 +66,8 @@ class Engine:
         for name, value in (("slots", slots), ("context", context), ("queue", queue), ("block", block)):
             if value < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1.")
-        if model.max_positions and context > model.max_positions:
-            raise ConfigError(f"context is {context} but the model knows {model.max_positions} positions; lower it.")
+        if model.position_limit and context > model.position_limit:
+            raise ConfigError(f"context is {context} but the model knows {model.position_limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
         self._room = room_for(context + READ + block)

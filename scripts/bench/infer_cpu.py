@@ -3,7 +3,7 @@
     python -m scripts.bench.infer_cpu [--dtype float32 bfloat16] [--rounds 5] [--out FILE.json]
 
 Needs the extras `verify` and `cpu`; llama.cpp is measured where the package llama-cpp-python is installed
-(`pip install llama-cpp-python` compiles it). The model is SmolLM2-135M-Instruct (`scripts.get_smollm2`), one prompt
+(`pip install llama-cpp-python` compiles it). The model is SmolLM2-135M-Instruct (`scripts.get`), one prompt
 of 512 tokens, 128 greedy tokens behind it. Every contender is a process of its own that keeps its model; they are
 asked in turn, the order reversed each round. Before anything is timed, their greedy tokens must agree: all of them in
 f32, and the first in bf16, where ties between close logits fall differently. Quote ratios: times on a shared machine
@@ -85,9 +85,9 @@ def matmul_rate(size: int = 2048) -> float:
 def prepare(folder: Path, dtype: str) -> dict[str, str]:
     """The same weights as our checkpoint, a HuggingFace folder and a GGUF file of this precision."""
     from scripts.bench._gguf_copy import copy_as
-    from scripts.get_smollm2 import default_folder, fetch
+    from scripts.get import fetch
 
-    source = fetch(default_folder())
+    source = fetch("smollm2")
     run = lambda module, *args: subprocess.run([sys.executable, "-m", module, *map(str, args)], check=True)
     ours, theirs, gguf = folder / "ours", folder / "hf", folder / f"{dtype}.gguf"
     if not ours.exists():

@@ -40,6 +40,7 @@ FAMILIES = {
     "llama-bf16": Family("Llama", {}, dtype="bfloat16"),
     "llama-biases": Family("Llama", {"attention_bias": True}),
     "llama-all-biases": Family("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mlp-biases": Family("Llama", {"mlp_bias": True}),
     "llama-head-dim": Family("Llama", {"head_dim": 12}),
     "llama3-rope": Family(
         "Llama",
@@ -48,6 +49,20 @@ FAMILIES = {
     "llama-linear": Family("Llama", rope("linear", factor=4.0)),
     "llama-dynamic": Family("Llama", {"max_position_embeddings": 16, **rope("dynamic", factor=4.0)}),
     "llama-yarn": Family("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-longrope": Family(
+        "Llama",
+        rope(
+            "longrope",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            short_factor=[1.0, 1.5, 2.0, 2.5],
+            long_factor=[1.0, 2.0, 4.0, 8.0],
+        ),
+    ),
+    "ministral": Family(
+        "Ministral",
+        {"sliding_window": 6, "head_dim": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     "mistral": Family("Mistral", {"sliding_window": 7}),
     "mistral-full": Family("Mistral", {"sliding_window": None}),
     "qwen2": Family("Qwen2", {}),

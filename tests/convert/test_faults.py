@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -15,10 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hf_config, rules
 from convert.from_hf import convert
-from convert.gguf_files import GgufFile
-from jaxattn.errors import CheckpointError, Unsupported, UserError
+from jaxattn.errors import CheckpointError, UserError
 from jaxattn.models import ModelConfig
-from train.load import read_config
+from tests.convert.gguf_models import write
 
 MODEL = ModelConfig(
     vocab_size=31, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=24, max_positions=32, norm_eps=1e-6
@@ -26,6 +26,7 @@ MODEL = ModelConfig(
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+@functools.cache
 def tensors() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {n: rng.standard_normal(p.their_shape).astype(np.float32) for n, p in rules.pairs(MODEL).items()}
@@ -129,6 +130,10 @@ def set_(name, value):
     return lambda f: weights(f, change)
 
 
+def generation(**fields):
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(fields))
+
+
 FAULTS = {
     # files
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
@@ -143,6 +148,11 @@ FAULTS = {
         "places 'model.norm.weight' in '/etc/passwd'",
     ),
     "path traversal in index": (lambda f: index(f, **{NORM: "../x.safetensors"}), "only files of this folder"),
+    "a file name of a megabyte in the index": (
+        lambda f: index(f, **{NORM: "x" * 1_000_000 + ".safetensors"}),
+        "only files of this folder",
+    ),
+    "a header entry of lines": (lambda f: header(f, lambda h: {**h, NORM: "a\n" * 50}), "its header entry is 'a"),
     "index names an absent tensor": (
         lambda f: index(f, extra="model-00001-of-00002.safetensors"),
         "tensor 'extra' is in model.safetensors.index.json but not in",
@@ -186,12 +196,12 @@ FAULTS = {
     "one layer more": (lambda f: config(f, num_hidden_layers=3), "lacks 'model.layers.2"),
     "one layer fewer": (lambda f: config(f, num_hidden_layers=1), "has 'model.layers.1"),
     "kv heads do not divide": (lambda f: config(f, num_key_value_heads=3), "num_key_value_heads 3 does not divide"),
-    "no rotary base": (lambda f: config(f, rope_theta=..., rope_parameters=...), "no rotary base"),
+    "no number for the rotary base": (lambda f: config(f, rope_theta=None, rope_parameters=...), "rope_theta is None"),
     "unknown rotary scaling": (
-        lambda f: config(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
-        "rope scaling 'longrope' is not supported",
+        lambda f: config(f, rope_parameters={"rope_type": "su", "rope_theta": 1e4}),
+        "rope_type 'su' is not supported",
     ),
-    "a size that is text": (lambda f: config(f, hidden_size="16"), "hidden_size is '16' but must be a int"),
+    "a size that is text": (lambda f: config(f, hidden_size="16"), "hidden_size is '16' but must be an integer"),
     "a size of 10^30": (lambda f: config(f, hidden_size=10**30), "hidden_size is 1000000"),
     "negative layers": (lambda f: config(f, num_hidden_layers=-2), "num_hidden_layers is -2"),
     "NaN in the configuration": (lambda f: config(f, rms_norm_eps=float("nan")), "contains NaN"),
@@ -210,7 +220,23 @@ FAULTS = {
         lambda f: (f / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"),
         "is not valid JSON",
     ),
-    "a tied head that is another matrix": (lambda f: config(f, tie_word_embeddings=True), "is not the embedding"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter is not read"),
+    "an end token of text": (generation(eos_token_id=["2"]), "eos_token_id is ['2'] but must be a token id"),
+    "an end token of 2^31": (generation(eos_token_id=1 << 31), "eos_token_id is 2147483648 but"),
+    "an end token below 0": (generation(eos_token_id=-5), "eos_token_id is -5 but"),
+    "an end token that is true": (generation(eos_token_id=True), "eos_token_id is True but"),
+    "a generation configuration that is a list": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        "generation_config.json holds a list",
+    ),
+    "configuration nests deep": (
+        lambda f: (f / "config.json").write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"),
+        "is not valid JSON",
+    ),
+    "a megabyte where a word belongs": (lambda f: config(f, model_type="x" * 1_000_000), "model_type 'xxx"),
+    "a megabyte where a number belongs": (lambda f: config(f, rope_theta="9" * 1_000_000), "rope_theta is '999"),
+    "a megabyte in a list": (lambda f: config(f, architectures=["x\n" * 500_000] * 2), "architectures is ['x"),
+    "a key of a megabyte": (lambda f: config(f, **{"x" * 1_000_000 + "experts": 3}), "a mixture of experts"),
 }
 
 
@@ -255,8 +281,34 @@ def test_a_name_that_is_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         convert(str(tmp_path / "nowhere"), tmp_path / "dst")
     (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^'nnn.* cannot be opened \(File name too long\)\.$"):
+        convert("n" * 100_000, tmp_path / "dst")
     with pytest.raises(UserError, match=r"is no \.gguf file"):
         convert(str(tmp_path / "x.bin"), tmp_path / "dst")
+
+
+@pytest.mark.parametrize("layers", [3_000_000, 2**31 - 1])
+def test_more_layers_than_the_files_have_are_refused_before_anything_is_built(layers, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "pairs", None)
+    config(good, num_hidden_layers=layers)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=rf"lacks 'model\.layers\.2' of the {layers:,} layers"):
+        convert(str(good), tmp_path / "dst")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_head_wider_than_memory_is_refused_before_anything_is_built(good, tmp_path):
+    config(good, head_dim=2**31 - 1)
+    with pytest.raises(UserError, match="heads of 2,147,483,647 dims"):
+        convert(str(good), tmp_path / "dst")
+
+
+def test_one_whole_file_counts_before_an_index_as_in_transformers(good, tmp_path):
+    whole = (good / WEIGHTS).read_bytes()
+    sharded(good)
+    (good / WEIGHTS).write_bytes(whole)
+    (good / INDEX).write_text("{}")
+    convert(str(good), tmp_path / "dst")
 
 
 def test_computed_tensors_and_a_repeated_tied_head_do_no_harm(good, tmp_path):
@@ -265,41 +317,6 @@ def test_computed_tensors_and_a_repeated_tied_head_do_no_harm(good, tmp_path):
     config(good, tie_word_embeddings=True)
     weights(good, lambda t: t.__setitem__("lm_head.weight", t[EMBED]))
     convert(str(good), tmp_path / "two")
-
-
-def gguf_file(path: Path, rope: np.ndarray | None = None) -> bytes:
-    """A tiny sound GGUF file of the model's shapes, perhaps with a table of rotary divisors."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_embedding_length(16)
-    writer.add_feed_forward_length(24)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(1e4)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([*(chr(97 + i) for i in range(25)), "ab"])
-    writer.add_token_merges(["a b"])
-    shapes = {
-        "token_embd.weight": (26, 16), "output_norm.weight": (16,), "blk.0.attn_norm.weight": (16,),
-        "blk.0.ffn_norm.weight": (16,), "blk.0.attn_q.weight": (16, 16), "blk.0.attn_q.bias": (16,),
-        "blk.0.attn_k.weight": (8, 16), "blk.0.attn_k.bias": (8,), "blk.0.attn_v.weight": (8, 16),
-        "blk.0.attn_v.bias": (8,), "blk.0.attn_output.weight": (16, 16), "blk.0.ffn_gate.weight": (24, 16),
-        "blk.0.ffn_up.weight": (24, 16), "blk.0.ffn_down.weight": (16, 24),
-    }  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
-    if rope is not None:
-        writer.add_tensor("rope_freqs.weight", rope)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
 
 
 def put(raw: bytes, at: int, value: int, form: str = "<Q") -> bytes:
@@ -333,7 +350,7 @@ HOSTILE_GGUF = {
 @pytest.mark.parametrize("fault", HOSTILE_GGUF)
 def test_a_hostile_gguf_file_is_refused(fault, tmp_path):
     pytest.importorskip("gguf")
-    raw = gguf_file(tmp_path / "good.gguf")
+    raw = write(tmp_path / "good.gguf", "qwen2").read_bytes()
     (tmp_path / "bad.gguf").write_bytes(HOSTILE_GGUF[fault](raw))
     with pytest.raises(CheckpointError) as caught:
         convert(str(tmp_path / "bad.gguf"), tmp_path / "dst")
@@ -343,43 +360,7 @@ def test_a_hostile_gguf_file_is_refused(fault, tmp_path):
 
 def test_the_sound_gguf_file_is_accepted(tmp_path):
     pytest.importorskip("gguf")
-    gguf_file(tmp_path / "good.gguf")
-    convert(str(tmp_path / "good.gguf"), tmp_path / "dst")
-
-
-def test_the_rotary_table_of_llama_3_becomes_its_scaling(tmp_path):
-    """The divisors are those of transformers' own frequencies; `_llama3` because a head of 128 dims is no tiny file."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("torch", reason="transformers computes the frequencies with it")
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope |= {"original_max_position_embeddings": 8192}
-    oracle = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters={"rope_theta": 5e5, **rope})
-    theirs = LlamaRotaryEmbedding(oracle).inv_freq.numpy().astype(np.float64)
-    table = (5e5 ** (-np.arange(64) / 64) / theirs).astype(np.float32)
-    assert {1.0, 8.0} < set(np.round(table, 4).tolist())  # fast pairs, slow ones, and some between
-    gguf_file(tmp_path / "table.gguf", table)
-    assert GgufFile(tmp_path / "table.gguf")._llama3(128, 5e5) == rope
-
-
-def test_a_file_with_the_table_converts(tmp_path):
-    """A head of 4 turns so fast at base 1e4 that every divisor is 1."""
-    pytest.importorskip("gguf")
-    gguf_file(tmp_path / "good.gguf", np.ones(2, np.float32))
-    convert(str(tmp_path / "good.gguf"), tmp_path / "dst")
-    scaling = read_config(tmp_path / "dst").model.rope_scaling
-    assert (scaling.kind, scaling.factor, scaling.original_length) == ("llama3", 1.0, 8192)
-
-
-@pytest.mark.parametrize("table", [[1.0, 7.0], [1.0, np.nan], [1.0], [0.5, 0.5]])
-def test_another_rotary_table_is_refused(table, tmp_path):
-    pytest.importorskip("gguf")
-    gguf_file(tmp_path / "bad.gguf", np.asarray(table, np.float32))
-    with pytest.raises(Unsupported, match=r"not Llama 3's"):
-        convert(str(tmp_path / "bad.gguf"), tmp_path / "dst")
-    assert not (tmp_path / "dst").exists()
+    convert(str(write(tmp_path / "good.gguf", "qwen2")), tmp_path / "dst")
 
 
 @pytest.mark.parametrize("fault", ["header of 2^63 bytes", "header nests a million deep", "a shape of 2^60"])

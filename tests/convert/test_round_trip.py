@@ -93,17 +93,6 @@ def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path):
     assert report.count("<img") >= 4
 
 
-def test_both_places_of_the_rotary_base_are_read_and_none_is_guessed():
-    raw = hf_config.write(_model(rope_base=500_000.0), "float32")
-    old = {k: v for k, v in raw.items() if k != "rope_parameters"}
-    new = {k: v for k, v in raw.items() if k != "rope_theta"}
-    assert hf_config.parse(old).rope_base == hf_config.parse(new).rope_base == 500_000.0
-    with pytest.raises(UserError, match="no rotary base"):
-        hf_config.parse({k: v for k, v in old.items() if k != "rope_theta"})
-    with pytest.raises(UserError, match="differ"):
-        hf_config.parse(raw | {"rope_theta": 10_000.0})
-
-
 def test_the_old_name_of_the_scaling_type_is_read():
     raw = hf_config.write(_model(rope_scaling=RopeScaling("linear", 2.0)), "float32")
     del raw["rope_parameters"]
@@ -119,7 +108,15 @@ def test_the_old_name_of_the_scaling_type_is_read():
         ({"position": "alibi"}, "position is 'alibi'"),
         ({"mixers": ("sigmoid",)}, "attention 'sigmoid'"),
         ({"mixers": ("softmax(row_sum=0.5)",)}, "row_sum"),
-        ({"mixers": ("softmax(window=4)", "softmax")}, "needs a Qwen"),
+        ({"mixers": ("softmax(window=4)", "softmax(window=5)")}, "one window size"),
+        ({"mixers": ("softmax(window=4)",), "mlp_bias": True}, "mlp_bias with a window has no HuggingFace"),
+        ({"rope_fraction": 0.5}, "rope_fraction is 0.5"),
+        ({"qk_norm": True, "attention_bias": "qkv"}, "qk_norm with attention_bias"),
+        ({"attention_bias": "qkv", "use_bias": True, "qk_norm": True}, "mlp_bias"),
+        (
+            {"max_positions": 64, "rope_scaling": RopeScaling("dynamic", 2.0, original_length=32)},
+            "max_positions is 64 but rope_scaling.original_length is 32",
+        ),
         ({"value_dim": 4}, "value_dim"),
     ],
 )

@@ -16,7 +16,7 @@ from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
 from jaxattn.text import load, stream_text
-from scripts.get_smollm2 import default_folder, fetch
+from scripts.get import fetch
 from tests.serve.test_engine import GREEDY, Inbox
 from tests.train.helpers import rows
 from train.finetune import main as finetune
@@ -52,7 +52,7 @@ def smol(tmp_path_factory):
     """The oracle with its tokenizer, and our converted checkpoint."""
     import transformers
 
-    path = fetch(default_folder())
+    path = fetch("smollm2")
     call = {"gguf_file": path.name}
     oracle = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **call).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **call)
