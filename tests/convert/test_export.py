@@ -191,7 +191,7 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
     made = pipe("It was", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
     prompt = np.asarray([loaded.tokenizer.encode("It was")], np.int32)
     ours = jaxattn.generate(loaded.model, loaded.params, prompt, max_new_tokens=8, stop_tokens=loaded.stop_tokens)
-    assert made == loaded.tokenizer.decode(ours.tokens[0][: ours.lengths[0]])
+    assert made == loaded.tokenizer.decode(ours.tokens[0][: ours.lengths[0]].tolist())
     again = read_config(convert(str(tmp_path / "hf"), tmp_path / "again"))
     assert again.model.max_positions == 48
 

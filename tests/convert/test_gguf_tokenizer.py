@@ -13,6 +13,7 @@ from jaxattn.chat import read_template
 from jaxattn.errors import UserError
 from jaxattn.text import load
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
+from tests.convert.gguf_models import write as write_model
 from tests.convert.llama_cpp import CASES, KEY, PRES, TEXTS, fields_of, kept, write_gguf
 
 
@@ -122,23 +123,11 @@ def test_a_file_that_contradicts_itself_is_refused(change, words, tmp_path):
 
 
 def test_a_converted_file_generates_from_its_start_token_to_any_of_its_ends(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    from tests.convert.test_faults import gguf_file
-
-    plain = gguf.GGUFWriter.add_token_merges
-
-    def more(writer, merges):
-        plain(writer, merges)
-        writer.add_bos_token_id(3)
-        writer.add_eos_token_id(4)
-        writer.add_eot_token_id(5)
-        writer.add_add_bos_token(True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf.GGUFWriter, "add_token_merges", more)
-        gguf_file(tmp_path / "x.gguf")
+    pytest.importorskip("gguf")
+    ends = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 3), ("eos", 4), ("eot", 5))}
+    write_model(tmp_path / "x.gguf", whole=ends | {"tokenizer.ggml.add_bos_token": True})
     loaded = load(convert(str(tmp_path / "x.gguf"), tmp_path / "made"))
     assert (loaded.stop_tokens, loaded.first_token) == ((4, 5), 3)
-    assert loaded.encode("ab") == [3, 25]
+    assert loaded.encode("ab") == [3, 26]
     assert loaded.encode("") == [3]
     assert isinstance(loaded.tokenizer, Tokenizer)
