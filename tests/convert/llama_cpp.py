@@ -30,7 +30,6 @@ TEXTS = (
     "a\u00a0b\u3000c", "²½Ⅷ٣", "<s>x</s> <unk>y", "<|im_start|>user\nhi <|im_end|>\n", "a<tool> b <tool>c", "▁ _ ▁▁",
     "walkingtalkedmother abc", "$5 #tag @me a/b \\n http://x.y/z?q=1", "Iİı Ǆǅǆ", "<|end|><|call|></s>",
 )  # fmt: skip
-MORE = ("<|im_start|>", "<|im_end|>", "<tool>")
 SPECIAL = {"<|im_start|>": CONTROL, "<|im_end|>": CONTROL, "<tool>": USER}
 
 
