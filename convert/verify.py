@@ -129,7 +129,10 @@ def prompts_of(folder: Path, vocab: int, given: list[str]) -> list[tuple[str, np
     """
     if has_tokenizer(folder / SIDE):
         tokenizer = read_tokenizer(folder / SIDE)
-        return [(text, np.asarray(tokenizer.encode(text), np.int32)) for text in given or PROMPTS]
+        rows = [(text, np.asarray(tokenizer.encode(text), np.int32)) for text in given or PROMPTS]
+        if any(len(ids) == 0 for _, ids in rows):
+            raise ConfigError("--prompt is empty and the tokenizer puts no start token there; give some text.")
+        return rows
     if given:
         raise ConfigError(f"--prompt needs a tokenizer, and {folder / SIDE} has none.")
     rng = np.random.default_rng(0)

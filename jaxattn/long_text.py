@@ -2,11 +2,13 @@
 
 A tokenizer remembers some 150 bytes for each byte of a text. One whose pre-tokenizer cuts by regular expressions alone
 gives the same ids for the pieces of a text as for the whole, if they meet where a pre-token ends and no added token is
-near. Other tokenizers (SentencePiece, whose merges may cross any blank) get their texts whole.
+near; one of bytes alone, wherever they meet. Other tokenizers (SentencePiece, whose merges may cross any blank) get
+their texts whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ def cutter(inner: tokenizers.Tokenizer) -> Callable[[str, int], Iterator[str]]:
     added = sorted({token.content for token in inner.get_added_tokens_decoder().values()})
     reach = max([WINDOW, *(2 * len(text) for text in added)])
     pre, normalizer = inner.pre_tokenizer, inner.normalizer
+    no_merges = inner.get_vocab_size() < 1000 and _no_merges(inner)
 
     def is_cut(text: str, at: int) -> bool:
         start = max(0, at - reach)
@@ -36,13 +39,13 @@ def cutter(inner: tokenizers.Tokenizer) -> Callable[[str, int], Iterator[str]]:
             return False
         if any(token in window for token in added):
             return False
-        return any(begin == at - start for _, (begin, _) in pre.pre_tokenize_str(window))
+        return no_merges or any(begin == at - start for _, (begin, _) in pre.pre_tokenize_str(window))
 
     def pieces(text: str, size: int) -> Iterator[str]:
         start = 0
         while start + size < len(text):
-            found = (m.start() for m, _ in zip(_PLACE.finditer(text, start + size), range(TRIES), strict=False))
-            at = next((at for at in found if is_cut(text, at)), None)
+            places = range(start + size, len(text)) if no_merges else map(_start, _PLACE.finditer(text, start + size))
+            at = next((at for at in itertools.islice(places, TRIES) if is_cut(text, at)), None)
             if at is None:
                 size *= 2
                 continue
@@ -53,6 +56,10 @@ def cutter(inner: tokenizers.Tokenizer) -> Callable[[str, int], Iterator[str]]:
     return pieces
 
 
+def _start(match: re.Match[str]) -> int:
+    return match.start()
+
+
 def _cuts_by_expressions(inner: tokenizers.Tokenizer) -> bool:
     """Whether text is cut by expressions, digits and the byte alphabet alone, and at most composed (NFC) before."""
     state = lambda part: {} if part is None else json.loads(part.__getstate__())
@@ -61,6 +68,11 @@ def _cuts_by_expressions(inner: tokenizers.Tokenizer) -> bool:
     if any(not _harmless(step) for step in steps) or not steps[0]:
         return False
     return all(step.get("type", "NFC") == "NFC" for step in flat(state(inner.normalizer), "normalizers"))
+
+
+def _no_merges(inner: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens are the bytes themselves."""
+    return json.loads(inner.model.__getstate__()).get("merges") == []
 
 
 def _harmless(step: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from jaxattn.chat import read_template
 from jaxattn.errors import UserError
 from jaxattn.text import load
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
-from tests.convert.gguf_models import write as write_model
+from tests.convert import gguf_models
 from tests.convert.llama_cpp import CASES, KEY, PRES, TEXTS, fields_of, kept, write_gguf
 
 
@@ -124,10 +125,21 @@ def test_a_file_that_contradicts_itself_is_refused(change, words, tmp_path):
 
 def test_a_converted_file_generates_from_its_start_token_to_any_of_its_ends(tmp_path):
     pytest.importorskip("gguf")
-    ends = {f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 3), ("eos", 4), ("eot", 5))}
-    write_model(tmp_path / "x.gguf", whole=ends | {"tokenizer.ggml.add_bos_token": True})
-    loaded = load(convert(str(tmp_path / "x.gguf"), tmp_path / "made"))
-    assert (loaded.stop_tokens, loaded.first_token) == ((4, 5), 3)
-    assert loaded.encode("ab") == [3, 26]
-    assert loaded.encode("") == [3]
+    key, ids = "tokenizer.ggml.", {"bos_token_id": 30, "eos_token_id": 31, "eot_token_id": 32, "add_bos_token": True}
+    path = gguf_models.write(tmp_path / "x.gguf", whole={key + name: value for name, value in ids.items()})
+    loaded = load(convert(str(path), tmp_path / "made"))
+    assert (loaded.stop_tokens, loaded.first_token) == ((31, 32), 30)
+    assert loaded.encode("ab") == [30, 26]
+    assert loaded.encode("") == [30]
     assert isinstance(loaded.tokenizer, Tokenizer)
+
+
+def test_long_texts_in_parts_have_the_ids_of_the_whole(tmp_path):
+    """Under every way to cut text; SentencePiece's merges may cross any blank, so such a text stays whole."""
+    text = "".join(text for text in TEXTS if "<" not in text) * 4
+    for name in PRES:
+        ours = made(fields_of(name, kept()), tmp_path / name)
+        parts = list(ours.encode_parts(text, size=200))
+        assert [*itertools.chain(*parts)] == ours.encode(text)
+        assert len(parts) > 5, name
+    assert len(list(made(fields_of("pieces", kept()), tmp_path / "pieces").encode_parts(text, size=200))) == 3

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 import jaxattn
 from convert.from_hf import convert
@@ -16,7 +17,9 @@ from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
 from jaxattn.text import load, stream_text
+from jaxattn.text_stream import TextStream
 from scripts.get import fetch
+from tests.generate import checkpoints
 from tests.serve.test_engine import GREEDY, Inbox
 from tests.train.helpers import rows
 from train.finetune import main as finetune
@@ -193,3 +196,66 @@ def test_lora_fine_tuning_starts_from_it_learns_and_exports(smol, tmp_path):
         expected = theirs(torch.tensor(np.asarray(ids))).logits.numpy()
     logits = jax.jit(lambda p: Decoder(tuned.model).apply({"params": p}, ids))(tuned.params)
     np.testing.assert_allclose(logits, expected, atol=1e-3)
+
+
+def test_ids_and_chats_of_two_hundred_odd_prompts_equal_transformers(smol, loaded):
+    theirs, prompts = smol[1], checkpoints.prompts(200)
+    # Digits apart, as the model's tokenizer.json and llama.cpp have it; transformers' reader of GGUF files forgets them
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    for text in prompts:
+        assert loaded.tokenizer.encode(text) == theirs(text)["input_ids"], text
+    assert loaded.encode("") == [1]  # the start token of its files, as transformers' generate has it
+    for messages in checkpoints.chats(200):
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert loaded.chat(messages) == ids
+        assert loaded.tokenizer.decode(ids, skip_special_tokens=False) == loaded.render(messages)
+
+
+def text_of(theirs, ids, new):
+    """transformers' text of new tokens behind a prompt's."""
+    decode = lambda ids: theirs.decode(ids, skip_special_tokens=True)
+    return decode([*ids, *new])[len(decode(ids)) :]
+
+
+def test_text_of_odd_prompts_equals_transformers(smol, loaded):
+    """A handful whose prompts fill the program that the question for the capital has compiled."""
+    oracle, theirs, _ = smol
+    rows = [ids for text in checkpoints.prompts(200) if 5 <= len(ids := loaded.encode(text)) <= 8][:5]
+    assert len(rows) == 5
+    for ids in rows:
+        with torch.no_grad():
+            new = oracle.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=4, do_sample=False,
+                eos_token_id=list(loaded.stop_tokens), pad_token_id=0,
+            )[0, len(ids) :].tolist()  # fmt: skip
+        assert "".join(stream_text(loaded, ids, max_new_tokens=4, how=Sampling())) == text_of(theirs, ids, new)
+
+
+@pytest.mark.slow
+def test_two_hundred_answers_and_where_they_end_equal_transformers(smol, loaded):
+    """Greedy, in batches, up to any of the ends that the file names."""
+    oracle, theirs, _ = smol
+    count, ready, prompts, ended = 10, loaded.prepared(), checkpoints.prompts(200), 0
+    assert loaded.stop_tokens == (0, 2, 4)
+    for at in range(0, 200, 20):
+        rows = [loaded.encode(text) for text in prompts[at : at + 20]]
+        longest = 128
+        tokens = np.stack([np.pad(np.asarray(ids, np.int32), (0, longest - len(ids))) for ids in rows])
+        made = jaxattn.generate(
+            ready.model, ready.params, tokens, lengths=[len(ids) for ids in rows], max_new_tokens=count,
+            stop_tokens=loaded.stop_tokens,
+        )  # fmt: skip
+        with torch.no_grad():
+            out = oracle.generate(
+                torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows]),
+                attention_mask=torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]),
+                max_new_tokens=count, do_sample=False, eos_token_id=list(loaded.stop_tokens), pad_token_id=0,
+            )[:, longest:].tolist()  # fmt: skip
+        for ids, row, length, other in zip(rows, made.tokens.tolist(), made.lengths, out, strict=True):
+            assert row[:length] == other[:length]
+            assert length == count or row[length - 1] in loaded.stop_tokens
+            ended += length < count
+            stream = TextStream(loaded.tokenizer, prompt_ids=ids)
+            assert stream.add(row[:length], last=True) == text_of(theirs, ids, row[:length])
+    assert ended

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +14,11 @@ import pytest
 from rich.console import Console
 
 from convert.from_hf import convert
+from convert.sources import Folder
 from convert.verify import Agreement, verify
+from convert.verify_tokens import compare as compare_tokens
 from tests.convert.families import build
+from tests.generate import checkpoints
 from train.checkpoint import Checkpoints
 from train.load import load_params, read_config
 
@@ -80,3 +85,63 @@ def test_agreement_of_logits_by_hand():
     assert (far.max_abs, far.top1, far.top5) == (5.5, 0.5, 0.5)
     p, q = np.exp(logits[0]) / np.exp(logits[0]).sum(), np.exp(other[0]) / np.exp(other[0]).sum()
     assert far.kl == pytest.approx(float((p * np.log(p / q)).sum()) / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("talker")
+    (folder / "hf").mkdir()
+    checkpoints.build("llama3", folder / "hf")
+    return folder / "hf", convert(str(folder / "hf"), folder / "ours")
+
+
+def test_a_verdict_speaks_of_tokens_too(talker, tmp_path):
+    src, dst = talker
+    console = Console(file=io.StringIO(), width=300)
+    assert verify(str(src), dst, prompts=["hello"], tolerance=1e-3, console=console)
+    assert "tokens: 5 texts and 2 chats equal those of transformers" in console.file.getvalue()
+    bad = shutil.copytree(dst, tmp_path / "bad")
+    (bad / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    console = Console(file=io.StringIO(), width=300)
+    assert not verify(str(src), bad, prompts=["hello"], tolerance=1e-3, console=console)
+    assert "tokens differ on a chat of 1" in console.file.getvalue()
+    assert "equal: no logit differs" in console.file.getvalue()
+
+
+def _edit(path, change):
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+FAULTS = {
+    "no start token": ("tokenizer.json", lambda raw: raw.update(post_processor=None), "transformers has [601, "),
+    "merges lost": ("tokenizer.json", lambda raw: raw["model"].update(merges=raw["model"]["merges"][:50]), "'hello"),
+    "no word kept whole": ("tokenizer.json", lambda raw: raw["model"].update(ignore_merges=False), "' xylophones'"),
+    "no tokenizer": ("tokenizer.json", lambda raw: raw.clear(), "transformers reads the source's tokenizer, but"),
+    "a special token less": (
+        "tokenizer_config.json",
+        lambda raw: raw.update(bos_token=None),
+        "a chat of 1: transformers has '<|begin",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_tokenizer_is_seen(talker, tmp_path, name):
+    file, change, words = FAULTS[name]
+    side = shutil.copytree(talker[1] / "hf", tmp_path / "hf")
+    assert compare_tokens(Folder(talker[0]), side, ["hello World", " xylophones"]).same
+    _edit(side / file, change)
+    found = compare_tokens(Folder(talker[0]), side, ["hello World", " xylophones"])
+    assert not found.same
+    assert words in found.line
+    assert "\n" not in found.line
+    assert len(found.line) < 700
+
+
+def test_a_source_without_a_tokenizer_has_nothing_to_compare(twin):
+    found = compare_tokens(Folder(twin[0]), twin[1] / "hf", ["x"])
+    assert found.same
+    assert "nothing to compare" in found.line

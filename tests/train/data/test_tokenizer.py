@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import processors
 
 from jaxattn.errors import DataError
+from jaxattn.tokenizer import Tokenizer
 from train.data.tokenizer import END, byte_tokenizer, load_tokenizer, sample, train_bpe
 
 TEXT = "größe, naïve — 東京\n\ttab  two spaces 🙂 \0 end"
@@ -158,3 +159,68 @@ def test_tokens_cached_without_a_start_token_are_not_used(tmp_path):
     assert tokenizer.identity()[0] == tokenizer.to_json()
     assert len(tokenizer.identity()) == 2
     assert byte_tokenizer().identity() == (byte_tokenizer().to_json(),)
+
+
+def test_sequences_cut_from_a_text_begin_with_the_start_token(tmp_path, source_of):
+    """Also those from the middle; the sink study of a model that knows a start token needs it there."""
+    bracketed(tmp_path)
+    source = source_of(["abcdefghij" * 4] * 4, tokenizer=str(tmp_path), val_fraction=0.5)
+    rows = source.held_out(12, 8)
+    assert set(rows[:, 0]) == {257}
+    assert 257 not in rows[:, 1:]
+    assert len({tuple(row) for row in rows}) > 3
+    (tmp_path / "text.txt").write_text("0123456789" * 3)
+    assert source.encode_text(str(tmp_path / "text.txt"), 3, 8).tolist() == [[257, *b"0123456"]] * 3
+    with pytest.raises(DataError, match=r"30 tokens, too few for 3 sequences of 12: .* ask for 2 sequences"):
+        source.encode_text(str(tmp_path / "text.txt"), 3, 12)
+    plain = source_of(["abcdefghij" * 4] * 4)
+    assert plain.encode_text(str(tmp_path / "text.txt"), 3, 8).tolist() == [list(b"01234567")] * 3
+
+
+@pytest.mark.parametrize("kind", ["bracketed", "bpe"])
+def test_a_long_document_in_parts_has_the_same_tokens(tmp_path, source_of, monkeypatch, kind):
+    words = "some words of a text, which goes on and on; "
+    docs = ["short", words * 30, "", words * 9 + "é", "end"]
+    fields = {"tokenizer": kind, "vocab_size": 300}
+    if kind == "bracketed":
+        bracketed(tmp_path)
+        fields = {"tokenizer": str(tmp_path)}
+    whole = source_of(docs, val_fraction=0, **fields)
+    sizes = []
+    parts = Tokenizer.encode_parts
+
+    def small(self, text):
+        for part in parts(self, text, size=100):
+            sizes.append(len(part))
+            yield part
+
+    monkeypatch.setattr("train.data.store.LONG", 300)
+    monkeypatch.setattr(Tokenizer, "encode_parts", small)
+    cut = source_of(docs, val_fraction=0, cache_dir=str(tmp_path / "other"), **fields)
+    np.testing.assert_array_equal(cut.store.ids, whole.store.ids)
+    np.testing.assert_array_equal(cut.store.offsets, whole.store.offsets)
+    assert cut.store.meta["ids_sha256"] == whole.store.meta["ids_sha256"]
+    assert len(sizes) > 12
+
+
+def test_words_of_a_training_text_are_bounded_and_others_change_nothing(monkeypatch):
+    """Learning merges costs the square of a word: a text without blanks is cut for the training alone."""
+    text = [TEXT, "the cat sat on the mat, 1234 times; " * 50]
+    want = train_bpe(text, 300).to_json()
+    monkeypatch.setattr("train.data.tokenizer.LONGEST_WORD", 99_999)
+    assert train_bpe(text, 300).to_json() == want
+    monkeypatch.setattr("train.data.tokenizer.LONGEST_WORD", 4)
+    made = train_bpe(["abcdefgh" * 200], 300)
+    assert max(map(len, (made.token(i) for i in range(1, made.vocab_size)))) == 4
+    assert len(made.encode("abcdefgh" * 4)) < 32
+    assert json.loads(made.to_json())["pre_tokenizer"] == json.loads(want)["pre_tokenizer"]
+
+
+def test_another_file_of_a_tokenizer_s_kind_and_what_hides_in_a_folder(tmp_path):
+    byte_tokenizer().save(tmp_path / "own.json")
+    assert load_tokenizer(str(tmp_path / "own.json")).encode("a") == [97]
+    with pytest.raises(DataError, match=r"data.tokenizer='.*': .* has no tokenizer \(none of"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "own.json").write_text("{}")
+    with pytest.raises(DataError, match=r"own.json' is not a tokenizer.json"):
+        load_tokenizer(str(tmp_path / "own.json"))
