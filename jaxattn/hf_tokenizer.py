@@ -143,8 +143,7 @@ def _assemble(folder: Path, config: dict[str, Any], kind: str, saved: dict[str, 
     )
     with guarded(broken):
         if kind == AS_SAVED:
-            assert saved is not None
-            inner = tokenizers.Tokenizer.from_str(json.dumps(saved))
+            inner = tokenizers.Tokenizer.from_file(str(folder / JSON))
             padding, post = inner.padding, inner.post_processor
         elif saved is not None:
             shell = {**saved, "model": {**saved["model"], "vocab": {}, "merges": []}, "added_tokens": []}
