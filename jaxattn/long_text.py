@@ -29,17 +29,16 @@ def cutter(inner: tokenizers.Tokenizer) -> Callable[[str, int], Iterator[str]]:
         return lambda text, size: iter((text,))
     added = sorted({token.content for token in inner.get_added_tokens_decoder().values()})
     reach = max([WINDOW, *(2 * len(text) for text in added)])
-    pre, normalizer = inner.pre_tokenizer, inner.normalizer
+    pre = inner.pre_tokenizer
+    normal = (lambda text: text) if inner.normalizer is None else inner.normalizer.normalize_str
     no_merges = inner.get_vocab_size() < 1000 and _no_merges(inner)
 
     def is_cut(text: str, at: int) -> bool:
-        start = max(0, at - reach)
-        window = text[start : at + reach]
-        if normalizer is not None and normalizer.normalize_str(window) != window:
+        before, behind = text[max(0, at - reach) : at], text[at : at + reach]
+        if any(token in before + behind for token in added):
             return False
-        if any(token in window for token in added):
-            return False
-        return no_merges or any(begin == at - start for _, (begin, _) in pre.pre_tokenize_str(window))
+        before, behind = normal(before), normal(behind)
+        return no_merges or any(begin == len(before) for _, (begin, _) in pre.pre_tokenize_str(before + behind))
 
     def pieces(text: str, size: int) -> Iterator[str]:
         start = 0

@@ -10,10 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from jaxattn import hf_tokenizer
 from jaxattn.errors import UserError
+from jaxattn.tokenizer import Tokenizer as Tokenized
 from jaxattn.tokenizer import check_text, read_tokenizer
 from tests.generate.checkpoints import LLAMA3, QWEN2, byte_bpe, pieces_bpe
 
@@ -345,3 +346,34 @@ def test_start_and_end_tokens_go_around_long_texts_once(tmp_path):
     parts = list(ours.encode_parts(text, size=100))
     assert len(parts) > 8
     assert [*itertools.chain(*parts)] == inner.encode(text).ids
+
+
+def test_long_texts_are_cut_only_where_characters_are_composed_already(tmp_path):
+    write(plain(tmp_path, normalizer={"type": "NFC"}), {"config.json": {"model_type": "qwen3"}})
+    ours, rng = read_tokenizer(tmp_path), random.Random(3)
+    words = [
+        "cafe\u0301 ",
+        "word, ",
+        "a\u0308. ",
+        "x=1; ",
+        "plain text and more of it, so it goes on and on. " * 5,
+        "\n",
+    ]
+    text = "".join(rng.choice(words) for _ in range(300))
+    parts = list(ours.encode_parts(text, size=50))
+    assert [*itertools.chain(*parts)] == oracle(tmp_path)(text)["input_ids"]
+    assert len(parts) > 3
+
+
+def test_long_texts_are_cut_neither_inside_a_word_nor_inside_an_added_token():
+    """Here a word goes from comma to comma, and a merge goes over a blank."""
+    inner = Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1, "aĠ": 2, ",": 3, "<": 4, ">": 5}, merges=[("a", "Ġ")]))
+    split = pre_tokenizers.Split(Regex("[^,]+|,"), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    inner.add_special_tokens(["<a,a>"])
+    ours = Tokenized(inner)
+    for text in ("a a a a a, " * 60, "a a<a,a>a, a a a a a a a a a a a a a a a a" * 40, "a <a,a> " * 90):
+        for size in (10, 33, 100):
+            assert [*itertools.chain(*ours.encode_parts(text, size=size))] == inner.encode(text).ids
+    assert len(list(ours.encode_parts("a a a a a, " * 60, size=33))) > 5

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from convert.from_hf import convert
+from convert.from_hf import convert, run_config
 from jaxattn.errors import UserError
+from jaxattn.models import ModelConfig
 from jaxattn.text import load, stream_text
 from jaxattn.text_stream import TextStream
 from tests.generate import checkpoints
@@ -105,6 +106,23 @@ def test_a_missing_tokenizer_is_not_replaced_by_bytes(llama, side):
     (side / "vocab.json").write_text("{}")
     with pytest.raises(UserError, match=r"vocab\.json"):
         load(llama)
+
+
+@pytest.mark.parametrize(
+    ("file", "vocabulary", "tokenizer"),
+    [
+        ("tokenizer.json", 257, "hf/tokenizer.json"),
+        ("vocab.json", 257, "hf"),
+        ("tokenizer.model", 257, "hf"),
+        (None, 256, "hf"),  # refused by name where text is wanted
+        (None, 257, "bytes"),  # a model of bytes has no files for them
+    ],
+)
+def test_what_a_converted_checkpoint_says_of_its_tokenizer(tmp_path, file, vocabulary, tokenizer):
+    if file is not None:
+        (tmp_path / file).write_text("{}")
+    model = ModelConfig(vocab_size=vocabulary, num_layers=1, d_model=16, num_heads=2, max_positions=32)
+    assert run_config(model, tmp_path).data.tokenizer == tokenizer
 
 
 def test_a_chat_gets_no_second_start_token(llama):
