@@ -181,7 +181,7 @@ class RunConfig:
     steps: int = 1000
     """Optimiser steps in all."""
     seed: int = 0
-    """Seed of parameters, data order and evaluation."""
+    """Seed of the initial parameters and of the training stream: the order of text, fresh sequences of tasks. What is held out follows data.seed."""
     run_dir: str = ""
     """Where the run lives; default runs/PRESET-ATTN-seedSEED."""
     resume: bool = False
@@ -264,6 +264,18 @@ class RunConfig:
 
 # Fields that older runs do not have, and the value that makes a run the same without: such a run resumes.
 LATER = {"model.mlp_bias": False, "model.rope_scaling.short_factors": (), "model.rope_scaling.long_factors": ()}
+
+
+def with_older_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the fields that its version did not have, at the values that mean what it did.
+
+    data.seed: one seed decided everything.
+    """
+    data = saved.get("data")
+    if not isinstance(data, dict) or "seed" in data:
+        return saved
+    return {**saved, "data": {**data, "seed": saved.get("seed", 0)}}
+
 
 # What a resumed run may change without becoming another run.
 RESUMABLE = (

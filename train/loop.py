@@ -23,7 +23,7 @@ from jaxattn.errors import Mismatch, TrainingStopped
 from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
-from train.config import RESUMABLE, RunConfig
+from train.config import RESUMABLE, RunConfig, with_older_fields
 from train.data import Source
 from train.data.task_source import TaskSource
 from train.load import abstract_state, first_state, load_base, open_source, read_config, whole
@@ -116,7 +116,7 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
             print(describe_swap(cfg), flush=True)
             state = state if cfg.lora.rank else state | {"params": put(state["params"], base)}
         return replicate(state, mesh), frozen, 0
-    checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE)
+    checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE, complete=with_older_fields)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     restored = checkpoints.restore(abstract_state(cfg, sharding), iterator)
     print(f"resumed {checkpoints.path(restored.step)}", flush=True)
