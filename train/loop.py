@@ -39,10 +39,11 @@ log = logging.getLogger("jaxattn")
 
 LOGGED_TABLES = (
     "first_token_weight",
+    "first_token_weight_raw",
     "first_token_weight_nontrigger",
+    "first_token_weight_nontrigger_raw",
     "first_token_weight_trigger",
-    "first_token_weight_nontrigger_proxy",
-    "first_token_weight_trigger_proxy",
+    "first_token_weight_trigger_raw",
     "value_drain",
     "residual_peak",
     "sink_logit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -56,11 +57,11 @@ def evaluation_line(row: dict[str, Any]) -> str:
     if "val_exact" in row:
         parts.insert(2, f"whole answers {100 * row['val_exact']:.1f} %")
     if "risk_backcopy" in row:
-        most = max(max(heads) for heads in row["first_token_weight_nontrigger"])
+        heads = [x for layer in row["first_token_weight_nontrigger"] for x in layer if x is not None]
         parts += [
             f"backcopy {row['risk_backcopy']:.3f}",
             f"bigram excess {row['risk_bigram_excess']:.3f}",
-            f"<s> weight {most:.3f}",
+            f"<s> weight {max(heads, default=math.nan):.3f}",
         ]
     return "  ".join(parts)
 
