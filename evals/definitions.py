@@ -28,9 +28,9 @@ TERMS = (
     Definition(
         "",
         "Row share A'",
-        f"A' = |A| / (Σ|A| + {SHARE_EPS:g}), the sum over a query's row with its slots. Where rows are distributions "
+        f"A' = |A| / (Σ|A| + 1e-8), the sum over a query's row with its slots. Where rows are distributions "
         f"it is A itself; where they are not, it stands in for A in every number without “raw” in its name, as in "
-        f"{SINK_STUDY}. Of a row with Σ|A| < {NEARLY_EMPTY:g} the constant takes more than 1 %: see nearly empty rows.",
+        f"{SINK_STUDY}. Of a row with Σ|A| < 1e-6 the constant takes more than 1 %: see nearly empty rows.",
     ),
     Definition("", "*", "A number of A' of an attention whose rows are no distributions; the model itself uses A."),
     Definition(
@@ -66,16 +66,32 @@ MEASURED = (
         "Share of (sequence, layer, head) triples with α₁ > ε, in percent; ε = 0.3 unless stated. The threshold is "
         f"applied before any mean is taken. {SINK_STUDY}, section 3.2.",
     ),
-    Definition("sink_rate_by_position", "Sinkₖ", "The same for αₖ of the key at position k = 1, 2, …"),
-    Definition("sink_rate_slot", "Sink on the slot", "The same for the largest α of a layer's slots."),
+    Definition(
+        "sink_rate_by_position",
+        "Sinkₖ",
+        "Share of (sequence, layer, head) triples with αₖ > ε, in percent, for the keys at positions k = 1, 2, …",
+    ),
+    Definition(
+        "sink_rate_slot",
+        "Sink on the slot",
+        "Share of (sequence, layer, head) triples in which the largest α of a slot is above ε, in percent.",
+    ),
     Definition(
         "first_token_weight",
         "Start-token weight α₁",
         "Mean of A'[i,1] over the queries i ≥ 1 that can see the first token, its own (which is 1 in causal softmax) "
         f"included; [layer][head], then mean over sequences. Uniform attention gives 0.07 at T = 64. {SINK_STUDY}.",
     ),
-    Definition("first_token_weight_raw", "Start-token weight, raw", "The same mean of A instead of A'."),
-    Definition("first_token_weight_slot", "Slot weight", "The same mean for the largest α of a layer's slots."),
+    Definition(
+        "first_token_weight_raw",
+        "Start-token weight, raw",
+        "Mean of A[i,1], not of A', over the queries i ≥ 1 that can see the first token, its own included.",
+    ),
+    Definition(
+        "first_token_weight_slot",
+        "Slot weight",
+        "α of the slot with the largest one, which is the mean of its A' over all queries; [layer][head].",
+    ),
     Definition(
         "first_token_weight_nontrigger",
         "Start-token weight, non-trigger queries",
@@ -84,7 +100,7 @@ MEASURED = (
     Definition(
         "first_token_weight_nontrigger_raw",
         "Start-token weight, non-trigger queries, raw",
-        "The same mean of A instead of A'.",
+        "Mean of A[i,1], not of A', over non-trigger queries i ≥ 2 that can see the first token; [layer][head].",
     ),
     Definition(
         "first_token_weight_trigger",
@@ -94,7 +110,7 @@ MEASURED = (
     Definition(
         "first_token_weight_trigger_raw",
         "Start-token weight, trigger queries, raw",
-        "The same mean of A instead of A'.",
+        "Mean of A[i,1], not of A', over trigger queries i ≥ 2 that can see the first token; [layer][head].",
     ),
     Definition(
         "rows_no_distribution",
@@ -105,16 +121,20 @@ MEASURED = (
     Definition(
         "rows_nearly_empty",
         "Nearly empty rows",
-        f"Share of the queries' rows of A, in percent, with Σ|A| < {NEARLY_EMPTY:g}; [layer][head]. Their A' sums to "
-        f"less than 0.99, and to 0 where nothing is attended to: they count against every sink.",
+        "Share of the queries' rows of A, in percent, with Σ|A| < 1e-6; [layer][head]. Their A' sums to "
+        "less than 0.99, and to 0 where nothing is attended to: they count against every sink.",
     ),
     Definition(
         "sink_logit",
         "Sink logit",
-        "Mean over queries i ≥ 3 that can see the first token (non-trigger ones on Bigram-Backcopy) of s[i,1] minus the "
-        f"mean of the visible s[i,j], 1 < j < i, before the non-linearity; [layer][head]. {BB_STUDY}.",
+        "Mean over queries i ≥ 3 that can see the first token (non-trigger ones on Bigram-Backcopy) of s[i,1] minus "
+        f"the mean of the visible s[i,j], 1 < j < i, before the non-linearity; [layer][head]. {BB_STUDY}.",
     ),
-    Definition("sink_logit_std", "Sink logit, spread", "Standard deviation of the same over queries and sequences."),
+    Definition(
+        "sink_logit_std",
+        "Sink logit, spread",
+        "Standard deviation of the sink logit over queries and sequences; [layer][head].",
+    ),
     Definition(
         "value_drain",
         "Value drain",
@@ -122,7 +142,7 @@ MEASURED = (
         f"below 1 means that attending to it adds nothing; [layer][head], none where the others are 0. {BB_STUDY}.",
     ),
     Definition("value_norm_first", "Value norm, first token", "‖W_O v₁‖, mean over sequences; [layer][head]."),
-    Definition("value_norm_rest", "Value norm, other tokens", "‖W_O vⱼ‖, mean over j > 1 and sequences; [layer][head]."),
+    Definition("value_norm_rest", "Value norm, other tokens", "‖W_O vⱼ‖, mean over j > 1, sequences; [layer][head]."),
     Definition(
         "residual_peak",
         "Residual peak",
@@ -130,7 +150,11 @@ MEASURED = (
         f"activation”); [layer]. {BB_STUDY}, {SINK_STUDY}.",
     ),
     Definition("residual_norm_first", "Residual norm, first token", "After each block, mean over sequences; [layer]."),
-    Definition("residual_norm_rest", "Residual norm, other tokens", "The same, mean over the other tokens; [layer]."),
+    Definition(
+        "residual_norm_rest",
+        "Residual norm, other tokens",
+        "After each block, mean over the other tokens and sequences; [layer].",
+    ),
     Definition(
         "risk_backcopy",
         "Backcopy risk",

@@ -89,8 +89,8 @@ def make_measure(
             if name in ("alpha", "alpha_slot"):
                 return np.concatenate(values)
             over = [np.asarray(counts.get(name, 1)) for _, counts in parts]
-            total = sum(v * n for v, n in zip(values, over, strict=True))
-            return _ratio(total, np.broadcast_to(sum(over), np.shape(total)))
+            total = np.sum([v * n for v, n in zip(values, over, strict=True)], axis=0)
+            return _ratio(total, np.broadcast_to(np.sum(over, axis=0), np.shape(total)))
 
         found = {name: merge(name) for name in parts[0][0]}
         square = found.pop("sink_logit_square")
@@ -150,9 +150,7 @@ def _split(view: ForwardView, plain: Array, trigger: Array) -> tuple[dict[str, A
     return out, counts
 
 
-def _risks(
-    logits: Array, tokens: Array, trigger: Array, task: BigramTask
-) -> tuple[dict[str, Array], dict[str, Array]]:
+def _risks(logits: Array, tokens: Array, trigger: Array, task: BigramTask) -> tuple[dict[str, Array], dict[str, Array]]:
     """Cross-entropy on trigger and other queries t >= 1, the excess over the table's own loss there, their numbers."""
     loss = token_losses(logits[:, :-1], tokens[:, 1:])[:, 1:]
     current, following = tokens[:, 1:-1], tokens[:, 2:]
@@ -204,7 +202,8 @@ def _plain(value: Any) -> Any:
 def attention_maps(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> tuple[np.ndarray, int]:
     """Dense A [n, L, H, T, slots + T] of a few short sequences, and the number of leading extra columns.
 
-    In f16 where all rows sum to one, else in f32, which tiny and huge weights need. Sink tokens in front count as extra columns; where layers differ in slots, the missing ones are zero.
+    In f16 where all rows sum to one, else in f32, which tiny and huge weights need. Sink tokens in front count as
+    extra columns; where layers differ in slots, the missing ones are zero.
     """
     view = look(cfg, params, jnp.asarray(tokens))
     rows = [layer.weights() for layer in view.attention]

@@ -147,7 +147,8 @@ class Checkpoints:
     ) -> None:
         """Raises `Mismatch` naming each field in which `current` differs from the saved configuration.
 
-        complete: gives a saved configuration the fields that its version did not have. Looks at `step`, or else at the newest step with a sound manifest; with no step it has no opinion.
+        complete: gives a saved configuration the fields that its version did not have. Looks at `step`, or else at
+        the newest step with a sound manifest; with no step it has no opinion.
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:

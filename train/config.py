@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from jaxattn.errors import ConfigError
-from jaxattn.models import ModelConfig
+from jaxattn.models import ModelConfig, at_context
 from train.data import DataConfig
 
 
@@ -175,7 +175,7 @@ class RunConfig:
     """Pretrain a decoder with swappable attention and watch sinks emerge."""
 
     attn: str = "softmax"
-    """Attention of the layers: NAME, NAME(option=value, window=64), or a comma-separated pattern that repeats over depth, e.g. "softmax(window=64), sigmoid"; none is a layer without attention. See --list-attn."""
+    """Attention of the layers: NAME, NAME(option=value, window=64), or a comma-separated pattern that repeats over depth, e.g. "softmax(window=64), sigmoid"; none is a layer without attention. The word context as an option's value is data.context, e.g. "sigmoid(train_len=context)". See --list-attn."""
     preset: str = "bb"
     """Named recipe that sets every default below; see --list-presets."""
     steps: int = 1000
@@ -210,12 +210,13 @@ class RunConfig:
             raise ConfigError(f"seed is {self.seed} but must be 0 or positive.")
 
     def resolved(self) -> RunConfig:
-        """The same run with `attn` written into the model and context-dependent fields filled in.
+        """The same run with `attn`, its context in numbers, written into the model and other such fields filled in.
 
         Raises:
           ConfigError: unknown attention, a window longer than the context, a micro-batch that does not fit.
         """
-        model = self.model.with_attention(self.attn)
+        attn = at_context(self.attn, self.data.context)
+        model = self.model.with_attention(attn)
         for layer in range(model.num_layers):
             mechanism, window = model.mixer(layer).mechanism, model.mixer(layer).window
             if self.data.prefix_len and mechanism and not mechanism.capabilities.prefix:
@@ -246,7 +247,7 @@ class RunConfig:
                 f"model.max_positions is {model.max_positions} but sequences have up to "
                 f"{max(self.data.context, self.eval.length)} positions; raise it."
             )
-        return dataclasses.replace(self, model=model)
+        return dataclasses.replace(self, attn=attn, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, JSON-ready; a run that starts from no checkpoint does not speak of one."""

@@ -20,6 +20,7 @@ from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import Mismatch, TrainingStopped
+from jaxattn.models import at_context
 from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
@@ -91,7 +92,8 @@ def run(cfg: RunConfig) -> int:
 
 def default_run_dir(cfg: RunConfig) -> str:
     """runs/PRESET-ATTN-seedSEED, with characters that file systems dislike replaced."""
-    attn = "".join(c if c.isalnum() or c in "_.=-" else "-" for c in cfg.attn.replace(" ", ""))
+    attn = at_context(cfg.attn, cfg.data.context).replace(" ", "")
+    attn = "".join(c if c.isalnum() or c in "_.=-" else "-" for c in attn)
     return f"runs/{cfg.preset}-{attn.strip('-')}-seed{cfg.seed}"
 
 

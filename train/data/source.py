@@ -72,9 +72,10 @@ class Source(ABC):
         pieces of a row from 1 and are 0 in padding, loss_mask is True where targets holds the real next token
         of the same document.
 
-        The stream is a function of (configuration, seed), `cfg.seed` for the split; text is shuffled anew each epoch. `get_state` and
-        `set_state` continue it exactly; states are plain JSON. A state is refused under other data settings
-        or another number of workers (best-fit rows depend on it). Call `close()` to stop the workers.
+        The stream is a function of (configuration, seed), `cfg.seed` for the split; text is shuffled anew each
+        epoch. `get_state` and `set_state` continue it exactly; states are plain JSON. A state is refused under
+        other data settings or another number of workers (best-fit rows depend on it). Call `close()` to stop the
+        workers.
         """
         from train.data.pipeline import iterate
 
