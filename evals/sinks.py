@@ -18,6 +18,7 @@ from evals.definitions import NEARLY_EMPTY, SHARE_EPS, definitions
 from evals.measure import BigramTask, attention_maps, make_measure, summarise
 from jaxattn.analysis import look
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.mechanisms import resolve_mixer
 from train.config import RunConfig
 from train.data import Source
 from train.rundir import write_json_atomic
@@ -66,9 +67,20 @@ def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str |
         "attention_layers": layers,
         "proxy": bool(np.any(raw["rows_no_distribution"] > 0)),
         "slots": slot_kinds(cfg, params, tokens),
+        "notes": notes(cfg),
         **numbers,
         "definitions": definitions(numbers),
     }
+
+
+def notes(cfg: RunConfig) -> list[str]:
+    """What a comparison with this run hangs on, by the advice of its mechanisms."""
+    found = []
+    for text in dict.fromkeys(cfg.model.mixers):
+        choice = resolve_mixer(text)
+        advice = choice.mechanism.advice(choice.spec, cfg.data.context) if choice.mechanism else ""
+        found += [advice if len(set(cfg.model.mixers)) == 1 else f"{text}: {advice}"] if advice else []
+    return found
 
 
 def slot_kinds(cfg: RunConfig, params: Any, tokens: np.ndarray) -> list[str]:

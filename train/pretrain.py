@@ -70,6 +70,8 @@ def _list_attention() -> None:
         print(f"{name:20} {mechanism.title} (arXiv {mechanism.arxiv})  {mechanism.equation}")
         if options:
             print(f"{'':20} options: {options}")
+        if advice := mechanism.advice(mechanism.spec(), None):
+            print(f"{'':20} compare with care: {advice}")
 
 
 def _list_presets() -> None:
