@@ -97,7 +97,7 @@ CAPTIONS = {
     "loss": (
         "Loss",
         "Look for the step at which validation (marked) falls below the bigram entropy: from there on the "
-        "model needs attention.",
+        "model needs attention. The scale ends at the first loss.",
     ),
     "accuracy": (
         "Accuracy on the task",

@@ -18,14 +18,14 @@ SOURCES = {
     "copy again": {"source": "copy", "unique_tokens": 16 * 8},
 }
 
-# Of versions with one seed, at seed 3: sha256 of 6 training batches, 3 validation batches, 8 held-out sequences.
+# Of versions with one seed, at seed 3: sha256 of 6 training batches, 3 validation batches, 40 held-out sequences (more than documents).
 ONE_SEED = {
-    "bb": ("f428c5e10840e593", "108167f09b64258e", "11003c82e7e8c037"),
-    "copy": ("6533db0a8cbc842b", "2c0e958c88b84bd1", "11e97b76f1aeaa6b"),
-    "text": ("72b5c48ba0be7964", "13248e563488642d", "bec4f0a1764cc946"),
-    "text, best fit": ("e0e96065a172573e", "e59684362afd0aa4", "a3ad75ef62a47696"),
-    "bb again": ("9ec17d30b0cc6807", "44156749b50695b8", "99cf2f4dfca2651f"),
-    "copy again": ("d9a3d2df0c650d56", "2c0e958c88b84bd1", "11e97b76f1aeaa6b"),
+    "bb": ("f428c5e10840e593", "108167f09b64258e", "0a7fef9730c7e066"),
+    "copy": ("6533db0a8cbc842b", "2c0e958c88b84bd1", "21828740f0a4839c"),
+    "text": ("72b5c48ba0be7964", "13248e563488642d", "634aabdfadc65d7a"),
+    "text, best fit": ("e0e96065a172573e", "e59684362afd0aa4", "71994ff29ca83ead"),
+    "bb again": ("9ec17d30b0cc6807", "44156749b50695b8", "584fa85fc1ce91c6"),
+    "copy again": ("d9a3d2df0c650d56", "2c0e958c88b84bd1", "21828740f0a4839c"),
 }
 
 
@@ -46,7 +46,7 @@ def given(source_of):
         training = [next(iterator) for _ in range(6)]
         iterator.close()
         flat = lambda batches: [batch[name] for batch in batches for name in sorted(batch)]
-        return digest(flat(training)), digest(flat(source.val_batches(3))), digest([source.held_out(8, 12)])
+        return digest(flat(training)), digest(flat(source.val_batches(3))), digest([source.held_out(40, 12)])
 
     return look
 
