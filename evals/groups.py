@@ -97,7 +97,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             groups.append(Group([run]))
             taken.append((mine, {seeds}))
     for i, (group, name) in enumerate(zip(groups, _names(groups), strict=True)):
-        group.label, group.color, group.marker = name, PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        again, place = divmod(i, len(PALETTE))  # from the eleventh on with another marker
+        group.label, group.color, group.marker = name, PALETTE[place], MARKERS[(place + again) % len(MARKERS)]
         for run in group.runs:
             run.label = f"{name}, {seed_of(run, group)}" if group.many else name
     return groups
