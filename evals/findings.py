@@ -73,11 +73,12 @@ def verdict(run: Run) -> str:
     queries = " on non-trigger queries" if run.start_key == NONTRIGGER else ""
     said = f"largest start-token weight{queries} {_digits(weight, run.epsilon)}{run.star}, {where}"
     rate = f"Sink₁ {number(latest.get('sink_rate')):.1f} %{run.star}"
+    end = _slot(run) + _empty(run)
     found = stretches(run)
     if weight <= run.epsilon:
         claim = "no sink" if number(latest.get("sink_rate")) == 0 else "no head is a sink on average over sequences"
         past = f"; some head was above {run.epsilon:g} {in_words(found)}" if found else ""
-        return f"{bad}{claim} ({rate}; {said}){past}{_slot(run)}"
+        return f"{bad}{claim} ({rate}; {said}){past}{end}"
     count = int((table > run.epsilon).sum())
     when = f"; some head above {run.epsilon:g} {in_words(found)}" if found else ""
     text = f"a sink: {said}{when}"
@@ -88,7 +89,7 @@ def verdict(run: Run) -> str:
     if drain is not None and drain.shape == table.shape and np.isfinite(drain[index]):
         kept = f"{drain[index]:.2f} of the other tokens'"
         text += f"; value drained to {kept}" if drain[index] < 0.5 else f"; value norm {kept}, not drained"
-    return f"{bad}{text}; {rate}, {count} of {table.size} heads above {run.epsilon:g}{_slot(run)}"
+    return f"{bad}{text}; {rate}, {count} of {table.size} heads above {run.epsilon:g}{end}"
 
 
 def strongest_head(run: Run, table: np.ndarray) -> tuple[float, str, tuple[int, ...]]:
@@ -109,6 +110,13 @@ def _slot(run: Run) -> str:
     return "" if np.isnan(rate) else f"; Sink on the {kinds}{' ' * bool(kinds)}slot {rate:.1f} %{run.star}"
 
 
+def _empty(run: Run) -> str:
+    """How many rows hardly attend to anything, where it is more than one in a hundred."""
+    table = run.matrix("rows_nearly_empty")
+    share = 0.0 if table is None else float(np.nan_to_num(np.nanmean(table)))
+    return f"; {share:.0f} % of rows are nearly empty" if share >= 1 else ""
+
+
 def group_verdict(group: Group) -> str:
     """What the seeds of a group have in common, in one sentence without the full stop."""
     tables = [(run, table) for run in group.runs if (table := run.weights()) is not None and np.isfinite(table).any()]
@@ -119,7 +127,7 @@ def group_verdict(group: Group) -> str:
     rates = over_runs(group, lambda run: run.latest().get("sink_rate"))
     parts = [
         f"a sink in {sinks} of {len(tables)} seeds",
-        f"largest start-token weight {spread(weights)}{group.star}",
+        f"largest start-token weight{' on non-trigger queries' * group.first.is_bb} {spread(weights)}{group.star}",
         f"Sink₁ {spread(rates, '.1f')} %{group.star}",
     ]
     losses = [float(v[-1]) for run in group.runs if (v := run.series("val_loss")[1]).size]

@@ -75,7 +75,7 @@ def heads(groups: Sequence[Group]) -> Plot | None:
     layers = max(t.shape[0] for t in tables)
     titled = (0.3 if seeds else 0.16) * many + (0.16 if len(kinds) > 1 or not many else 0)
     high = max(min((0.3 if rows <= 4 else 0.2) * layers, 4.2), 0.55 if rows > 1 else 1.0)
-    plot = Plot(min(WIDE, 1.1 + 2.6 * columns), (high + titled + 0.12) * rows + 0.45, rows, columns)
+    plot = Plot(min(WIDE, 1.1 + 2.6 * columns), (high + titled + 0.05) * rows + 0.55, rows, columns)
     shown = titles(groups, (plot.figure.get_figwidth() - 1.1) / columns)
     for ax in plot.axes.ravel():
         ax.set_axis_off()
@@ -92,7 +92,9 @@ def heads(groups: Sequence[Group]) -> Plot | None:
                 ax.text(0.5, 0.5, "not measured", ha="center", va="center", color=GREY, transform=ax.transAxes)
                 continue
             drawn = _table(ax, run, table, (plot.figure.get_figwidth() - 1.1) / columns / table.shape[1] > LEAST_CELL)
-            ax.set_xlabel("head" if r >= len(runs) - (1 if len(kinds) > 1 else columns) else "")
+            last = r >= len(runs) - (1 if len(kinds) > 1 else columns)
+            ax.set_xlabel("head" if last else "")
+            ax.tick_params(labelbottom=last or len({t.shape[1] for t in tables}) > 1)
             ax.set_ylabel("layer" if column == 0 else "")
             plot.table(group, run, key, table, ("layer", "head"))
     bar = plot.figure.colorbar(drawn, ax=plot.axes, fraction=0.04, pad=0.02, aspect=max(8, 9 * high * rows))  # type: ignore[arg-type]

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
+from evals.groups import read_groups
+from evals.plot_parts import Plot, curve, largest, legend, subtitle
+from evals.plot_style import axes, in_style, png
 from evals.report import write_report
 from evals.run_files import read_run
 from evals.sinks import bigram_task, held_out
@@ -121,26 +121,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(runs: Path, seeds: int) -> None:
-    """Largest start-token weight on non-trigger queries over training, one line per run."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for attn, color in zip(ATTENTIONS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
-        for seed in range(seeds):
-            lines = (runs / f"{attn}-seed{seed}" / "metrics.jsonl").read_text("utf-8").splitlines()
-            seen = [row for row in map(json.loads, lines) if "first_token_weight_nontrigger" in row]
-            weights = [np.max(row["first_token_weight_nontrigger"]) for row in seen]
-            label = attn if seed == 0 else None
-            axes.plot([row["step"] for row in seen], weights, color=color, label=label, linewidth=1.6)
-    axes.set(
-        xlabel="step",
-        ylabel="share of weight on <s>, largest head",
-        ylim=(0, 1),
-        title="Bigram-Backcopy, non-trigger queries",
-    )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "sinks_bb.png", dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    """Largest start-token weight on non-trigger queries over training: mean and range over seeds."""
+    groups = read_groups([runs / f"{attn}-seed{seed}" for attn in ATTENTIONS for seed in range(seeds)])
+    with in_style():
+        made = Plot(6.6, 2.8)
+        ax = axes(made.axes[0, 0], "start-token weight")
+        subtitle(ax, "Bigram-Backcopy, non-trigger queries, row shares of the largest head")
+        for group in groups:
+            curve(made, ax, group, "first_token_weight_nontrigger", "start-token weight", largest)
+        ax.set_ylim(0, 1)
+        legend(made, groups)
+        (RESULTS / "sinks_bb.png").write_bytes(png(made.figure))
 
 
 def main() -> int:

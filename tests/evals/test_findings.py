@@ -124,11 +124,19 @@ def test_a_number_is_printed_on_its_side_of_the_threshold(tmp_path: Path, weight
     assert (shown > 0.3) == (weight > 0.3) == text.startswith("a sink")
 
 
+def test_rows_that_attend_to_nothing_are_mentioned(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "a", [0.1], sink_rate=0.0, rows_nearly_empty=[[0.0], [90.0], [60.0]])
+    assert verdict(run).endswith("; 50 % of rows are nearly empty")
+    assert "nearly empty" not in verdict(run_of(tmp_path / "b", [0.1], rows_nearly_empty=[[0.0], [2.0], [0.1]]))
+
+
 def test_groups_count_their_seeds(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"{s}", seed=s, sink=sink) for s, sink in enumerate((0.9, 0.8, 0.1))]
     (group,) = read_groups(runs)
     said = group_verdict(group)
-    assert said.startswith("a sink in 2 of 3 seeds; largest start-token weight 0.60 (0.10 to 0.90); ")
+    assert said.startswith(
+        "a sink in 2 of 3 seeds; largest start-token weight on non-trigger queries 0.60 (0.10 to 0.90)"
+    )
     assert "Sink₁ 22.2 (0.0 to 33.3) %" in said
     (runs[1] / "sinks.json").unlink()
     assert group_verdict(read_groups(runs)[0]).endswith("; some still training")
