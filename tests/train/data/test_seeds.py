@@ -18,7 +18,8 @@ SOURCES = {
     "copy again": {"source": "copy", "unique_tokens": 16 * 8},
 }
 
-# Of versions with one seed, at seed 3: sha256 of 6 training batches, 3 validation batches, 40 held-out sequences (more than documents).
+# Of versions with one seed, at seed 3: sha256 of 6 training batches, 3 validation batches and 40 held-out sequences,
+# which are more than there are documents.
 ONE_SEED = {
     "bb": ("f428c5e10840e593", "108167f09b64258e", "0a7fef9730c7e066"),
     "copy": ("6533db0a8cbc842b", "2c0e958c88b84bd1", "21828740f0a4839c"),
