@@ -17,11 +17,15 @@ SINK_STUDY, BB_STUDY = "arXiv 2410.10781", "arXiv 2410.13835"
 
 
 class Definition(NamedTuple):
-    """A quantity: its key in `sinks.json` and `metrics.jsonl` ("" for a term), its name for people, its meaning."""
+    """A quantity: its key in `sinks.json` and `metrics.jsonl` ("" for a term), its name for people, its meaning.
+
+    A term with `needs` says nothing to a reader who has no number of that key.
+    """
 
     key: str
     name: str
     text: str
+    needs: str = ""
 
 
 TERMS = (
@@ -38,6 +42,7 @@ TERMS = (
         "Slot",
         "A key in front of the tokens: learned (sink token, key or value bias), or constant (the 1 in the denominator "
         "of softmax-off-by-one), which has no parameter.",
+        needs="sink_rate_slot",
     ),
     Definition(
         "",
@@ -45,13 +50,15 @@ TERMS = (
         "On Bigram-Backcopy data the token after a trigger copies the one before it; all other tokens follow a bigram "
         "table. A head is active on the former and dormant, dumping on the start token, on the latter. "
         f"{BB_STUDY}.",
+        needs="first_token_weight_nontrigger",
     ),
-    Definition("", "Oracle", f"Loss of a perfect model on Bigram-Backcopy data. {BB_STUDY}."),
+    Definition("", "Oracle", "Loss of a perfect model, which is known of synthetic data.", needs="oracle_nats"),
     Definition(
         "",
         "Unigram, bigram entropy",
         "Loss of the best model that sees no context, or one token of it, in nats per token; the bigram figure is "
         "measured on held-out data where the run recorded it.",
+        needs="unigram_nats",
     ),
 )
 

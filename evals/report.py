@@ -66,7 +66,7 @@ def page(groups: Sequence[Group], figures: dict[str, Drawn], numbers: Rows, titl
         ("maps", "Attention maps", _map_section(groups, shown)),
         ("extreme", "Why: extreme tokens", _extreme_section(runs, groups, shown)),
         ("setup", "Configuration and environment", _setup(runs, folder)),
-        ("glossary", "Definitions", glossary()),
+        ("glossary", "Definitions", glossary(_keys(runs))),
     )
     body = "\n".join(f'<section id="{key}">\n<h2>{n}</h2>\n{text}\n</section>' for key, n, text in sections)
     return PAGE.substitute(
@@ -77,6 +77,12 @@ def page(groups: Sequence[Group], figures: dict[str, Drawn], numbers: Rows, titl
         body=body,
         files=escape(folder),
     )
+
+
+def _keys(runs: Sequence[Run]) -> set[str]:
+    """The names of all numbers that some run has."""
+    rows = [row for run in runs for row in [*run.metrics, run.sinks or {}, run.entropies]]
+    return {key for row in rows for key, value in row.items() if value is not None}
 
 
 def _folders(runs: Sequence[Run]) -> str:
@@ -176,7 +182,8 @@ def _dynamics_note(runs: Sequence[Run]) -> str:
 def _located(runs: Sequence[Run], groups: Sequence[Group], figures: Figures) -> str:
     early = [run for run in runs if run.sinks is None]
     note = _missing(early, "sinks.json", "the newest evaluation in metrics.jsonl is shown where there is one.")
-    return "\n".join((note, figures.show("heads", groups), figures.show("positions", groups)))
+    bb = "A cell dark only for non-trigger queries is an active-dormant head." if any(r.is_bb for r in runs) else ""
+    return "\n".join((note, figures.show("heads", groups, bb), figures.show("positions", groups)))
 
 
 def _map_section(groups: Sequence[Group], figures: Figures) -> str:

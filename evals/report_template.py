@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from string import Template
 
 from evals.definitions import MEASURED, TERMS
@@ -122,8 +122,7 @@ CAPTIONS = {
     ),
     "heads": (
         "Start-token weight of every head",
-        "Look for dark cells: those heads are sinks, and where trigger queries are shown apart a cell dark "
-        "only for non-trigger queries is an active-dormant head.",
+        "Look for dark cells: those heads are sinks.",
     ),
     "positions": (
         "Sink rate by key position",
@@ -145,11 +144,12 @@ CAPTIONS = {
 }
 
 
-def glossary() -> str:
-    """Every definition, terms first: the same texts as in sinks.json."""
+def glossary(keys: Collection[str]) -> str:
+    """The definitions of numbers that are there, terms first: the same texts as in sinks.json."""
     entries = "".join(
         f"<dt>{escape(d.name)}{f'<br><code>{escape(d.key)}</code>' if d.key else ''}</dt><dd>{escape(d.text)}</dd>\n"
         for d in (*TERMS, *MEASURED)
+        if (d.key or d.needs) in {*keys, ""}
     )
     return f"<dl>{entries}</dl>"
 

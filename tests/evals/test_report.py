@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import html
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from evals.definitions import MEASURED
 from evals.report import write_report
 from tests.evals.run_folders import LAYERS, make_run, write
 
@@ -204,6 +206,21 @@ def test_unnormalised_weights_are_judged_by_their_row_shares(tmp_path: Path) -> 
     assert "a sink: largest start-token weight on non-trigger queries 0.90*, layer 1 head 0" in text
     assert page.row("Some head above 0.3") == ["at step 1010"]
     assert page.row("Largest start-token weight, non-trigger queries") == ["0.9* (layer 1 head 0)"]
+
+
+def test_what_is_shown_is_defined_and_nothing_else_is(softmax: Path, tmp_path: Path) -> None:
+    text = report(softmax)[0]
+    sinks = json.loads((softmax / "sinks.json").read_text())
+    for definition in MEASURED:
+        if sinks.get(definition.key) is not None:
+            assert f"<code>{definition.key}</code></dt><dd>{html.escape(definition.text)}</dd>" in text, definition.key
+    assert "<dt>Trigger, non-trigger query</dt>" in text
+    assert "<code>val_accuracy</code>" not in text
+    assert "<dt>Slot</dt>" not in text
+    plain = report(make_run(tmp_path / "text", bb=False, slot=3.0))[0]
+    assert "<dt>Slot</dt>" in plain
+    assert "trigger quer" not in plain
+    assert "<dt>Oracle</dt>" not in plain
 
 
 def test_a_diverged_run_says_so(tmp_path: Path) -> None:
