@@ -70,6 +70,8 @@ def test_bands_by_hand() -> None:
     np.testing.assert_array_equal(found.mean, [3, np.nan])
     np.testing.assert_array_equal(found.low, [2, np.nan])
     np.testing.assert_array_equal(found.high, [4, np.nan])
+    three = band([a, a, (a[0], np.array([4.0, 2.0, 3.3]))])  # of two, mean ± standard deviation is the range
+    np.testing.assert_allclose([three.mean, three.low, three.high], [[2, 2, 3.1], [1, 2, 3], [4, 2, 3.3]])
     assert len(band([a, (np.array([5]), np.array([1.0]))]).steps) == 0
 
 

@@ -123,6 +123,19 @@ def test_ten_seeds_of_one_attention(folders: dict[str, list[Path]]) -> None:
         check(name, plot, groups)
 
 
+def test_reference_lines_close_together_keep_their_names_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    data = json.loads((run / "data.json").read_text())
+    data["entropies"] = {"unigram_nats": 2.46, "bigram_nats": 2.44, "oracle_nats": 2.42}
+    (run / "data.json").write_text(json.dumps(data))
+    with in_style():
+        plot = loss(groups := read_groups([run]))
+    plot.figure.draw_without_rendering()
+    check("loss", plot, groups)
+    names = [text for text in plot.axes[0, 0].texts if text.get_text()]
+    assert [text.get_text() for text in names] == ["oracle", "bigram entropy", "unigram entropy"]
+
+
 def test_bands_are_mean_and_range(folders: dict[str, list[Path]]) -> None:
     groups = read_groups(folders["bb, seeds"][:4])
     with in_style():
