@@ -1,69 +1,48 @@
-"""The figures of a report, as deterministic PNG bytes.
+"""The curves of a report, and what belongs to layers: loss, accuracy, sinks, norms, speed.
 
-`draw` turns runs into {name: PNG}; a figure whose data the runs do not have is left out.
+`draw` makes every figure that the runs have data for, as deterministic PNG, SVG and the rows of a CSV.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from evals.plot_style import (
-    DASH,
-    GREY,
-    UNIT,
-    axes,
-    curve,
-    figure,
-    in_style,
-    legend,
-    percent,
-    png,
-    title,
-    whole,
-)
-from evals.plots_heads import all_maps, heads, maps, positions
-from evals.run_files import ALPHA, NONTRIGGER, TRIGGER, Run, read_run
-from jaxattn.errors import DataError
+from evals.groups import Group
+from evals.plot_parts import Plot, curve, largest, legend, smallest, subtitle, title, titles
+from evals.plot_style import DASH, GREY, axes, in_style, percent, png, svg, whole
+from evals.plots_heads import emergence, heads, positions
+from evals.plots_maps import all_maps, maps
+from evals.run_files import TRIGGER, Run
 
-MAX_ROWS = 32
+WIDE = 8.6  # inches of a figure that fills the page
 
 
-def draw(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Every figure these runs have data for, {name: PNG bytes}, in reading order."""
-    out: dict[str, bytes] = {}
-    with in_style(len(runs)):
+class Drawn(NamedTuple):
+    """A finished figure; `rows` are the numbers in it, for its CSV."""
+
+    png: bytes
+    svg: bytes
+    rows: list[dict[str, Any]]
+
+
+def draw(groups: Sequence[Group]) -> dict[str, Drawn]:
+    """Every figure these runs have data for, by name, in reading order."""
+    out: dict[str, Drawn] = {}
+
+    def keep(name: str, plot: Plot | None) -> None:
+        if plot is not None:
+            out[name] = Drawn(png(plot.figure), svg(plot.figure), plot.rows)
+
+    with in_style(sum(len(group.runs) for group in groups)):
         for make in (loss, accuracy, sink_rate, dynamics, throughput, emergence, heads, positions, maps, extreme):
-            made = make(runs)
-            if made is not None:
-                out[make.__name__] = png(made)
-        for i, run in enumerate(runs):
-            made = all_maps(run, len(runs))
-            if made is not None:
-                out[f"all_maps_{i}" if len(runs) > 1 else "all_maps"] = png(made)
+            keep(make.__name__, make(groups))
+        for i, group in enumerate(groups):
+            keep(f"all_maps_{i}" if len(groups) > 1 else "all_maps", all_maps(group, len(groups)))
     return out
-
-
-def write_plots(run_dir: str | Path) -> list[Path]:
-    """Draw the figures of one run into RUN_DIR/plots/*.png and return their paths."""
-    run = read_run(run_dir)
-    return save_plots(run.path, draw([run]))
-
-
-def save_plots(run_dir: Path, figures: dict[str, bytes]) -> list[Path]:
-    """Write drawn figures to RUN_DIR/plots. Raises `DataError` if it cannot be written."""
-    folder = run_dir / "plots"
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, data in figures.items():
-            (folder / f"{name}.png").write_bytes(data)
-    except OSError as error:
-        raise DataError(f"the plots cannot be written to {folder}: {error.strerror or error}.") from error
-    return [folder / f"{name}.png" for name in figures]
 
 
 def references(run: Run) -> Iterator[tuple[str, float]]:
@@ -82,109 +61,134 @@ def references(run: Run) -> Iterator[tuple[str, float]]:
 # -------------------------------------------------------------------------------------------------- curves
 
 
-def loss(runs: Sequence[Run]) -> Figure:
-    made = figure(4.3, 3.1)
-    ax = axes(made.subplots(), "loss (nats per token)")
+def loss(groups: Sequence[Group]) -> Plot:
+    plot = Plot(4.3, 2.7)
+    ax = axes(plot.axes[0, 0], "loss (nats per token)")
+    runs = [run for group in groups for run in group.runs]
     shown, first, ends = [], [], []
+    for group in groups:
+        curve(plot, ax, group, "loss", "training loss", spread=False, alpha=0.4, lw=0.9, marker="")
+        curve(plot, ax, group, "val_loss", "validation loss", marker=group.marker)
     for run in runs:
-        curve(ax, run, "loss", alpha=0.4, lw=0.9, marker="")
-        curve(ax, run, "val_loss", marker="o")
         values = np.concatenate([run.series("loss")[1], run.series("val_loss")[1]])
         values = values[np.isfinite(values)]
         shown += [values.min()] if values.size else []
         first += [values[0]] if values.size else []
         ends += [values[-1]] if values.size else []
-    lines: dict[tuple[str, float], list[Run]] = {}
-    for run in runs:
-        for name, value in references(run):
-            lines.setdefault((name, round(value, 6)), []).append(run)
-    for (name, value), owners in lines.items():
-        color = GREY if len(owners) == len(runs) else owners[0].color
-        ax.axhline(value, color=color, lw=0.8, ls=DASH)
-        right = value > max(ends, default=-np.inf)  # where the curves are not: they fall from top left
-        ax.annotate(
-            name,
-            (1 if right else 0, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2 if right else 3, 2),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            fontsize=6.5,
-            color=color,
-        )
-        shown.append(value)
+    lines: dict[tuple[str, float], list[Group]] = {}
+    for group in groups:
+        for name, value in dict.fromkeys(pair for run in group.runs for pair in references(run)):
+            lines.setdefault((name, round(value, 6)), []).append(group)
+            plot.note(group, group.first, name, value=value)
+    shown += [value for _, value in lines]
     if first:  # the first loss is the top: a diverging run must not flatten the others
         low, high = min(shown), max([*first, *shown])
         pad = 0.06 * max(high - low, 1e-3)
         ax.set_ylim(low - pad, high + pad)
-    legend(ax, runs, {"training": {"lw": 0.9, "alpha": 0.6}, "validation": {"marker": "o"}})
-    return made
+    subtitle(ax, "thin: training, marked: validation")
+    legend(plot, groups)
+    for (_, value), owners in lines.items():
+        color = GREY if len(owners) == len(groups) else owners[0].color
+        ax.axhline(value, color=color, lw=0.8, ls=DASH)
+    _name_lines(plot, ax, lines, len(groups), max(ends, default=-np.inf))
+    return plot
 
 
-def accuracy(runs: Sequence[Run]) -> Figure | None:
+def _name_lines(plot: Plot, ax: Axes, lines: dict[tuple[str, float], list[Group]], groups: int, end: float) -> None:
+    """Names above the reference lines, on the side where the curves (which fall from top left) are not, and apart."""
+    plot.figure.draw_without_rendering()
+    per_nat = ax.get_window_extent().height / np.ptp(ax.get_ylim()) * 72 / plot.figure.dpi
+    least = {True: -np.inf, False: -np.inf}
+    for (name, value), owners in sorted(lines.items(), key=lambda item: item[0][1]):
+        right = value > end
+        at = max(value * per_nat + 2, least[right])
+        least[right] = at + 8.5
+        ax.annotate(
+            name,
+            (1 if right else 0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2 if right else 3, at - value * per_nat),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize=6.5,
+            color=GREY if len(owners) == groups else owners[0].color,
+        )
+
+
+def accuracy(groups: Sequence[Group]) -> Plot | None:
     """Right answers on a task's scored positions."""
-    made = figure(4.3, 3.1)
-    ax = axes(made.subplots(), "accuracy on validation data")
-    if not any([curve(ax, run, "val_accuracy", marker="o") for run in runs]):
+    plot = Plot(4.3, 2.7)
+    ax = axes(plot.axes[0, 0], "accuracy on validation data")
+    if not any([curve(plot, ax, g, "val_accuracy", "accuracy", marker=g.marker) for g in groups]):
         return None
-    whole = any([curve(ax, run, "val_exact", ls=DASH, marker="") for run in runs])
+    answers = any([curve(plot, ax, g, "val_exact", "whole answers", ls=DASH, marker="") for g in groups])
     ax.set_ylim(-0.03, 1.03)
-    legend(ax, runs, {"tokens": {"marker": "o"}, "whole answers": {"ls": DASH}} if whole else {})
-    return made
+    subtitle(ax, "solid: tokens, dashed: whole answers" if answers else "of all scored tokens")
+    legend(plot, groups)
+    return plot
 
 
-def sink_rate(runs: Sequence[Run]) -> Figure | None:
-    made = figure(4.3, 3.1)
-    ax = axes(made.subplots(), "Sink₁ (% of heads)")
-    if not any([curve(ax, run, "sink_rate", marker="o") for run in runs]):
+def sink_rate(groups: Sequence[Group]) -> Plot | None:
+    plot = Plot(4.3, 2.7)
+    ax = axes(plot.axes[0, 0], "Sink₁ (% of heads)")
+    if not any([curve(plot, ax, g, "sink_rate", "Sink₁ (%)", marker=g.marker) for g in groups]):
         return None
-    slot = any([curve(ax, run, "sink_rate_slot", ls=DASH, marker="") for run in runs])
+    slot = any([curve(plot, ax, g, "sink_rate_slot", "Sink on the slot (%)", ls=DASH, marker="") for g in groups])
     percent(ax)
-    legend(ax, runs, {"first token": {"marker": "o"}, "learned slot": {"ls": DASH}} if slot else {})
-    return made
+    subtitle(ax, "solid: first token, dashed: slot" if slot else "of all sequences, layers and heads")
+    legend(plot, groups)
+    return plot
 
 
-def throughput(runs: Sequence[Run]) -> Figure | None:
-    made = figure(4.3, 1.9)
-    ax = axes(made.subplots(), "tokens per second")
-    if not any([curve(ax, run, "tokens_per_s", lw=0.9, marker="") for run in runs]):
+def throughput(groups: Sequence[Group]) -> Plot | None:
+    plot = Plot(4.3, 1.7)
+    ax = axes(plot.axes[0, 0], "tokens per second")
+    how = {"spread": False, "lw": 0.9, "marker": "", "smooth": len(groups) > 1}
+    if not any([curve(plot, ax, g, "tokens_per_s", "tokens per second", **how) for g in groups]):
         return None
+    runs = [run for group in groups for run in group.runs]
     speeds = [v[np.isfinite(v)] for v in (run.series("tokens_per_s")[1] for run in runs)]
     ax.set_ylim(0, 2 * max((np.median(v) for v in speeds if v.size), default=0.5))
-    legend(ax, runs, {})
-    return made
+    legend(plot, groups, markers=False, spread=False)
+    return plot
 
 
-def dynamics(runs: Sequence[Run]) -> Figure | None:
+def dynamics(groups: Sequence[Group]) -> Plot | None:
     """Start-token weight, and what goes with it, over training: as many panels as there is data for."""
+    runs = [run for group in groups for run in group.runs]
+    logged = {key for run in runs for row in run.metrics for key in row}
     bb = any(run.is_bb for run in runs)
-    trigger: dict[str, Any] = {"ls": DASH, "marker": ""}
-    first, second = (NONTRIGGER, TRIGGER) if bb else (ALPHA, "")
-    risks = [
-        ("risk_bigram_excess", None, {"floor": 1e-4}),
-        ("risk_backcopy", None, {"floor": 1e-4, **trigger}),
-    ]
+    dashed: dict[str, Any] = {"ls": DASH, "marker": ""}
+    floor: dict[str, Any] = {"floor": 1e-4}
+    weight, start = "start-token weight", lambda run: run.start_key
+    excess, copy = "excess risk on the bigram table (nats)", "backcopy risk (nats)"
     panels = (
         (
-            "start-token weight, largest head",
-            [(first, np.nanmax, {}), (second, np.nanmax, trigger)],
-            {"non-trigger queries": {}, "trigger queries": {"ls": DASH}} if bb else {},
+            "start-token weight",
+            f"largest head; {'solid: non-trigger, dashed: trigger queries' if bb else 'all queries (α₁)'}",
+            [(start, weight, largest, {}), *([(TRIGGER, f"{weight}, trigger", largest, dashed)] if bb else [])],
         ),
-        ("excess risk (nats)", risks, {"bigram": {}, "backcopy": {"ls": DASH}}),
-        ("value norm, start / others", [("value_drain", np.nanmin, {})], {}),
-        ("residual norm, start − others", [("residual_peak", np.nanmax, {})], {}),
+        (
+            "excess risk (nats)",
+            "solid: bigram, dashed: backcopy",
+            [("risk_bigram_excess", excess, None, floor), ("risk_backcopy", copy, None, {**floor, **dashed})],
+        ),
+        ("value norm, start / others", "smallest head", [("value_drain", "value drain", smallest, {})]),
+        ("residual norm, start − others", "largest layer", [("residual_peak", "residual peak", largest, {})]),
     )
-    has = [p for p in panels if any(key in row for key, *_ in p[1] for run in runs for row in run.metrics)]
+    keys = lambda panel: {run.start_key if callable(key) else key for key, *_ in panel[2] for run in runs}
+    has = [panel for panel in panels if keys(panel) & logged]
     if not has:
         return None
     columns = min(len(has), 2 if len(has) == 4 else 3)
-    made = figure(8.6 if len(has) > 1 else 4.3, (2.4 if columns == 3 else 2.8) * (len(has) // columns))
-    grid = made.subplots(len(has) // columns, columns, squeeze=False).ravel()
-    for ax, (label, curves, kinds) in zip(grid, has, strict=True):
+    rows = len(has) // columns
+    plot = Plot(WIDE if len(has) > 1 else 4.3, (2.2 if columns == 3 else 2.4) * rows, rows, columns)
+    for ax, (label, what, curves) in zip(plot.axes.ravel(), has, strict=True):
         axes(ax, label)
-        for run in runs:
-            for key, pick, style in curves:
-                curve(ax, run, run.share_key(key, run.metrics), pick, **style)
+        subtitle(ax, what)
+        for group in groups:
+            for key, quantity, pick, style in curves:
+                curve(plot, ax, group, key, quantity, pick, **style)
         if "risk" in label:
             ax.set_yscale("log")
         elif "weight" in label and ax.dataLim.y0 >= 0 and ax.dataLim.y1 <= 1:
@@ -192,77 +196,58 @@ def dynamics(runs: Sequence[Run]) -> Figure | None:
         elif "/" in label:
             ax.axhline(1, color=GREY, lw=0.8, ls=DASH)
             ax.set_ylim(bottom=0)
-        legend(ax, runs, kinds)
-    return made
-
-
-def emergence(runs: Sequence[Run]) -> Figure | None:
-    """Start-token weight of each head over training."""
-    found = [(run, *run.tables(run.decisive(run.metrics))) for run in runs]
-    found = [(run, steps, w) for run, steps, w in found if len(steps) > 1]
-    if not found:
-        return None
-    rows = min(MAX_ROWS, max(w[0].size for _, _, w in found))
-    columns = min(3, len(found))
-    made = figure(8.6, (0.75 + max(0.17 * rows, 0.9)) * -(-len(found) // columns))
-    grid = made.subplots(-(-len(found) // columns), columns, squeeze=False)
-    for ax in grid.ravel()[len(found) :]:
-        ax.set_axis_off()
-    drawn: Any = None  # of the last one: all share a scale
-    for ax, (run, steps, w) in zip(grid.ravel(), found, strict=False):
-        flat = w.reshape(len(steps), -1)
-        pick = np.sort(np.argsort(-np.nan_to_num(flat[-1], nan=-1), kind="stable")[:rows])
-        middle = (steps[1:] + steps[:-1]) / 2
-        edges = np.concatenate([steps[:1], middle, steps[-1:]])
-        drawn = ax.pcolormesh(edges, np.arange(len(pick) + 1), flat[:, pick].T, norm=UNIT)
-        ax.set(yticks=np.arange(len(pick)) + 0.5, ylim=(len(pick), 0), xlabel="training step")
-        layers = run.layer_names(w.shape[1])
-        ax.set_yticklabels([f"L{layers[i // w.shape[2]]} H{i % w.shape[2]}" for i in pick], fontsize=6.5)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(axis="y", length=0)
-        title(ax, run, "", len(runs) > 1)
-    made.colorbar(drawn, ax=grid, label="start-token weight", fraction=0.03, pad=0.015)
-    return made
+    legend(plot, groups)
+    return plot
 
 
 # ------------------------------------------------------------------------------------------ extreme tokens
 
 
-def extreme(runs: Sequence[Run]) -> Figure | None:
-    """Sink logit, value norms and residual norms by layer: one row of three panels per run."""
+def extreme(groups: Sequence[Group]) -> Plot | None:
+    """Sink logit, value norms and residual norms by layer: a row of three panels per group, all its seeds in it."""
     keys = ("sink_logit", "value_norm_first", "residual_norm_first")
-    found = [run for run in runs if any(run.matrix(k) is not None for k in keys)]
+    found = [group for group in groups if any(run.matrix(k) is not None for k in keys for run in group.runs)]
     if not found:
         return None
-    made = figure(8.6, 2.35 * len(found) + 0.3)
-    grid = made.subplots(len(found), 3, squeeze=False, sharey="col")
-    names = ("sink logit", "value norm ‖W_O v‖", "residual norm ‖h‖")
-    for row, run in zip(grid, found, strict=True):
+    plot = Plot(WIDE, 0.35 + (1.9 if len(found) == 1 else 1.55) * len(found), len(found), 3, sharey="col")
+    named = ("sink logit", "value norm ‖W_O v‖", "residual norm ‖h‖")
+    names = named if len(found) <= 2 else ("sink logit", "‖W_O v‖", "‖h‖")  # rows are lower then
+    shown = titles(found, WIDE / 3)
+    for row, group in zip(plot.axes, found, strict=True):
+        last = group is found[-1]
         for ax, name in zip(row, names, strict=True):
-            axes(ax, name, "layer")
-        title(row[0], run, "", len(runs) > 1)
-        logit = run.matrix("sink_logit")
-        pairs = (run.matrix("value_norm_first"), run.matrix("value_norm_rest"))
-        for ax, table, style in (
-            (row[0], logit, {"mfc": run.color}),
-            (row[1], pairs[1], {"mfc": "white"}),
-            (row[1], pairs[0], {"mfc": run.color}),
-        ):
-            if table is not None:
-                offset = np.linspace(-0.22, 0.22, table.shape[1]) if table.shape[1] > 1 else np.zeros(1)
-                x = np.arange(len(table))[:, None] + offset[None]
-                ax.plot(x.ravel(), table.ravel(), "o", ms=4, mec=run.color, mew=0.9, **style)
-                every = -(-len(table) // 12)
-                ax.set_xticks(range(0, len(table), every), run.layer_names(len(table))[::every])
+            axes(ax, name, "layer" if last else "")
+        for run in group.runs:
+            _extreme_row(plot, row, group, run)
+        count = f" ({len(group.runs)} seeds)" if group.many else ""
+        title(row[0], group, shown[str(group.first.path)].split("\n")[0] + count, many=len(groups) > 1)
         row[0].axhline(0, color=GREY, lw=0.8)
         row[0].margins(y=0.12)
-        for key, style in (("residual_norm_rest", {"mfc": "white", "ls": DASH}), ("residual_norm_first", {})):
-            values = run.vector(key)
-            if values is not None:
-                row[2].plot(values, **{"marker": "o", "ms": 4, "color": run.color, **style})
         whole(row[2])
-    for ax in grid[0, 1:]:  # after every row is drawn: the rows share the scale
+    for ax in plot.axes[0, 1:]:  # after every row is drawn: the rows share the scale
         ax.set_ylim(bottom=0)
-    dot = {"marker": "o", "ls": "", "ms": 4}
-    legend(grid[0, 1], found[:1], {"first token": dot, "other tokens": {**dot, "mfc": "white"}})
-    return made
+    dot = {"marker": "o", "ls": "", "ms": 4, "color": GREY}
+    legend(plot, found[:1], {"first token": dot, "other tokens": {**dot, "mfc": "white"}}, spread=False)
+    return plot
+
+
+def _extreme_row(plot: Plot, row: Sequence[Axes], group: Group, run: Run) -> None:
+    for ax, key, inside in (
+        (row[0], "sink_logit", group.color),
+        (row[1], "value_norm_rest", "white"),
+        (row[1], "value_norm_first", group.color),
+    ):
+        table = run.matrix(key)
+        if table is None:
+            continue
+        plot.table(group, run, key, table, ("layer", "head"))
+        offset = np.linspace(-0.22, 0.22, table.shape[1]) if table.shape[1] > 1 else np.zeros(1)
+        x = np.arange(len(table))[:, None] + offset[None]
+        ax.plot(x.ravel(), table.ravel(), "o", ms=4, mec=group.color, mew=0.9, mfc=inside)
+        every = -(-len(table) // 12)
+        ax.set_xticks(range(0, len(table), every), run.layer_names(len(table))[::every])
+    for key, inside, line in (("residual_norm_rest", "white", DASH), ("residual_norm_first", group.color, "-")):
+        values = run.vector(key)
+        if values is not None:
+            plot.table(group, run, key, values, ("layer",))
+            row[2].plot(values, marker="o", ms=4, color=group.color, mfc=inside, ls=line)

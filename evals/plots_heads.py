@@ -1,4 +1,5 @@
-"""Which heads are sinks, and what they look at: the layer x head tables and the example attention maps."""
+"""Which heads are sinks, and from when on: tables of layers and heads, key positions. Heads of two seeds are unrelated,
+so every run has a panel of its own."""
 
 from __future__ import annotations
 
@@ -7,178 +8,158 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
-from evals.plot_style import GREY, TRIGGER_INK, UNIT, axes, figure, heat, legend, percent, title, token
-from evals.run_files import ALPHA, NONTRIGGER, TRIGGER, Maps, Run
+from evals.groups import Group, band
+from evals.plot_parts import Plot, header, legend, title, titles
+from evals.plot_style import GREY, UNIT, axes, heat, percent
+from evals.run_files import ALPHA, NONTRIGGER, TRIGGER, Run
 
-MAX_PANELS = 24
-ROOT = PowerNorm(0.5, 0, 1)  # attention is mostly small: a linear scale would show white paper
+WIDE = 8.6
+MAX_ROWS = 32
 CONDITIONS = ((ALPHA, "all queries (α₁)"), (NONTRIGGER, "non-trigger queries"), (TRIGGER, "trigger queries"))
+LEAST_CELL = 0.3  # inches of a cell that has its number in it
+BARS = 3  # groups whose bars beside each other can be read; more become lines
 
-# ------------------------------------------------------------------------------------- heads and positions
+
+def emergence(groups: Sequence[Group]) -> Plot | None:
+    """Start-token weight of each head over training, a panel per run."""
+    found = [(group, run, *run.tables(run.start_key)) for group in groups for run in group.runs]
+    found = [entry for entry in found if len(entry[2]) > 1]
+    if not found:
+        return None
+    columns = min(3, len(found))
+    deep = -(-len(found) // columns)
+    rows = min(max(8, MAX_ROWS // deep), max(w[0].size for *_, w in found))
+    many = len(found) > 1
+    titled = (0.3 if any(group.many for group in groups) else 0.16) if many else 0
+    high = max(0.17 * rows, 0.7) + titled
+    plot = Plot(WIDE, 0.55 + (high + 0.2) * deep, deep, columns, sharex=False)
+    shown = titles(groups, 0.85 * WIDE / columns)
+    for ax in plot.axes.ravel()[len(found) :]:
+        ax.set_axis_off()
+    drawn: Any = None  # of the last one: all share a scale
+    for n, (ax, (group, run, steps, w)) in enumerate(zip(plot.axes.ravel(), found, strict=False)):
+        flat = w.reshape(len(steps), -1)
+        pick = np.sort(np.argsort(-np.nan_to_num(flat[-1], nan=-1), kind="stable")[:rows])
+        middle = (steps[1:] + steps[:-1]) / 2
+        edges = np.concatenate([steps[:1], middle, steps[-1:]])
+        # Thousands of cells would make an SVG of megabytes: an image in it.
+        drawn = ax.pcolormesh(edges, np.arange(len(pick) + 1), flat[:, pick].T, norm=UNIT, rasterized=True)
+        ax.set(yticks=np.arange(len(pick)) + 0.5, ylim=(len(pick), 0))
+        ax.set_xlabel("training step" if n >= len(found) - columns else "")
+        layers = run.layer_names(w.shape[1])
+        ax.set_yticklabels([f"L{layers[i // w.shape[2]]} H{i % w.shape[2]}" for i in pick], fontsize=6.5)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        title(ax, group, shown[str(run.path)] if many else "", many=len(groups) > 1)
+        for step, table in zip(steps.tolist(), w, strict=True):
+            plot.table(group, run, run.start_key, table, ("layer", "head"), step=step)
+    bar = plot.figure.colorbar(drawn, ax=plot.axes, fraction=0.03, pad=0.015, aspect=max(8, 9 * high * deep))
+    bar.set_label("start-token weight" if high * deep > 1.2 else "weight")
+    return plot
 
 
-def heads(runs: Sequence[Run]) -> Figure | None:
-    """Layer x head tables: a row of panels per kind of query and a column per run; for one run, one row."""
-    tables = {
-        (i, key): run.matrix(run.share_key(key, [run.latest()])) for i, run in enumerate(runs) for key, _ in CONDITIONS
-    }
-    kinds = [kind for kind in CONDITIONS if any(tables[i, kind[0]] is not None for i in range(len(runs)))]
+# ------------------------------------------------------------------------------------------- heads
+
+
+def heads(groups: Sequence[Group]) -> Plot | None:
+    """Layer x head tables: a column per kind of query and a row per run; with one kind, runs fill a grid."""
+    runs = [(group, run) for group in groups for run in group.runs]
+    kinds = [kind for kind in CONDITIONS if any(run.matrix(kind[0]) is not None for _, run in runs)]
     if not kinds:
         return None
-    many = len(runs) > 1
-    columns = min(len(runs), 4) if many else len(kinds)
-    blocks = -(-len(runs) // columns) if many else 1
-    rows = blocks * len(kinds) if many else 1
-    layers = max(t.shape[0] for t in tables.values() if t is not None)
-    high = max(min(0.34 * layers, 4.2), 1.1) + (0.75 if many else 0.6)
-    made = figure(min(8.6, 1.1 + 2.6 * columns), high * rows)
-    grid = made.subplots(rows, columns, squeeze=False)
-    for ax in grid.ravel():
+    many, seeds = len(runs) > 1, any(group.many for group in groups)
+    columns = len(kinds) if len(kinds) > 1 else min(len(runs), 4)
+    rows = len(runs) if len(kinds) > 1 else -(-len(runs) // columns)
+    tables = [t for _, run in runs for key, _ in kinds if (t := run.matrix(key)) is not None]
+    layers = max(t.shape[0] for t in tables)
+    titled = (0.3 if seeds else 0.16) * many + (0.16 if len(kinds) > 1 or not many else 0)
+    high = max(min((0.3 if rows <= 4 else 0.2) * layers, 4.2), 0.55 if rows > 1 else 1.0)
+    plot = Plot(min(WIDE, 1.1 + 2.6 * columns), (high + titled + 0.05) * rows + 0.55, rows, columns)
+    shown = titles(groups, (plot.figure.get_figwidth() - 1.1) / columns)
+    for ax in plot.axes.ravel():
         ax.set_axis_off()
     drawn = None
-    for k, (key, name) in enumerate(kinds):
-        for i, run in enumerate(runs):
-            ax, table = grid[(k * blocks + i // columns, i % columns) if many else (0, k)], tables[i, key]
-            what = name if len(kinds) > 1 or not many else ""
-            if run.star and key != ALPHA and run.share_key(key, [run.latest()]) == key:
-                what += ", raw"
-            title(ax, run, what, many)
+    for r, (group, run) in enumerate(runs):
+        for k, (key, name) in enumerate(kinds):
+            row, column = (r, k) if len(kinds) > 1 else divmod(r, columns)
+            ax, table = plot.axes[row, column], run.matrix(key)
+            named = shown[str(run.path)] if many and (k == 0 or len(kinds) == 1) else ""
+            title(ax, group, named, many=len(groups) > 1)
+            if row == 0 and (len(kinds) > 1 or not many):
+                header(ax, name, (1 + seeds) * many)
             if table is None:
-                ax.text(0.5, 0.5, "not measured", ha="center", color=GREY, transform=ax.transAxes)
-            else:
-                drawn = _table(ax, run, table)
-    assert drawn is not None  # every kind in `kinds` has a table
-    made.colorbar(drawn, ax=grid, label="start-token weight", fraction=0.04, pad=0.02, aspect=9 * high * rows)
-    return made
+                ax.text(0.5, 0.5, "not measured", ha="center", va="center", color=GREY, transform=ax.transAxes)
+                continue
+            drawn = _table(ax, run, table, (plot.figure.get_figwidth() - 1.1) / columns / table.shape[1] > LEAST_CELL)
+            last = r >= len(runs) - (1 if len(kinds) > 1 else columns)
+            ax.set_xlabel("head" if last else "")
+            ax.tick_params(labelbottom=last or len({t.shape[1] for t in tables}) > 1)
+            ax.set_ylabel("layer" if column == 0 else "")
+            plot.table(group, run, key, table, ("layer", "head"))
+    bar = plot.figure.colorbar(drawn, ax=plot.axes, fraction=0.04, pad=0.02, aspect=max(8, 9 * high * rows))  # type: ignore[arg-type]
+    bar.set_label("start-token weight" if high * rows > 1.2 else "weight")
+    return plot
 
 
-def _table(ax: Axes, run: Run, table: np.ndarray) -> Any:
+def _table(ax: Axes, run: Run, table: np.ndarray, numbers: bool) -> Any:
     """One layer x head heat map, with its numbers where there is room for them."""
     ax.set_axis_on()
     drawn = heat(ax, table, norm=UNIT)
     layers, count = table.shape
     every = max(1, layers // 8) if layers > 16 else 1
-    ax.set(xlabel="head", ylabel="layer", xticks=range(0, count, max(1, count // 8)))
+    ax.set_xticks(range(0, count, max(1, count // 8)))
     ax.set_yticks(range(0, layers, every), run.layer_names(layers)[::every])
-    if layers <= 16 and count <= 8:
+    if layers <= 16 and numbers:
         for (l, h), value in np.ndenumerate(table):
             ink = "white" if value > 0.55 else "#222222"
-            ax.text(
-                h,
-                l,
-                f"{value:.2f}" if value == value else "–",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=ink,
-            )
+            said = f"{value:.2f}" if value == value else "–"
+            ax.text(h, l, said, ha="center", va="center", fontsize=7, color=ink)
     return drawn
 
 
-def positions(runs: Sequence[Run]) -> Figure | None:
-    found = [(run, v) for run in runs if (v := run.vector("sink_rate_by_position")) is not None]
+# ------------------------------------------------------------------------------------------- positions
+
+
+def positions(groups: Sequence[Group]) -> Plot | None:
+    """Sinkₖ by key position, mean over seeds; the range where there are several."""
+    key = "sink_rate_by_position"
+    found = [(g, [(run, v) for run in g.runs if (v := run.vector(key)) is not None]) for g in groups]
+    found = [(group, runs) for group, runs in found if runs]
     if not found:
         return None
-    made = figure(4.3, 2.4)
-    ax = axes(made.subplots(), "Sinkₖ (% of heads)", "key position k")
+    plot = Plot(4.3, 2.1)
+    ax = axes(plot.axes[0, 0], "Sinkₖ (% of heads)", "key position k")
     width = 0.8 / len(found)
-    count = max(len(v) for _, v in found)
-    for i, (run, values) in enumerate(found):
+    slotted = False
+    for i, (group, runs) in enumerate(found):
         shift = (i - (len(found) - 1) / 2) * width
-        ax.bar(np.arange(len(values)) + 1 + shift, values, width, color=run.color)
-        slot = (run.sinks or {}).get("sink_rate_slot")
-        if slot is not None:
-            ax.bar(shift, slot, width, color=run.color, alpha=0.55)
-    slots = any((run.sinks or {}).get("sink_rate_slot") is not None for run, _ in found)
-    ticks = [*([0] if slots else []), *range(1, count + 1)]
-    ax.set_xticks(ticks, ["slot" if t == 0 else str(t) for t in ticks], fontsize=7)
+        for run, values in runs:
+            plot.table(group, run, "Sinkₖ (%)", values, ("position",))
+        over = band([(np.arange(len(values)) + 1, values) for _, values in runs])
+        slots = [s for run, _ in runs if (s := (run.sinks or {}).get("sink_rate_slot")) is not None]
+        slotted = slotted or bool(slots)
+        spread = np.maximum([over.mean - over.low, over.high - over.mean], 0)  # equal ones may round apart
+        if len(found) <= BARS:
+            ax.bar(over.steps + shift, over.mean, width, color=group.color)
+            if len(runs) > 1:
+                ax.errorbar(over.steps + shift, over.mean, spread, fmt="none", ecolor="#222222", elinewidth=0.8)
+            if slots:
+                ax.bar(shift, np.mean(slots), width, color=group.color, alpha=0.55)
+        else:
+            ax.plot(over.steps, over.mean, color=group.color, marker=group.marker, lw=1)
+            if len(runs) > 1:
+                ax.fill_between(over.steps, over.low, over.high, color=group.color, alpha=0.18, lw=0)
+            if slots:
+                ax.plot([shift], [np.mean(slots)], color=group.color, marker=group.marker, ls="")
+        for run, _ in runs:
+            if (run.sinks or {}).get("sink_rate_slot") is not None:
+                plot.note(group, run, "Sink on the slot (%)", value=(run.sinks or {})["sink_rate_slot"])
+    count = max(len(values) for _, runs in found for _, values in runs)
+    ticks = [*([0] if slotted else []), *range(1, count + 1)]
+    ax.set_xticks(ticks, ["slot" if t == 0 else str(t) for t in ticks], fontsize=6.5)
     percent(ax)
     ax.set_ylim(bottom=0)
     ax.grid(False, axis="x")
-    legend(ax, runs, {})
-    return made
-
-
-# ----------------------------------------------------------------------------------------- attention maps
-
-
-def strongest(run: Run, maps: Maps) -> np.ndarray:
-    """[L, H] start-token weight of the heads in the maps: the evaluation's, else the maps' own column."""
-    shape = maps.weights.shape[1:3]
-    table = run.weights()
-    if table is not None and table.shape == shape:
-        return np.nan_to_num(table, nan=-1)
-    share = [[maps.panel(0, l, h)[:, maps.slots].mean() for h in range(shape[1])] for l in range(shape[0])]
-    return np.array(share)
-
-
-def _map(ax: Axes, maps: Maps, layer: int, head: int, size: int | None = None) -> tuple[Any, int]:
-    """One map, the part above the diagonal greyed; `size` crops to the first tokens."""
-    image = maps.panel(0, layer, head)
-    size = min(size or len(image), len(image))
-    image = image[:size, : size + maps.slots]
-    future = np.arange(image.shape[1])[None] - maps.slots > np.arange(size)[:, None]
-    ax.set_facecolor("#f1f1ef")
-    drawn = heat(ax, np.where(future & (image == 0), np.nan, image), norm=ROOT)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    return drawn, size
-
-
-def maps(runs: Sequence[Run]) -> Figure | None:
-    """The strongest head of each run, large, with its tokens."""
-    found = [(run, run.maps) for run in runs if run.maps is not None]
-    if not found:
-        return None
-    many = len(runs) > 1
-    columns = min(len(found), 2)
-    rows = -(-len(found) // columns)
-    made = figure(8.6 if many else 6.6, (4.2 if many else 6.2) * rows)
-    grid = made.subplots(rows, columns, squeeze=False).ravel()
-    for ax in grid[len(found) :]:
-        ax.set_axis_off()
-    drawn: Any = None  # of the last one: all share a scale
-    for ax, (run, own) in zip(grid, found, strict=False):
-        table = strongest(run, own)
-        layer, head = divmod(int(np.argmax(table)), table.shape[1])
-        drawn, size = _map(ax, own, layer, head, 32 if many else 64)
-        names = [token(t) for t in own.labels[0][:size]]
-        small = 6.5 if size <= 32 else 5
-        ax.set_xticks(range(size + own.slots), ["slot"] * own.slots + names, rotation=90, fontsize=small)
-        ax.set_yticks(range(size), names, fontsize=small)
-        ids = np.isin(own.tokens[0][:size], (run.data.get("meta") or {}).get("trigger_ids") or [])
-        for label, hit in zip(ax.get_yticklabels(), ids, strict=True):
-            if hit:
-                label.set(color=TRIGGER_INK, fontweight="bold")
-        ax.set(xlabel="key", ylabel="query")
-        title(ax, run, run.head_name((layer, head), len(table)), many)
-    made.colorbar(drawn, ax=grid, label="share of the query's attention", fraction=0.03, pad=0.015, aspect=30,
-                  ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], format="%g")  # fmt: skip
-    return made
-
-
-def all_maps(run: Run, runs: int) -> Figure | None:
-    """All heads (the strongest ones where there are many) as small maps."""
-    if run.maps is None:
-        return None
-    table = strongest(run, run.maps)
-    if table.size == 1:
-        return None
-    cap = max(4, MAX_PANELS // runs)
-    keep = np.sort(np.argsort(-table.ravel(), kind="stable")[:cap])
-    columns = table.shape[1] if table.size <= cap and 3 <= table.shape[1] <= 8 else min(6, len(keep))
-    rows = -(-len(keep) // columns)
-    wide = min(8.6, 2.1 * columns)
-    made = figure(wide, (wide / columns + 0.12) * rows)
-    grid = made.subplots(rows, columns, squeeze=False).ravel()
-    for ax in grid[len(keep) :]:
-        ax.set_axis_off()
-    layers = run.layer_names(len(table))
-    for ax, n in zip(grid, keep, strict=False):
-        layer, head = divmod(int(n), table.shape[1])
-        _map(ax, run.maps, layer, head)
-        ax.set_title(f"L{layers[layer]} H{head} · {max(table[layer, head], 0):.2f}", fontsize=7.5, loc="left")
-    return made
+    legend(plot, [group for group, _ in found], markers=len(found) > BARS)
+    return plot

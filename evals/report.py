@@ -1,88 +1,97 @@
 """`python -m evals.report RUN_DIR [RUN_DIR ...]`: one HTML page on when, where and why sinks emerge.
 
-One run gives a report of that run (and its figures in RUN_DIR/plots); several give a comparison with curves
-overlaid, heat maps on one colour scale and one table column per run. A run that is still training is reported
-as far as it has come.
+One run gives a report of that run, several a comparison: runs that differ in seeds alone are one group with mean and
+range, curves are overlaid, heat maps have one colour scale, tables one column per group. A run that is still training
+is reported as far as it has come. Every figure is also left as PNG, SVG and CSV, every table as CSV: in RUN_DIR/plots
+for RUN_DIR/report.html, else in NAME_files beside the page. The page itself needs none of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from evals.findings import key_numbers, loss_sentence, progress, verdict
-from evals.plots import MAX_ROWS, draw, save_plots
-from evals.plots_heads import MAX_PANELS
-from evals.report_template import CSS, GLOSSARY, PAGE, Figures, differs, escape, table
-from evals.run_files import NONTRIGGER, PROXY, Run, flatten, read_runs
+from evals import exports
+from evals.cautions import cautions
+from evals.findings import group_verdict, loss_sentence, progress, verdict
+from evals.groups import LOCAL, SEEDS, Group, read_groups
+from evals.key_numbers import key_numbers
+from evals.plots import Drawn, draw
+from evals.plots_maps import MOST_GROUPS, example, panels_shown, tokens_shown
+from evals.report_template import CSS, PAGE, Figures, differs, escape, glossary, table
+from evals.run_files import Run, flatten
 from jaxattn.errors import DataError, run_cli
 
-LOCAL = ("run_dir", "resume", "overwrite", "report")  # differ between any two runs and say nothing
 log = logging.getLogger("jaxattn")
+
+Rows = list[tuple[str, list[str]]]
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path, title: str | None = None) -> Path:
-    """Write the report of one or several run folders to `out` and return its path.
+    """Write the report of one or several run folders to `out`, its figures and tables beside it, and return its path.
 
     Raises `DataError`: a folder that is no run, a damaged file, an `out` that cannot be written.
     """
     if not run_dirs:
         raise DataError("no run directory was given: pass at least one.")
     out = Path(out)
-    runs = read_runs(run_dirs)
-    figures = draw(runs)
-    _write(out, page(runs, figures, title))
-    if len(runs) == 1:
-        try:
-            save_plots(runs[0].path, figures)
-        except DataError as error:  # an archived run may be read-only; the report went elsewhere
-            log.warning("%s", error)
+    groups = read_groups(run_dirs)
+    runs = [run for group in groups for run in group.runs]
+    folder = exports.folder_for(out, runs[0].path if len(runs) == 1 else None)
+    figures = draw(groups)
+    numbers, flat = key_numbers(groups)
+    tables = {"key_numbers": flat} | {of: config_csv(runs, of) for of in ("config", "environment", "data")}
+    tables = {name: rows for name, rows in tables.items() if rows}
+    exports.write_page(out, page(groups, figures, numbers, title, folder.name))
+    exports.save(folder, figures, tables)
     return out
-
-
-def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(temporary, out)
-    except OSError as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            log.debug("%s was left behind", temporary)
-        why = error.strerror or error
-        raise DataError(f"the report cannot be written to {out}: {why}; choose another --out.") from error
 
 
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def page(runs: Sequence[Run], figures: dict[str, bytes], title: str | None = None) -> str:
-    """The whole HTML text."""
-    names = " vs ".join(run.label for run in runs)
+def page(groups: Sequence[Group], figures: dict[str, Drawn], numbers: Rows, title: str | None, folder: str) -> str:
+    """The whole HTML text; `folder` is where the files beside it are."""
+    runs = [run for group in groups for run in group.runs]
+    names = " vs ".join(group.title for group in groups)
     title = title or "Attention sinks: " + (names if len(names) < 80 else f"{len(runs)} runs compared")
-    shown = Figures(figures, len(runs))
+    shown = Figures(figures, len(runs), folder)
     sections = (  # in reading order, which is the order of the figures' numbers
-        ("summary", "Summary", _summary(runs)),
-        ("curves", "Training curves", _curves(runs, shown)),
-        ("heads", "Where: layers, heads, positions", _located(runs, shown)),
-        ("maps", "Attention maps", _map_section(runs, shown)),
-        ("extreme", "Why: extreme tokens", _extreme_section(runs, shown)),
-        ("setup", "Configuration and environment", _setup(runs)),
-        ("glossary", "Definitions", _glossary()),
+        ("summary", "Summary", _summary(groups, numbers, folder)),
+        ("curves", "Training curves", _curves(groups, shown)),
+        ("heads", "Where: layers, heads, positions", _located(runs, groups, shown)),
+        ("maps", "Attention maps", _map_section(groups, shown)),
+        ("extreme", "Why: extreme tokens", _extreme_section(runs, groups, shown)),
+        ("setup", "Configuration and environment", _setup(runs, folder)),
+        ("glossary", "Definitions", glossary(_keys(runs))),
     )
     body = "\n".join(f'<section id="{key}">\n<h2>{n}</h2>\n{text}\n</section>' for key, n, text in sections)
     return PAGE.substitute(
         title=escape(title),
         css=CSS,
-        lede=" · ".join(f"<code>{escape(run.path)}</code>" for run in runs),
+        lede=_folders(runs),
         nav="".join(f'<a href="#{key}">{name}</a>' for key, name, _ in sections),
         body=body,
+        files=escape(folder),
     )
+
+
+def _keys(runs: Sequence[Run]) -> set[str]:
+    """The names of all numbers that some run has."""
+    rows = [row for run in runs for row in [*run.metrics, run.sinks or {}, run.entropies]]
+    return {key for row in rows for key, value in row.items() if value is not None}
+
+
+def _folders(runs: Sequence[Run]) -> str:
+    """The run folders; what they lie in once, where they are many in one place."""
+    parents = {run.path.parent for run in runs}
+    if len(runs) < 3 or len(parents) > 1:
+        return " · ".join(f"<code>{escape(run.path)}</code>" for run in runs)
+    names = " · ".join(f"<code>{escape(run.path.name)}</code>" for run in runs)
+    return f"in <code>{escape(parents.pop())}</code>: {names}"
 
 
 def _missing(runs: Iterable[Run], file: str, what: str) -> str:
@@ -96,115 +105,142 @@ def _missing(runs: Iterable[Run], file: str, what: str) -> str:
 # ---------------------------------------------------------------------------------------------- sections
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    verdicts = "\n".join(
-        f'<p class="verdict" style="--run:{run.color}"><b>{escape(run.label)}</b>: {escape(verdict(run))}.</p>'
-        for run in runs
-    )
+def _summary(groups: Sequence[Group], numbers: Rows, folder: str) -> str:
+    runs = [run for group in groups for run in group.runs]
+    verdicts = "\n".join(_verdict(group) for group in groups)
     torn = "".join(
         f'<p class="missing"><b>{escape(run.label)}</b>: the last line of metrics.jsonl is incomplete and '
         "was left out; the run is still writing it, or was killed.</p>"
         for run in runs
         if run.torn
     )
-    numbers = key_numbers(runs)
-    if len(runs) == 1:  # one narrow column would leave the page empty: two side by side
+    if len(groups) == 1 and not groups[0].many:  # one narrow column would leave the page empty: two side by side
         half = (len(numbers) + 1) // 2
-        tables = f'<div class="pair">{table(runs, numbers[:half])}{table(runs, numbers[half:])}</div>'
+        tables = f'<div class="pair">{table(groups, numbers[:half])}{table(groups, numbers[half:])}</div>'
     else:
-        tables = table(runs, numbers)
-    parts = [verdicts, torn, "<h3>Key numbers</h3>", tables]
-    if any(run.star for run in runs):
-        parts.append('<p class="lede">* row-normalised |A| in place of A, see Definitions.</p>')
-    differing = [row for row in _config_rows(runs) if differs(row[1]) and row[0] not in LOCAL]
-    if len(runs) > 1:
-        text = table(runs, differing, "config") if differing else "<p>The configurations are the same.</p>"
+        tables = table(groups, numbers)
+    said = ["Several seeds: mean (smallest to largest)."] if any(group.many for group in groups) else []
+    said += ["* a number of row shares A', see Definitions."] if any(run.star for run in runs) else []
+    said += [f'Run by run: <a href="{escape(folder)}/key_numbers.csv">CSV</a>']
+    parts = [verdicts, torn, "<h3>Key numbers</h3>", tables, f'<p class="lede">{" ".join(said)}</p>']
+    if warned := cautions(groups):
+        said = "".join(f"<li>{escape(text)}</li>" for text in warned)
+        parts.append(f'<h3>What this comparison hangs on</h3>\n<ul class="cautions">{said}</ul>')
+    if len(groups) > 1:
+        unlike = lambda row: differs(row[1]) and not row[0].startswith((*SEEDS, *LOCAL))
+        differing = [row for row in _config_rows([group.first for group in groups]) if unlike(row)]
+        text = table(groups, differing, "config") if differing else "<p>The configurations are the same.</p>"
         parts += ["<h3>What differs in the configuration</h3>", text]
     return "\n".join(parts)
 
 
-def _curves(runs: Sequence[Run], figures: Figures) -> str:
+def _verdict(group: Group) -> str:
+    """The finding on one group, its seeds one by one below."""
+    if not group.many:
+        said = f"<b>{escape(group.label)}</b>: {escape(verdict(group.first))}."
+    else:
+        each = "".join(f"<li>seed {escape(run.seed)}: {escape(verdict(run))}.</li>" for run in group.runs)
+        said = f"<b>{escape(group.title)}</b>: {escape(group_verdict(group))}.<ul>{each}</ul>"
+    return f'<div class="verdict" style="--run:{group.color}">{said}</div>'
+
+
+def _curves(groups: Sequence[Group], figures: Figures) -> str:
+    runs = [run for group in groups for run in group.runs]
     sentences = "".join(
         f"<p>{f'<b>{escape(run.label)}</b>: ' if len(runs) > 1 else ''}{escape(text)}</p>"
         for run in runs
         if len(runs) <= 4 and (text := loss_sentence(run))  # the table has these numbers for any number of runs
     )
-    loss = figures.show("loss", runs)
-    none = '<p class="missing">No evaluation has been logged yet, so there is no sink rate to plot.</p>'
+    over = ""
+    if any(group.many for group in groups):
+        over = "Curves of several seeds end where the first of them does."
+    first = figures.show("loss", groups, over) + (figures.show("sink_rate", groups) or NO_RATE)
     return "\n".join(
         (
             sentences,
-            f'<div class="row">\n{loss}{figures.show("sink_rate", runs) or none}\n</div>',
-            figures.show("accuracy", runs),
-            figures.show("dynamics", runs, _dynamics_note(runs)),
-            figures.show("emergence", runs, f"At most the {MAX_ROWS} heads with the largest weight at the end."),
-            figures.show("throughput", runs),
+            f'<div class="row">\n{first}\n</div>',
+            figures.show("accuracy", groups),
+            figures.show("dynamics", groups, _dynamics_note(runs)),
+            figures.show("emergence", groups, "Where there are many heads, those with the largest weight at the end."),
+            figures.show("throughput", groups, "Medians of a few steps." if len(groups) > 1 else ""),
         )
     )
 
 
+NO_RATE = '<p class="missing">No evaluation has been logged yet, so there is no sink rate to plot.</p>'
+
+
 def _dynamics_note(runs: Sequence[Run]) -> str:
     keys = {key for run in runs for row in run.metrics for key in row}
-    notes = ["Extremes over layers and heads"]
-    notes += ["risks below 1e-4 are drawn there"] if "risk_bigram_excess" in keys else []
+    notes = ["Risks below 1e-4 are drawn there"] if "risk_bigram_excess" in keys else []
     notes += ["1 (dashed) means no value drain"] if "value_drain" in keys else []
-    raw = [run.label for run in runs if run.star and run.is_bb and NONTRIGGER + PROXY not in keys]
-    notes += [f"weights of {', '.join(raw)} as the model uses them, not row-normalised"] if raw else []
-    return "; ".join(notes) + "."
+    alike = {run.start_key for run in runs if any(run.start_key in row for row in run.metrics)}
+    notes += ["start-token weights of runs on other data than Bigram-Backcopy are α₁"] if len(alike) > 1 else []
+    return "; ".join(notes) + "." if notes else ""
 
 
-def _located(runs: Sequence[Run], figures: Figures) -> str:
+def _located(runs: Sequence[Run], groups: Sequence[Group], figures: Figures) -> str:
     early = [run for run in runs if run.sinks is None]
     note = _missing(early, "sinks.json", "the newest evaluation in metrics.jsonl is shown where there is one.")
-    return "\n".join((note, figures.show("heads", runs), figures.show("positions", runs)))
+    bb = "A cell dark only for non-trigger queries is an active-dormant head." if any(r.is_bb for r in runs) else ""
+    return "\n".join((note, figures.show("heads", groups, bb), figures.show("positions", groups)))
 
 
-def _map_section(runs: Sequence[Run], figures: Figures) -> str:
-    parts = [_missing([r for r in runs if r.maps is None], "maps.npz", "no example attention maps to show.")]
-    shown = [run for run in runs if run.maps is not None]
-    scale = "Each row is scaled to sum to one and the colour scale is a square root, so that small weights show."
-    mass = [
-        f"{run.label} {low:.3g} to {high:.3g}"
-        for run in shown
-        if run.maps and run.star
-        for low, high in [run.maps.mass()]
+def _map_section(groups: Sequence[Group], figures: Figures) -> str:
+    found = [(group, run) for group in groups if (run := example(group)) is not None]
+    parts = [
+        _missing([g.first for g in groups if example(g) is None], "maps.npz", "no example attention maps to show.")
     ]
-    if mass:
-        scale += f" Row sums before scaling: {', '.join(mass)}."
-    if any((run.data.get("meta") or {}).get("trigger_ids") for run in shown):
+    scale = "Each row is scaled to sum to one and the colour scale is a square root, so that small weights show."
+    sums = [(group.label, *run.maps.mass()) for group, run in found if run.star and run.maps]
+    mass = [f"{label} {low:.3g} to {high:.3g}" for label, low, high in sums]
+    scale += f" Row sums before scaling: {'; '.join(mass)}." if mass else ""
+    if any((run.data.get("meta") or {}).get("trigger_ids") for _, run in found):
         scale += " Trigger queries have orange labels."
-    if len(runs) > 1 and shown:
-        scale += " The first 32 tokens are shown."
-    parts.append(figures.show("maps", shown, scale))
-    cap = max(4, MAX_PANELS // len(runs))
-    for i, run in enumerate(runs):
-        if run.maps is None:
+    if len(groups) > 1:
+        scale += f" The first {tokens_shown(len(found))} tokens are shown."
+    if any(group.many for group in groups):
+        scale += " Of several seeds the first is shown."
+    parts.append(figures.show("maps", groups, scale))
+    if len(groups) > MOST_GROUPS and found:
+        parts.append(f'<p class="lede">All heads are drawn where at most {MOST_GROUPS} groups are compared.</p>')
+    cap = panels_shown(len(groups))
+    for i, group in enumerate(groups):
+        run = example(group)
+        if run is None or run.maps is None:
             continue
         heads = run.maps.weights.shape[1] * run.maps.weights.shape[2]
         more = f"The {cap} of {heads} heads with the largest weight" if heads > cap else f"All {heads} heads"
-        more += f" ({run.label})." if len(runs) > 1 else "."
-        parts.append(figures.show(f"all_maps_{i}" if len(runs) > 1 else "all_maps", [run], more))
+        more += f" of {run.label}." if len(groups) > 1 or group.many else "."
+        parts.append(figures.show(f"all_maps_{i}" if len(groups) > 1 else "all_maps", [group], more))
     return "\n".join(parts)
 
 
-def _extreme_section(runs: Sequence[Run], figures: Figures) -> str:
+def _extreme_section(runs: Sequence[Run], groups: Sequence[Group], figures: Figures) -> str:
     lacking = [run for run in runs if run.sinks is None]
-    return _missing(lacking, "sinks.json", "norms of the first token against the others come with it.") + figures.show(
-        "extreme", runs, "One dot per head; filled is the first token, open the mean of the others."
-    )
+    note = "One dot per head and seed; filled is the first token, open the mean of the others."
+    text = _missing(lacking, "sinks.json", "norms of the first token against the others come with it.")
+    return text + figures.show("extreme", groups, note)
 
 
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def _config_rows(runs: Sequence[Run], of: str = "config") -> list[tuple[str, list[str]]]:
+def _config_rows(runs: Sequence[Run], of: str = "config") -> Rows:
     """Every dotted field of any run with its value in each run."""
     flat = [flatten(getattr(run, of)) if getattr(run, of) else {} for run in runs]
     return [(key, [f.get(key, "–") for f in flat]) for key in dict.fromkeys(k for f in flat for k in f)]
 
 
-def _setup(runs: Sequence[Run]) -> str:
+def config_csv(runs: Sequence[Run], of: str) -> list[dict[str, Any]]:
+    """One row per field of any run, one column per run folder."""
+    paths = [str(run.path) for run in runs]
+    return [{"field": key, **dict(zip(paths, values, strict=True))} for key, values in _config_rows(runs, of)]
+
+
+def _setup(runs: Sequence[Run], folder: str) -> str:
     parts = []
+    columns = [Group([run], run.label) for run in runs]
     for of, name, file in (
         ("config", "Configuration", ""),
         ("environment", "Environment", "environment.json"),
@@ -217,13 +253,10 @@ def _setup(runs: Sequence[Run]) -> str:
         count = sum(differs(values) for _, values in rows)
         found = f"{count} differ{'s' if count == 1 else ''}, marked ≠" if count else "none differs"
         many = f"; {found}" if len(runs) > 1 else ""
-        fields = table(runs, rows, "config", mark=len(runs) > 1)
-        parts.append(f"<details>\n<summary>{name} ({len(rows)} fields{many})</summary>\n{fields}\n</details>")
+        fields = table(columns, rows, "config", mark=len(runs) > 1)
+        csv = f'<p class="lede"><a href="{escape(folder)}/{of}.csv">CSV</a></p>'
+        parts.append(f"<details>\n<summary>{name} ({len(rows)} fields{many})</summary>\n{fields}\n{csv}\n</details>")
     return "\n".join(parts)
-
-
-def _glossary() -> str:
-    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>\n" for k, v in GLOSSARY) + "</dl>"
 
 
 def main() -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import html
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from string import Template
 
+from evals.definitions import MEASURED, TERMS
+from evals.groups import Group
 from evals.plot_style import dpi_of
-from evals.run_files import Run
+from evals.plots import Drawn
 
 CSS_DPI = 112  # pixels of the page per inch of a figure
+ENDS = ("png", "svg", "csv")
 
 CSS = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #5b636d; --line: #dfe2e6; --wash: #f6f7f8;
@@ -34,14 +37,17 @@ nav a { color: var(--soft); margin-right: 16px; text-decoration: none; border-bo
   border-left: 4px solid var(--run); overflow-wrap: anywhere; }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--run);
   margin-right: 6px; }
-.row { display: grid; grid-template-columns: 1fr 1fr; gap: 10px 20px; align-items: end; }
+.row { display: grid; grid-template-columns: 1fr 1fr; gap: 10px 20px; align-items: start; }
 figure { margin: 16px 0 20px; max-width: 100%; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { font-size: 13.5px; line-height: 1.45; margin-top: 6px; max-width: 96ch; }
-.row figcaption { min-height: 4.4em; }
-.pair { display: flex;
-  flex-wrap: wrap; gap: 0 48px; align-items: flex-start; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 32px; align-items: start; }
+.pair table { width: 100%; }
 figcaption b { color: var(--ink); }
+.files a, .lede a { color: var(--soft); font-size: 12px; margin-right: 5px; }
+.verdict ul { margin: 6px 0 2px; padding-left: 18px; color: var(--soft); font-size: 13.5px; }
+.cautions { margin: 8px 0; padding-left: 20px; max-width: 96ch; }
+dt code { font-size: 11.5px; font-weight: 400; color: var(--soft); overflow-wrap: anywhere; }
 .missing { padding: 10px 14px; border: 1px dashed #c4c9cf; border-radius: 4px; max-width: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; margin: 8px 0 4px; font-variant-numeric: tabular-nums;
@@ -58,7 +64,7 @@ summary { cursor: pointer; font-weight: 600; }
 dl { display: grid; grid-template-columns: minmax(130px, 220px) 1fr; gap: 6px 20px; font-size: 14px; }
 dt { font-weight: 600; } dd { margin: 0; max-width: 74ch; }
 footer { margin-top: 40px; font-size: 13px; }
-@media (max-width: 720px) { .row, dl { grid-template-columns: 1fr; } main { padding: 24px 14px; } }
+@media (max-width: 720px) { .row, .pair, dl { grid-template-columns: 1fr; } main { padding: 24px 14px; } }
 """
 
 PAGE = Template("""<!DOCTYPE html>
@@ -80,7 +86,7 @@ PAGE = Template("""<!DOCTYPE html>
 </header>
 $body
 <footer>Written by <code>python -m evals.report</code>. Everything shown is in this file; the numbers
-come from the run folders named above.</footer>
+come from the run folders named above. Figures and tables are also in <code>$files</code> beside it.</footer>
 </main>
 </body>
 </html>
@@ -90,8 +96,8 @@ come from the run folders named above.</footer>
 CAPTIONS = {
     "loss": (
         "Loss",
-        "Look for the step at which validation (dots) falls below the bigram entropy: from there on the "
-        "model needs attention.",
+        "Look for the step at which validation (marked) falls below the bigram entropy: from there on the "
+        "model needs attention. The scale ends at the first loss.",
     ),
     "accuracy": (
         "Accuracy on the task",
@@ -116,12 +122,11 @@ CAPTIONS = {
     ),
     "heads": (
         "Start-token weight of every head",
-        "Look for dark cells: those heads are sinks, and where trigger queries are shown apart a cell dark "
-        "only for non-trigger queries is an active-dormant head.",
+        "Look for dark cells: those heads are sinks.",
     ),
     "positions": (
         "Sink rate by key position",
-        "Look for a first bar that stands alone: only token 1 is a sink.",
+        "Look for a position 1 that stands alone: only the first token is a sink.",
     ),
     "maps": (
         "The strongest start-token head, with its tokens",
@@ -138,61 +143,15 @@ CAPTIONS = {
     ),
 }
 
-SINK_STUDY, BB_STUDY = "arXiv:2410.10781", "arXiv:2410.13835"
-GLOSSARY = (
-    (
-        "Start-token weight α₁",
-        "Mean share of attention that the queries able to see the first token give to it: "
-        "αₖ = Σ A[i,k] over i ≥ k, divided by T − k + 1, with k = 1. Uniform attention gives 0.07 at T = 64. "
-        f"{SINK_STUDY}.",
-    ),
-    (
-        "Sinkₖ",
-        "Share of (sequence, layer, head) triples with αₖ > ε, in percent; ε = 0.3 unless the table says "
-        f"otherwise. {SINK_STUDY}.",
-    ),
-    (
-        "*",
-        "The rows of this attention are no distributions, so A' = |A| / Σ|A| stands in for A in the metric "
-        f"and in the maps, as the paper does; the model itself keeps using A. {SINK_STUDY}.",
-    ),
-    (
-        "Sink on the slot",
-        f"The same rate for learned keys in front of the tokens (sink token, key/value bias). {SINK_STUDY}.",
-    ),
-    (
-        "Trigger, non-trigger query",
-        "On Bigram-Backcopy data the token after a trigger copies the one before it; all other tokens follow "
-        "a bigram table. A head is active on the former and dormant, dumping on the start token, on the "
-        f"latter. {BB_STUDY}.",
-    ),
-    (
-        "Backcopy risk, bigram excess",
-        "Cross-entropy on trigger queries (a perfect model reaches 0), and on the others minus what the "
-        f"bigram table itself reaches; in nats. {BB_STUDY}.",
-    ),
-    (
-        "Sink logit",
-        "Mean over (non-trigger) queries of the start token's score minus the mean score of the other "
-        f"visible keys, before the non-linearity. {BB_STUDY}.",
-    ),
-    (
-        "Value drain",
-        "Norm of the start token's value after the output projection, ‖W_O v‖, over the mean of the other "
-        f"tokens: far below 1 means that attending to it adds nothing. {BB_STUDY}.",
-    ),
-    (
-        "Residual peak",
-        "Norm of the start token's residual stream after a block minus the mean of the others ('massive "
-        f"activation'). {BB_STUDY}, {SINK_STUDY}.",
-    ),
-    (
-        "Unigram, bigram entropy",
-        "Loss of the best model that sees no context, or one token of it, in nats per token; the bigram "
-        "figure is measured on held-out data where the run recorded it.",
-    ),
-    ("Oracle", f"Loss of a perfect model on Bigram-Backcopy data. {BB_STUDY}."),
-)
+
+def glossary(keys: Collection[str]) -> str:
+    """The definitions of numbers that are there, terms first: the same texts as in sinks.json."""
+    entries = "".join(
+        f"<dt>{escape(d.name)}{f'<br><code>{escape(d.key)}</code>' if d.key else ''}</dt><dd>{escape(d.text)}</dd>\n"
+        for d in (*TERMS, *MEASURED)
+        if (d.key or d.needs) in {*keys, ""}
+    )
+    return f"<dl>{entries}</dl>"
 
 
 def escape(value: object) -> str:
@@ -201,33 +160,36 @@ def escape(value: object) -> str:
 
 
 class Figures:
-    """Hands out the drawn figures as numbered HTML."""
+    """Hands out the drawn figures as numbered HTML, with links to their files in `folder`."""
 
-    def __init__(self, pngs: dict[str, bytes], runs: int) -> None:
-        self._pngs = pngs
+    def __init__(self, figures: Mapping[str, Drawn], runs: int, folder: str) -> None:
+        self._figures = figures
         self._scale = CSS_DPI / dpi_of(runs)
+        self._folder = folder
         self._count = 0
 
-    def show(self, name: str, runs: Sequence[Run], more: str = "") -> str:
+    def show(self, name: str, groups: Sequence[Group], more: str = "") -> str:
         """A figure with caption and alt text, at its natural size; nothing if it was not drawn."""
-        png = self._pngs.get(name)
-        if png is None:
+        drawn = self._figures.get(name)
+        if drawn is None:
             return ""
         self._count += 1
         title, caption = CAPTIONS[name.rstrip("0123456789").rstrip("_")]
-        width, height = (round(n * self._scale) for n in struct.unpack(">II", png[16:24]))
-        names, text = ", ".join(run.label for run in runs), f"{caption} {more}".strip()
+        width, height = (round(n * self._scale) for n in struct.unpack(">II", drawn.png[16:24]))
+        names, text = ", ".join(group.title for group in groups), f"{caption} {more}".strip()
+        links = " ".join(f'<a href="{escape(self._folder)}/{name}.{end}">{end.upper()}</a>' for end in ENDS)
         return (
-            f'<figure>\n<img src="data:image/png;base64,{base64.b64encode(png).decode()}" width="{width}" '
+            f'<figure>\n<img src="data:image/png;base64,{base64.b64encode(drawn.png).decode()}" width="{width}" '
             f'height="{height}" alt="{escape(f"{title}: {names}. {text}")}">\n'
-            f"<figcaption><b>Figure {self._count}. {title}.</b> {escape(text)}</figcaption>\n</figure>"
+            f"<figcaption><b>Figure {self._count}. {title}.</b> {escape(text)} "
+            f'<span class="files">{links}</span></figcaption>\n</figure>'
         )
 
 
-def table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]], kind: str = "", mark: bool = False) -> str:
-    """One row per name and one column per run; `mark` points out the rows in which runs differ."""
+def table(groups: Sequence[Group], rows: Sequence[tuple[str, list[str]]], kind: str = "", mark: bool = False) -> str:
+    """One row per name and one column per group; `mark` points out the rows in which they differ."""
     head = "".join(
-        f'<th scope="col"><span class="dot" style="--run:{r.color}"></span>{escape(r.label)}</th>' for r in runs
+        f'<th scope="col"><span class="dot" style="--run:{g.color}"></span>{escape(g.label)}</th>' for g in groups
     )
     body = ""
     for name, values in rows:
@@ -235,8 +197,9 @@ def table(runs: Sequence[Run], rows: Sequence[tuple[str, list[str]]], kind: str 
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         row, sign = ('<tr class="differs">', "≠ ") if marked else ("<tr>", "")
         body += f'{row}<th scope="row">{sign}{escape(name)}</th>{cells}</tr>\n'
-    head = f"<thead><tr><td></td>{head}</tr></thead>\n" if len(runs) > 1 else ""
-    return f'<div class="scroll"><table class="{kind}">\n{head}<tbody>\n{body}</tbody></table></div>'
+    head = f"<thead><tr><td></td>{head}</tr></thead>\n" if len(groups) > 1 else ""
+    even = f"table-layout: fixed; width: 100%; min-width: {190 + 115 * len(groups)}px" if len(groups) > 2 else ""
+    return f'<div class="scroll"><table class="{kind}" style="{even}">\n{head}<tbody>\n{body}</tbody></table></div>'
 
 
 def differs(values: Sequence[str]) -> bool:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evals.definitions import NO_DISTRIBUTION, SHARE_EPS
 from jaxattn.errors import DataError
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 EPSILON = 0.3
-SHOWN = 23
 ALPHA, NONTRIGGER, TRIGGER = (f"first_token_weight{end}" for end in ("", "_nontrigger", "_trigger"))
-PROXY = "_proxy"
+RAW = "_raw"
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Maps:
     slots: int
 
     def panel(self, example: int, layer: int, head: int) -> np.ndarray:
-        """One map as shares of each row's mass: |A| / Σ|A|, which is A itself for softmax."""
+        """One map as row shares A' (see `evals.definitions`), which is A itself for softmax."""
         a = np.abs(self.weights[example, layer, head].astype(np.float32))
-        return a / (a.sum(-1, keepdims=True) + 1e-8)
+        return a / (a.sum(-1, keepdims=True) + SHARE_EPS)
 
     def mass(self) -> tuple[float, float]:
         """Smallest and largest row sum Σ_j A_ij over every map."""
@@ -46,7 +45,7 @@ class Maps:
 
 @dataclass
 class Run:
-    """Everything one run folder says. `label` and `color` are set when several runs are shown together."""
+    """Everything one run folder says. `label` is set anew when several runs are shown together."""
 
     path: Path
     config: dict[str, Any]
@@ -57,12 +56,15 @@ class Run:
     maps: Maps | None
     torn: bool = False
     label: str = ""
-    color: str = "#0072b2"
     entropies: dict[str, float] = field(default_factory=dict)
 
     @property
     def attn(self) -> str:
         return str(self.config.get("attn") or "attention")
+
+    @property
+    def seed(self) -> str:
+        return str(self.config.get("seed", "–"))
 
     @property
     def last_step(self) -> int:
@@ -75,8 +77,13 @@ class Run:
 
     @property
     def star(self) -> str:
-        """The paper's mark for rows that do not sum to one."""
-        return "*" if self.sinks and self.sinks.get("proxy") else ""
+        """The paper's mark where row shares stand in for weights that are no distributions."""
+        if self.sinks is not None:
+            return "*" if self.sinks.get("proxy") else ""
+        share, raw = self.matrix(ALPHA), self.matrix(ALPHA + RAW)
+        if share is None or raw is None:
+            return ""
+        return "*" if np.nanmax(np.abs(share - raw), initial=0) > NO_DISTRIBUTION else ""
 
     @property
     def epsilon(self) -> float:
@@ -119,22 +126,14 @@ class Run:
         kept = [(step, table) for step, table in found if table.shape == found[-1][1].shape]
         return np.array([s for s, _ in kept]), np.array([t for _, t in kept])
 
-    def decisive(self, rows: Sequence[dict[str, Any]]) -> str:
-        """Key of the start-token weight that tells a sink in `rows`.
-
-        On Bigram-Backcopy it is the weight on non-trigger queries. Where rows do not sum to one, or are not
-        yet known to, it is the paper's α₁, which is always a share and is logged throughout training.
-        """
-        shares = self.sinks is not None and not self.sinks.get("proxy")
-        return NONTRIGGER if shares and any(NONTRIGGER in row for row in rows) else ALPHA
-
-    def share_key(self, key: str, rows: Sequence[dict[str, Any]]) -> str:
-        """`key` or its row-normalised twin where `rows` have it."""
-        return key + PROXY if any(key + PROXY in row for row in rows) else key
+    @property
+    def start_key(self) -> str:
+        """The start-token weight that tells a sink, plotted and judged alike: non-trigger queries', else α₁."""
+        return NONTRIGGER if self.is_bb else ALPHA
 
     def weights(self) -> np.ndarray | None:
-        """Latest [L, H] table of the decisive start-token weight."""
-        return self.matrix(self.decisive([self.latest()]))
+        """Latest [L, H] table of that start-token weight."""
+        return self.matrix(self.start_key)
 
     def layer_names(self, rows: int) -> list[str]:
         """Model layer index of each attention layer."""
@@ -174,9 +173,24 @@ def read_run(folder: str | Path) -> Run:
     found = data.get("entropies")
     found = found if isinstance(found, dict) else {}
     entropies = {k: float(v) for k, v in found.items() if np.isfinite(number(v))}
+    distributions = sinks is not None and sinks.get("proxy") is False
+    for row in [*metrics, *([sinks] if sinks else [])]:
+        _rename_raw(row, distributions)
     run = Run(path, config, optional[0] or {}, data, metrics, sinks, maps, torn, entropies=entropies)
     run.label = run.attn
     return run
+
+
+def _rename_raw(row: dict[str, Any], distributions: bool) -> None:
+    """Start-token weights of versions that called raw ones plain and shares `_proxy`, under today's names."""
+    for name in (NONTRIGGER, TRIGGER):
+        if name not in row or name + RAW in row:
+            continue
+        raw = row[name + RAW] = row.pop(name)
+        share = row.pop(name + "_proxy", raw if distributions else None)
+        if share is not None:
+            row[name] = share
+        row.pop(ALPHA + RAW, None)  # was over other queries
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -234,34 +248,3 @@ def _read_maps(path: Path) -> Maps:
     if len(labels) != n or any(len(row) != length for row in labels):
         raise DataError(f"{path} has labels that do not match its tokens {tokens.shape}: evaluate again.")
     return Maps(weights, tokens, labels, slots)
-
-
-PALETTE = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#8c6d31",
-    "#56b4e9",
-    "#6a51a3",
-    "#e69f00",
-    "#444444",
-    "#a50f15",
-)
-
-
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Read several runs; each gets a colour and a label: attention name, else folder name, else number.
-
-    Attention names serve only if they differ in the first `SHOWN` characters, which is what figures show.
-    """
-    runs = [read_run(folder) for folder in folders]
-    names = [run.attn[:SHOWN] for run in runs]
-    folder_names = [run.path.resolve().name for run in runs]
-    for i, run in enumerate(runs):
-        run.color = PALETTE[i % len(PALETTE)]
-        if names.count(names[i]) > 1:
-            run.label = folder_names[i]
-            if folder_names.count(folder_names[i]) > 1:
-                run.label += f" #{i + 1}"
-    return runs

@@ -70,7 +70,7 @@ def run_task(trained: Trained, task: Task, length: int, count: int, chunk: int |
     if chunk is None and trained.retrieves:
         chunk = 0
     hits = make_hits(trained.model, chunk)
-    found = [hits(trained.params, batch) for batch in batches(task, length, count, trained.cfg.seed)]
+    found = [hits(trained.params, batch) for batch in batches(task, length, count, trained.cfg.data.seed)]
     share = np.concatenate([np.nanmean(h, axis=1) for h in found])  # tokens of one sequence depend on each other
     tokens = np.concatenate([h[np.isfinite(h)] for h in found])
     exact = np.concatenate([np.nanmin(h, axis=1) for h in found])

@@ -11,29 +11,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
+from evals.definitions import NEARLY_EMPTY, SHARE_EPS, definitions
 from evals.measure import BigramTask, attention_maps, make_measure, summarise
+from jaxattn.analysis import look
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.mechanisms import resolve_mixer
 from train.config import RunConfig
 from train.data import Source
 from train.rundir import write_json_atomic
 
 MAP_TOKENS = 64
 MAP_SEQUENCES = 2
-
-DEFINITIONS = {
-    "sink_rate": "Sink_1^eps in percent: mean over sequences, layers, heads of 1[alpha_1 > eps]",
-    "first_token_weight": "alpha_1 [layer][head], mean over sequences; proxy |A| rows where rows are not distributions",
-    "first_token_weight_nontrigger": "mean A[i,0] over non-trigger queries i >= 1, the operation's own weights",
-    "first_token_weight_trigger": "the same over trigger queries",
-    "sink_logit": "mean over (non-trigger) queries of s[i,0] - mean_{1<=j<i} s[i,j]",
-    "value_drain": "||W_O v_0|| / mean_{j>0} ||W_O v_j|| [layer][head]",
-    "residual_peak": "residual norm of token 0 minus the mean of the others, after each block",
-    "risk_backcopy": "cross-entropy (nats) on trigger queries",
-    "risk_bigram_excess": "cross-entropy on the other queries minus the bigram table's own",
-}
 
 
 def bigram_task(source: Source) -> BigramTask | None:
@@ -63,27 +54,49 @@ def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str |
     tokens = held_out(cfg, source, text)
     raw = make_measure(cfg.model, task=bigram_task(source))(params, tokens)
     layers = [i for i in range(cfg.model.num_layers) if cfg.model.mixer(i).mechanism is not None]
+    numbers = summarise(raw, epsilon=cfg.eval.epsilon)
     return {
         "step": step,
         "attn": cfg.attn,
         "source": source.name,
         "text": text,
+        "data_seed": cfg.data.seed,
         "epsilon": cfg.eval.epsilon,
         "length": int(tokens.shape[1]),
         "sequences": int(tokens.shape[0]),
         "attention_layers": layers,
-        "proxy": not raw_rows_are_distributions(cfg, params, tokens),
-        **summarise(raw, epsilon=cfg.eval.epsilon),
-        "definitions": DEFINITIONS,
+        "proxy": bool(np.any(raw["rows_no_distribution"] > 0)),
+        "slots": slot_kinds(cfg, params, tokens),
+        "notes": notes(cfg),
+        **numbers,
+        "definitions": definitions(numbers),
     }
 
 
-def raw_rows_are_distributions(cfg: RunConfig, params: Any, tokens: np.ndarray) -> bool:
-    """Whether every layer's rows are non-negative and sum to one on the data."""
-    from jaxattn.analysis import look
-    from jaxattn.analysis.sinks import rows_sum_to_one
+def notes(cfg: RunConfig) -> list[str]:
+    """What a comparison with this run hangs on, by the advice of its mechanisms."""
+    found = []
+    for text in dict.fromkeys(cfg.model.mixers):
+        choice = resolve_mixer(text)
+        advice = choice.mechanism.advice(choice.spec, cfg.data.context) if choice.mechanism else ""
+        found += [advice if len(set(cfg.model.mixers)) == 1 else f"{text}: {advice}"] if advice else []
+    return found
 
-    return all(rows_sum_to_one(layer) for layer in look(cfg.model, params, jnp.asarray(tokens[:2])).attention)
+
+def slot_kinds(cfg: RunConfig, params: Any, tokens: np.ndarray) -> list[str]:
+    """What kinds of slots the attention layers have: "learned", "constant", both or none."""
+    kinds: set[str] = set()
+
+    def trace(params: Any, tokens: Any) -> Any:
+        view = look(cfg.model, params, tokens)
+        kinds.update(["learned"] if view.front else [])
+        for layer in view.attention:
+            if layer.weights(0, 1).slots:
+                kinds.add("learned" if layer.params else "constant")
+        return view.logits
+
+    jax.eval_shape(trace, params, tokens[:1])
+    return sorted(kinds)
 
 
 def write_maps(path: Path, cfg: RunConfig, source: Source, params: Any, text: str | None = None) -> None:
@@ -114,31 +127,33 @@ def finish_run(folder: Path, cfg: RunConfig, source: Source, params: Any, step: 
 
 
 def table(result: dict[str, Any]) -> str:
-    """A short text table of one evaluation."""
+    """A short text table of one evaluation; names are the keys of sinks.json."""
     star = "*" if result["proxy"] else ""
     lines = [
         f"{result['attn']} at step {result['step']} on {result['sequences']} x {result['length']} tokens "
-        f"({result['source']})",
+        f"({result['source']}, data seed {result['data_seed']})",
         f"  Sink_1 ({result['epsilon']}): {result['sink_rate']:.2f} %{star}",
     ]
     if result.get("sink_rate_slot") is not None:
-        lines.append(f"  Sink on the slot: {result['sink_rate_slot']:.2f} %")
-    if "risk_backcopy" in result:
+        kinds = " and ".join(result["slots"]) or "learned"
+        lines.append(f"  Sink on the slot ({kinds}): {result['sink_rate_slot']:.2f} %{star}")
+    if result.get("risk_backcopy") is not None:
         lines.append(
             f"  backcopy risk {result['risk_backcopy']:.4f}, bigram excess {result['risk_bigram_excess']:.4f} nats"
         )
-    names = [
-        "first_token_weight",
-        "first_token_weight_nontrigger",
-        "first_token_weight_trigger",
-        "value_drain",
-    ]
-    for name in names:
+    names = [f"first_token_weight{kind}{raw}" for kind in ("", "_nontrigger", "_trigger") for raw in ("", "_raw")]
+    for name in [*(n for n in names if star or not n.endswith("_raw")), "value_drain"]:
         if name in result:
+            mark = star if name in names and not name.endswith("_raw") else ""
             for layer, heads in zip(result["attention_layers"], result[name], strict=True):
-                lines.append(f"  {name} layer {layer}: " + " ".join(f"{x:.3f}" for x in heads))
+                shown = " ".join("none" if x is None else f"{x:.3f}" for x in heads)
+                lines.append(f"  {name}{mark} layer {layer}: {shown}")
     if star:
-        lines.append("  * rows are not distributions: |A| with rows scaled to one")
+        odd, empty = (np.mean(result[f"rows_{kind}"]) for kind in ("no_distribution", "nearly_empty"))
+        lines.append(
+            f"  * of |A| / (sum |A| + {SHARE_EPS:g}), because {odd:.3g} % of rows are no distributions; "
+            f"{empty:.3g} % are nearly empty (sum |A| < {NEARLY_EMPTY:g})"
+        )
     return "\n".join(lines)
 
 

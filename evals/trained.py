@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxattn.errors import ConfigError, UserError
-from jaxattn.models import ModelConfig
+from jaxattn.models import ModelConfig, at_context
 from train.config import RunConfig
 from train.load import abstract_state, load_params, read_config
 from train.rundir import write_json_atomic
@@ -54,6 +54,7 @@ def open_trained(folder: Path, attn: str | None = None, step: int | None = None)
       UserError: no run, no checkpoint, or an attention that has other parameters than the trained one.
     """
     cfg = read_config(folder)
+    attn = None if attn is None else at_context(attn, cfg.data.context)
     model = cfg.model if attn is None else cfg.model.with_attention(attn)
     if attn is not None and _shapes(cfg, model) != _shapes(cfg, cfg.model):
         raise ConfigError(

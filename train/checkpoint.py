@@ -21,7 +21,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,10 +137,18 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:08d}"
 
-    def check_config(self, current: Mapping[str, Any], *, ignore: Iterable[str] = (), step: int | None = None) -> None:
+    def check_config(
+        self,
+        current: Mapping[str, Any],
+        *,
+        ignore: Iterable[str] = (),
+        step: int | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         """Raises `Mismatch` naming each field in which `current` differs from the saved configuration.
 
-        Looks at `step`, or else at the newest step with a sound manifest; with no step it has no opinion.
+        complete: gives a saved configuration the fields that its version did not have. Looks at `step`, or else at
+        the newest step with a sound manifest; with no step it has no opinion.
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
@@ -149,7 +157,7 @@ class Checkpoints:
                 if step is not None:
                     raise
                 continue
-            if differences := mf.diff_config(saved, current, ignore=ignore):
+            if differences := mf.diff_config(complete(saved), current, ignore=ignore):
                 raise Mismatch(
                     f"{self.path(candidate)} was made with another configuration ({'; '.join(differences)}): "
                     "use the saved values or another --run-dir."

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from jaxattn.errors import ConfigError
-from jaxattn.models import ModelConfig
+from jaxattn.models import ModelConfig, at_context
 from train.data import DataConfig
 
 
@@ -175,13 +175,13 @@ class RunConfig:
     """Pretrain a decoder with swappable attention and watch sinks emerge."""
 
     attn: str = "softmax"
-    """Attention of the layers: NAME, NAME(option=value, window=64), or a comma-separated pattern that repeats over depth, e.g. "softmax(window=64), sigmoid"; none is a layer without attention. See --list-attn."""
+    """Attention of the layers: NAME, NAME(option=value, window=64), or a comma-separated pattern that repeats over depth, e.g. "softmax(window=64), sigmoid"; none is a layer without attention. The word context as an option's value is data.context, e.g. "sigmoid(train_len=context)". See --list-attn."""
     preset: str = "bb"
     """Named recipe that sets every default below; see --list-presets."""
     steps: int = 1000
     """Optimiser steps in all."""
     seed: int = 0
-    """Seed of parameters, data order and evaluation."""
+    """Seed of the initial parameters and of the training stream: the order of text, fresh sequences of tasks. What is held out follows data.seed."""
     run_dir: str = ""
     """Where the run lives; default runs/PRESET-ATTN-seedSEED."""
     resume: bool = False
@@ -210,12 +210,13 @@ class RunConfig:
             raise ConfigError(f"seed is {self.seed} but must be 0 or positive.")
 
     def resolved(self) -> RunConfig:
-        """The same run with `attn` written into the model and context-dependent fields filled in.
+        """The same run with `attn`, its context in numbers, written into the model and other such fields filled in.
 
         Raises:
           ConfigError: unknown attention, a window longer than the context, a micro-batch that does not fit.
         """
-        model = self.model.with_attention(self.attn)
+        attn = at_context(self.attn, self.data.context)
+        model = self.model.with_attention(attn)
         for layer in range(model.num_layers):
             mechanism, window = model.mixer(layer).mechanism, model.mixer(layer).window
             if self.data.prefix_len and mechanism and not mechanism.capabilities.prefix:
@@ -246,7 +247,7 @@ class RunConfig:
                 f"model.max_positions is {model.max_positions} but sequences have up to "
                 f"{max(self.data.context, self.eval.length)} positions; raise it."
             )
-        return dataclasses.replace(self, model=model)
+        return dataclasses.replace(self, attn=attn, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, JSON-ready; a run that starts from no checkpoint does not speak of one."""
@@ -264,6 +265,18 @@ class RunConfig:
 
 # Fields that older runs do not have, and the value that makes a run the same without: such a run resumes.
 LATER = {"model.mlp_bias": False, "model.rope_scaling.short_factors": (), "model.rope_scaling.long_factors": ()}
+
+
+def with_older_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the fields that its version did not have, at the values that mean what it did.
+
+    data.seed: one seed decided everything.
+    """
+    data = saved.get("data")
+    if not isinstance(data, dict) or "seed" in data:
+        return saved
+    return {**saved, "data": {**data, "seed": saved.get("seed", 0)}}
+
 
 # What a resumed run may change without becoming another run.
 RESUMABLE = (

@@ -17,7 +17,7 @@ from jaxattn.text import SIDE
 from train import base
 from train import manifest as mf
 from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.config import RunConfig, with_older_fields
 from train.data import Source, make_source
 from train.leaf_io import name_of
 from train.lora import merge
@@ -37,7 +37,7 @@ def read_config(folder: Path) -> RunConfig:
         raw = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
-    cfg = config_from_dict(RunConfig, raw, str(path))
+    cfg = config_from_dict(RunConfig, with_older_fields(raw) if isinstance(raw, dict) else raw, str(path))
     # A converted checkpoint brings its tokenizer, wherever it is moved, and so does a run that started from one.
     side = folder / SIDE
     own = side / "tokenizer.json" if (side / "tokenizer.json").is_file() else side

@@ -20,10 +20,11 @@ from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import Mismatch, TrainingStopped
+from jaxattn.models import at_context
 from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
-from train.config import RESUMABLE, RunConfig
+from train.config import RESUMABLE, RunConfig, with_older_fields
 from train.data import Source
 from train.data.task_source import TaskSource
 from train.load import abstract_state, first_state, load_base, open_source, read_config, whole
@@ -39,10 +40,11 @@ log = logging.getLogger("jaxattn")
 
 LOGGED_TABLES = (
     "first_token_weight",
+    "first_token_weight_raw",
     "first_token_weight_nontrigger",
+    "first_token_weight_nontrigger_raw",
     "first_token_weight_trigger",
-    "first_token_weight_nontrigger_proxy",
-    "first_token_weight_trigger_proxy",
+    "first_token_weight_trigger_raw",
     "value_drain",
     "residual_peak",
     "sink_logit",
@@ -90,7 +92,8 @@ def run(cfg: RunConfig) -> int:
 
 def default_run_dir(cfg: RunConfig) -> str:
     """runs/PRESET-ATTN-seedSEED, with characters that file systems dislike replaced."""
-    attn = "".join(c if c.isalnum() or c in "_.=-" else "-" for c in cfg.attn.replace(" ", ""))
+    attn = at_context(cfg.attn, cfg.data.context).replace(" ", "")
+    attn = "".join(c if c.isalnum() or c in "_.=-" else "-" for c in attn)
     return f"runs/{cfg.preset}-{attn.strip('-')}-seed{cfg.seed}"
 
 
@@ -116,7 +119,7 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
             print(describe_swap(cfg), flush=True)
             state = state if cfg.lora.rank else state | {"params": put(state["params"], base)}
         return replicate(state, mesh), frozen, 0
-    checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE)
+    checkpoints.check_config(cfg.to_dict(), ignore=RESUMABLE, complete=with_older_fields)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     restored = checkpoints.restore(abstract_state(cfg, sharding), iterator)
     print(f"resumed {checkpoints.path(restored.step)}", flush=True)

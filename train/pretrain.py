@@ -32,8 +32,11 @@ def main(args: list[str] | None = None) -> int:
     preset = value_of(args, "--preset")
     cfg = parse_args(args, get_preset(preset or "bb"))
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    if cfg.resume and preset is None and (folder / "config.json").is_file():
+    if cfg.resume and (folder / "config.json").is_file():
         saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
+        if preset is not None:  # which says nothing about the data's seed: the run's own
+            recipe = get_preset(preset)
+            saved = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, seed=saved.data.seed))
         cfg = parse_args(args, saved)
     return run(cfg)
 
@@ -67,6 +70,8 @@ def _list_attention() -> None:
         print(f"{name:20} {mechanism.title} (arXiv {mechanism.arxiv})  {mechanism.equation}")
         if options:
             print(f"{'':20} options: {options}")
+        if advice := mechanism.advice(mechanism.spec(), None):
+            print(f"{'':20} compare with care: {advice}")
 
 
 def _list_presets() -> None:

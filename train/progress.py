@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -55,13 +56,11 @@ def evaluation_line(row: dict[str, Any]) -> str:
         parts.insert(1, f"accuracy {100 * row['val_accuracy']:.1f} %")
     if "val_exact" in row:
         parts.insert(2, f"whole answers {100 * row['val_exact']:.1f} %")
-    if "risk_backcopy" in row:
-        most = max(max(heads) for heads in row["first_token_weight_nontrigger"])
-        parts += [
-            f"backcopy {row['risk_backcopy']:.3f}",
-            f"bigram excess {row['risk_bigram_excess']:.3f}",
-            f"<s> weight {most:.3f}",
-        ]
+    for name, key in (("backcopy", "risk_backcopy"), ("bigram excess", "risk_bigram_excess")):
+        parts += [f"{name} {row[key]:.3f}"] if key in row else []
+    table = row.get("first_token_weight_nontrigger", row["first_token_weight"])
+    heads = [x for layer in table for x in layer if x is not None]
+    parts.append(f"start-token weight {max(heads, default=math.nan):.3f}")
     return "  ".join(parts)
 
 

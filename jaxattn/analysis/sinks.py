@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.analysis.capture import AttentionView
-from jaxattn.masks import PADDING, visible
+from jaxattn.masks import visible
 
 EPSILON = 0.3
 LENGTH = 64
@@ -88,10 +88,3 @@ def _seen_by(vis, block: int) -> Float[Array, "B S"]:
     size = min(block, length)
     counts = jax.lax.map(lambda s: jnp.sum(visible(padded.rows(s, size)), axis=1), jnp.arange(0, length + pad, size))
     return jnp.sum(counts, axis=0).astype(jnp.float32)
-
-
-def rows_sum_to_one(view: AttentionView) -> bool:
-    """Whether the rows are already distributions (checked on the data), so that the proxy is A itself."""
-    rows = view.weights(0, min(8, view.queries.shape[1])).values
-    live = (view.vis.q_segments[:, : rows.shape[2]] != PADDING)[:, None]
-    return bool(jnp.all(jnp.abs(jnp.where(live, jnp.sum(rows, axis=-1) - 1.0, 0.0)) < 1e-3) & jnp.all(rows >= 0))

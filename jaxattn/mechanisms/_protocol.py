@@ -96,6 +96,8 @@ class Mechanism:
       mechanism then sees positions in which every (f+1)-th is a landmark.
     key_dim(spec, D): width of its query and key heads in a model whose key dim is D.
     rotary: "applied" (the layer rotates q and k), "none" (the mechanism has no use for RoPE) or "raw".
+    advice(spec, context): what a comparison with this setting hangs on and what to try instead, "" where it hangs on
+      nothing; context: the training context in tokens, None where nobody knows it.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Mechanism:
     surround: Surround | None = None
     weights_of_values: bool = False
     weights_of_queries: bool = False
+    advice: Callable[[Any, int | None], str] = lambda spec, context: ""
 
     def apply_gains(
         self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict

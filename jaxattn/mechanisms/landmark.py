@@ -214,6 +214,20 @@ def flops(spec: Spec, *, batch: int, queries: int, keys: int, heads: int, key_di
     return 2.0 * batch * heads * queries * keys * (key_dim + value_dim)
 
 
+def advice(spec: Spec, context: int | None) -> str:
+    """A context without a whole block has no landmark; retrieval counts positions by the option `context`."""
+    if context is None:
+        return f"a training context of up to {spec.block} tokens has no landmark, which is softmax attention."
+    if context <= spec.block:
+        return (
+            f"no landmark is ever inserted into {context} tokens with block={spec.block}, so that this is softmax "
+            f"attention; use block={max(context // 4, 1)}."
+        )
+    if spec.retrieve and spec.context != context:
+        return f"its option context={spec.context} is not the training context of {context} tokens; context=context is."
+    return ""
+
+
 MECHANISM = Mechanism(
     name="landmark",
     title="Landmark attention",
@@ -233,4 +247,5 @@ MECHANISM = Mechanism(
     variants=(Spec(block=7), Spec(block=3, retrieve=5, cache_blocks=6)),
     block=lambda spec: spec.block,
     rotary="raw",
+    advice=advice,
 )

@@ -62,13 +62,30 @@ def score(spec: Spec) -> Score:
     return Score("sigmoid", normaliser, p=spec.p or 1.0, logit_bias=bias_of(spec))
 
 
-MECHANISM = score_family(
-    name="sigmoid",
-    title="Sigmoid attention",
-    arxiv="2409.04431",
-    equation="sigmoid(s + b)",
-    spec=Spec,
-    row_weights=row_weights,
-    score=score,
-    variants=(Spec(train_len=256), Spec(normalise=True), Spec(p=2.0)),
+def advice(spec: Spec, context: int | None) -> str:
+    """The bias decides: without it a row starts as the sum, not the mean, of half of everything."""
+    if spec.normalise or spec.p:
+        return ""
+    if not spec.train_len:
+        return (
+            "without train_len weights start near 1/2, so that a row sums to half its length; train_len=context starts "
+            "rows at a sum near 1, as the paper trains them."
+        )
+    if context is not None and spec.train_len != context:
+        return f"train_len={spec.train_len} is not the training context of {context} tokens; train_len=context is."
+    return ""
+
+
+MECHANISM = dataclasses.replace(
+    score_family(
+        name="sigmoid",
+        title="Sigmoid attention",
+        arxiv="2409.04431",
+        equation="sigmoid(s + b)",
+        spec=Spec,
+        row_weights=row_weights,
+        score=score,
+        variants=(Spec(train_len=256), Spec(normalise=True), Spec(p=2.0)),
+    ),
+    advice=advice,
 )

@@ -148,6 +148,13 @@ def flops(spec: Spec, *, batch: int, queries: int, keys: int, heads: int, key_di
     return 2.0 * batch * heads * queries * keys * products
 
 
+def advice(spec: Spec, context: int | None) -> str:
+    """The exponent decides between fit and reach."""
+    if not spec.reweight or spec.p <= 3:
+        return ""
+    return f"p={spec.p:g} is for lengths beyond the training context and fits within it worse; p=3 fits best."
+
+
 MECHANISM = Mechanism(
     name="softplus",
     title="Softplus attention with re-weighting (LSSAR)",
@@ -162,4 +169,5 @@ MECHANISM = Mechanism(
     step=step,
     flops=flops,
     variants=(Spec(reweight=False), Spec(p=3.0)),
+    advice=advice,
 )

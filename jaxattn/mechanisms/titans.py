@@ -319,6 +319,15 @@ def flops(spec: Spec, *, batch: int, queries: int, keys: int, heads: int, key_di
     return 2.0 * batch * heads * queries * token
 
 
+def advice(spec: Spec, context: int | None) -> str:
+    """Attention that sees the whole context leaves the memory nothing to do."""
+    option = {"mag": "attention_window", "mal": "attention_window", "mac": "segment"}.get(spec.form)
+    reach = getattr(spec, option) if option else 0
+    if context is None or option is None or reach < context:
+        return ""
+    return f"{option}={reach} covers the training context of {context} tokens: its attention sees all of it."
+
+
 MECHANISM = Mechanism(
     name="titans",
     title="Titans: learning to memorize at test time",
@@ -350,4 +359,5 @@ MECHANISM = Mechanism(
     surround=Surround(init_params=surround_params, rates=rates, finish=finish, conv=lambda spec: int(spec.conv)),
     weights_of_values=True,
     weights_of_queries=True,
+    advice=advice,
 )

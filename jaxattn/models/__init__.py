@@ -1,5 +1,5 @@
 """Model configurations; the maths lives in `jaxattn.nn`."""
 
-from jaxattn.models.config import ModelConfig
+from jaxattn.models.config import ModelConfig, at_context
 
-__all__ = ["ModelConfig"]
+__all__ = ["ModelConfig", "at_context"]

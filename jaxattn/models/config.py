@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from typing import Literal
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms import MixerChoice, parse_mixers, resolve_mixer
+from jaxattn.mechanisms import MixerChoice, get, names, parse_mixers, resolve_mixer
 from jaxattn.rope import Rope, RopeScaling, frequencies
 from jaxattn.types import Backend
 
@@ -16,6 +17,7 @@ NormPosition = Literal["pre", "post", "hybrid"]
 Position = Literal["rope", "nope", "alibi", "learned", "sinusoid", "relative", "raw_relative"]
 Mlp = Literal["swiglu", "geglu", "sglu", "gelu", "relu", "linear", "none"]
 GATED = ("swiglu", "geglu", "sglu")
+CONTEXT = "context"  # the word for the training context
 Init = Literal["fan_in", "sink", "normal", "torch"]
 
 
@@ -198,3 +200,25 @@ class ModelConfig:
     def with_attention(self, attn: str) -> ModelConfig:
         """The same model with the pattern written as ``"softmax(window=64), sigmoid"``."""
         return dataclasses.replace(self, mixers=parse_mixers(attn))
+
+
+def at_context(attn: str, context: int) -> str:
+    """A pattern with numbers for the word: ``"sigmoid(train_len=context)"`` -> ``"sigmoid(train_len=128)"``.
+
+    `context` is the training context in tokens. The word counts where an option takes a whole number, or as the
+    window; a pattern without it, or that cannot be read, comes back as it is.
+    """
+    try:
+        tree = ast.parse(f"({attn},)", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # said where the pattern is read
+        return attn
+    found = False
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names()):
+            continue
+        whole = {f.name for f in dataclasses.fields(get(call.func.id).spec) if type(f.default) is int} | {"window"}
+        for option in call.keywords:
+            word = getattr(option.value, "id", getattr(option.value, "value", None))
+            if word == CONTEXT and option.arg in whole:
+                option.value, found = ast.Constant(context), True
+    return ast.unparse(tree)[1:-1].rstrip(",") if found else attn

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from evals.plot_style import figure, in_style, png
 from jaxattn.errors import ConfigError, suggest
 from train.config import RunConfig
-from train.load import config_from_dict
+from train.load import read_config
 from train.loop import run
 from train.manifest import diff_config
 from train.rundir import result_environment, write_json_atomic
@@ -81,7 +81,7 @@ def _finished(folder: Path, cfg: RunConfig) -> bool:
     """Whether the folder holds this configuration, trained to its end (`sinks.json` is written last)."""
     if not (folder / "sinks.json").exists():
         return False
-    saved = config_from_dict(RunConfig, json.loads((folder / "config.json").read_text("utf-8")), str(folder))
+    saved = read_config(folder)
     resolved = cfg.resolved()  # the vocabulary's size is known only once the data are open
     wanted = dataclasses.replace(resolved, model=dataclasses.replace(resolved.model, vocab_size=saved.model.vocab_size))
     return not diff_config(saved.to_dict(), wanted.to_dict(), ignore=LOCAL)

@@ -4,8 +4,7 @@
 
 Trains the `bb` preset with each mechanism's default options and writes a table (JSON and Markdown) and a plot
 under scripts/reproduce/results/, and a side-by-side report beside the runs. Finished runs are reused. Weights are
-the operation's own A; the plot shows its row-normalised proxy, because rows of unnormalised operations have
-no common scale.
+row shares, which have a common scale, unless called raw (`evals.definitions`).
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from evals.report import write_report
+from evals.run_files import read_run
 from jaxattn.errors import run_cli
 from jaxattn.mechanisms import get, names
-from train.loop import run
+from scripts.reproduce._study import train
 from train.presets import get_preset
 from train.rundir import result_environment, write_json_atomic
 
@@ -33,8 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = {
     "sink_rate": "Sink₁ %",
     "nontrigger": "start-token weight, non-trigger",
-    "trigger": "same head, trigger",
-    "share": "row share of the start token, non-trigger",
+    "nontrigger_raw": "the same, raw",
+    "trigger_raw": "same head, trigger, raw",
     "drain": "value drain there",
     "risk_backcopy": "backcopy risk (nats)",
     "risk_bigram_excess": "bigram excess (nats)",
@@ -44,27 +44,27 @@ COLUMNS = {
 def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train (or reuse) one run and read its table row."""
     folder = runs / f"{attn}-seed{seed}"
-    if not (folder / "report.html").exists():
-        run(dataclasses.replace(get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder), overwrite=folder.exists()))
-    sinks = json.loads((folder / "sinks.json").read_text("utf-8"))
-    plain, trigger, share, drain = (
+    train(dataclasses.replace(get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder)))
+    sinks = read_run(folder).sinks
+    assert sinks is not None  # written last
+    plain, raw, trigger, drain = (
         np.asarray(sinks[name])
         for name in (
             "first_token_weight_nontrigger",
-            "first_token_weight_trigger",
-            "first_token_weight_nontrigger_proxy",
+            "first_token_weight_nontrigger_raw",
+            "first_token_weight_trigger_raw",
             "value_drain",
         )
     )
-    top = np.unravel_index(share.argmax(), share.shape)
+    top = np.unravel_index(plain.argmax(), plain.shape)
     return {
         "attn": attn,
         "seed": seed,
         "steps": sinks["step"],
         "sink_rate": sinks["sink_rate"],
         "nontrigger": float(plain[top]),
-        "trigger": float(trigger[top]),
-        "share": float(share[top]),
+        "nontrigger_raw": float(raw[top]),
+        "trigger_raw": float(trigger[top]),
         "drain": float(drain[top]),
         "risk_backcopy": sinks["risk_backcopy"],
         "risk_bigram_excess": sinks["risk_bigram_excess"],
@@ -81,7 +81,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             values = [row[column] for row in mine]
             cells.append(f"{np.mean(values):.3f}" + (f" ± {np.std(values):.3f}" if len(values) > 1 else ""))
         lines.append(f"| {attn} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    context = get_preset("bb").data.context
+    said = {attn: get(attn).advice(get(attn).make_spec(), context) for attn in dict.fromkeys(r["attn"] for r in rows)}
+    notes = [f"- {attn}: {advice}" for attn, advice in said.items() if advice]
+    return "\n".join([*lines, *(["", "What the defaults decide:", "", *notes] if notes else [])]) + "\n"
 
 
 def plot(attentions: list[str], seeds: int, runs: Path) -> None:
@@ -95,8 +98,8 @@ def plot(attentions: list[str], seeds: int, runs: Path) -> None:
     for axis, attn in zip(axes.flat, attentions, strict=False):
         for seed in range(seeds):
             lines = (runs / f"{attn}-seed{seed}" / "metrics.jsonl").read_text("utf-8").splitlines()
-            seen = [row for row in map(json.loads, lines) if "first_token_weight_nontrigger_proxy" in row]
-            shares = [np.max(row["first_token_weight_nontrigger_proxy"]) for row in seen]
+            seen = [row for row in map(json.loads, lines) if "first_token_weight_nontrigger" in row]
+            shares = [np.max(row["first_token_weight_nontrigger"]) for row in seen]
             axis.plot([row["step"] for row in seen], shares, color="#0072b2", linewidth=1.4)
         axis.set_title(attn, fontsize=9)
         axis.set_ylim(0, 1)

@@ -8,31 +8,32 @@ under scripts/reproduce/results/ and a side-by-side report, and exits 1 if an ex
 
   softmax        largest start-token weight on non-trigger queries > 0.8, < 0.05 on trigger queries in that
                  head, value drain < 0.5 there, within 1000 steps
-  sigmoid, relu  start-token weight < 0.02 on non-trigger queries in the copying layer, backcopy risk < 0.05
+  sigmoid, relu  raw start-token weight < 0.02 on non-trigger queries in the copying layer, backcopy risk < 0.05
 
-The copying layer is the one whose attention output, zeroed, raises the backcopy risk most.
+Weights are row shares unless called raw (`evals.definitions`). The copying layer is the one whose attention output,
+zeroed, raises the backcopy risk most. All seeds are measured on the same held-out sequences.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
+from evals.groups import read_groups
+from evals.plot_parts import Plot, curve, largest, legend, subtitle
+from evals.plot_style import axes, in_style, png
 from evals.report import write_report
+from evals.run_files import read_run
 from evals.sinks import bigram_task, held_out
 from jaxattn.errors import run_cli
 from jaxattn.nn import Decoder, Edit
-from scripts.reproduce._study import RESULTS, spread, write_rows
+from scripts.reproduce._study import RESULTS, spread, train, write_rows
 from train.load import load_params, open_source, read_config
-from train.loop import run
 from train.objective import token_losses
 from train.presets import get_preset
 
@@ -60,11 +61,12 @@ def zeroed_risks(folder: Path) -> list[float]:
 def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train (or reuse) one run and read what the expectations need."""
     folder = runs / f"{attn}-seed{seed}"
-    if not (folder / "sinks.json").exists():
-        run(dataclasses.replace(get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder), overwrite=folder.exists()))
-    sinks = json.loads((folder / "sinks.json").read_text("utf-8"))
-    plain, trigger, drain = (
-        np.asarray(sinks[k]) for k in ("first_token_weight_nontrigger", "first_token_weight_trigger", "value_drain")
+    train(dataclasses.replace(get_preset("bb"), attn=attn, seed=seed, run_dir=str(folder)))
+    sinks = read_run(folder).sinks
+    assert sinks is not None  # written last
+    start = "first_token_weight_{}".format
+    plain, raw, trigger, drain = (
+        np.asarray(sinks[k]) for k in (start("nontrigger"), start("nontrigger_raw"), start("trigger"), "value_drain")
     )
     top = np.unravel_index(plain.argmax(), plain.shape)
     zeroed = zeroed_risks(folder)
@@ -76,10 +78,11 @@ def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
         "sink_rate": sinks["sink_rate"],
         "sink_layer": int(top[0]),
         "nontrigger_max": float(plain[top]),
+        "nontrigger_raw_there": float(raw[top]),
         "trigger_there": float(trigger[top]),
         "drain_there": float(drain[top]),
         "copying_layer": copying,
-        "nontrigger_copying": float(plain[copying].max()),
+        "nontrigger_raw_copying": float(raw[copying].max()),
         "risk_backcopy": sinks["risk_backcopy"],
         "risk_bigram_excess": sinks["risk_bigram_excess"],
         "risk_backcopy_zeroed": zeroed,
@@ -87,13 +90,13 @@ def one_run(attn: str, seed: int, runs: Path) -> dict[str, Any]:
     if attn == "softmax":
         row["holds"] = row["nontrigger_max"] > 0.8 and row["trigger_there"] < 0.05 and row["drain_there"] < 0.5
     else:
-        row["holds"] = row["nontrigger_copying"] < 0.02 and row["risk_backcopy"] < 0.05
+        row["holds"] = row["nontrigger_raw_copying"] < 0.02 and row["risk_backcopy"] < 0.05
     return row
 
 
 COLUMNS = (
-    *("attn", "seed", "sink_rate", "sink_layer", "nontrigger_max", "trigger_there", "drain_there"),
-    *("copying_layer", "nontrigger_copying", "risk_backcopy", "risk_bigram_excess", "holds"),
+    *("attn", "seed", "sink_rate", "sink_layer", "nontrigger_max", "nontrigger_raw_there", "trigger_there"),
+    *("drain_there", "copying_layer", "nontrigger_raw_copying", "risk_backcopy", "risk_bigram_excess", "holds"),
 )
 
 
@@ -111,33 +114,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells.append("{:.4f} ± {:.4f}".format(*spread(values)) if numeric else "")
         lines.append("| " + " | ".join([f"**{attn}**, mean ± sd", *cells[1:]]) + " |")
     lines.append(
-        "\nPaper-scale figures (card of arXiv 2410.13835, CPU runs): softmax 0.94 non-trigger, 0.000 trigger; "
-        "ReLU and sigmoid 0.000 to 0.001 in the copying layer."
+        "\nWeights are row shares unless called raw. Paper-scale figures (card of arXiv 2410.13835, CPU runs): softmax "
+        "0.94 non-trigger, 0.000 trigger; ReLU and sigmoid 0.000 to 0.001 raw in the copying layer."
     )
     return "\n".join(lines) + "\n"
 
 
 def plot(runs: Path, seeds: int) -> None:
-    """Largest start-token weight on non-trigger queries over training, one line per run."""
-    matplotlib.use("Agg")
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for attn, color in zip(ATTENTIONS, ("#0072b2", "#d55e00", "#009e73"), strict=True):
-        for seed in range(seeds):
-            lines = (runs / f"{attn}-seed{seed}" / "metrics.jsonl").read_text("utf-8").splitlines()
-            seen = [row for row in map(json.loads, lines) if "first_token_weight_nontrigger_proxy" in row]
-            weights = [np.max(row["first_token_weight_nontrigger_proxy"]) for row in seen]
-            label = attn if seed == 0 else None
-            axes.plot([row["step"] for row in seen], weights, color=color, label=label, linewidth=1.6)
-    axes.set(
-        xlabel="step",
-        ylabel="share of weight on <s>, largest head",
-        ylim=(0, 1),
-        title="Bigram-Backcopy, non-trigger queries",
-    )
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "sinks_bb.png", dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    """Largest start-token weight on non-trigger queries over training: mean and range over seeds."""
+    groups = read_groups([runs / f"{attn}-seed{seed}" for attn in ATTENTIONS for seed in range(seeds)])
+    with in_style():
+        made = Plot(6.6, 2.8)
+        ax = axes(made.axes[0, 0], "start-token weight")
+        subtitle(ax, "Bigram-Backcopy, non-trigger queries, row shares of the largest head")
+        for group in groups:
+            curve(made, ax, group, "first_token_weight_nontrigger", "start-token weight", largest)
+        ax.set_ylim(0, 1)
+        legend(made, groups)
+        (RESULTS / "sinks_bb.png").write_bytes(png(made.figure))
 
 
 def main() -> int:
@@ -149,7 +143,8 @@ def main() -> int:
     write_rows(RESULTS / "sinks_bb.json", rows)
     (RESULTS / "sinks_bb.md").write_text(markdown(rows), encoding="utf-8")
     plot(args.runs_dir, args.seeds)
-    report = write_report([args.runs_dir / f"{a}-seed0" for a in ATTENTIONS], args.runs_dir / "report.html")
+    folders = [args.runs_dir / f"{attn}-seed{seed}" for attn in ATTENTIONS for seed in range(args.seeds)]
+    report = write_report(folders, args.runs_dir / "report.html")
     print(markdown(rows))
     print(f"side-by-side report: {report}")
     return 0 if all(row["holds"] for row in rows) else 1

@@ -183,8 +183,10 @@ def test_measure_agrees_with_the_parts_and_splits_by_trigger():
     trigger = jnp.isin(tokens, jnp.array([3, 4]))
     for i, layer in enumerate(view.attention):
         np.testing.assert_allclose(
-            out["first_token_weight_trigger"][i], probes.first_token_weight(layer, trigger), atol=1e-5
+            out["first_token_weight_trigger_raw"][i], probes.first_token_weight(layer, trigger), atol=1e-5
         )
+        shares = probes.first_token_weight(layer, trigger, proxy=True)
+        np.testing.assert_allclose(out["first_token_weight_trigger"][i], shares, atol=1e-5)
         np.testing.assert_allclose(out["first_token_weight"][i], alpha_of(layer)[..., 0].mean(0), atol=1e-5)
     losses = -jax.nn.log_softmax(view.logits[:, :-1])
     picked = np.take_along_axis(np.asarray(losses), np.asarray(tokens)[:, 1:, None], -1)[..., 0][:, 1:]

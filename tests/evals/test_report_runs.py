@@ -1,101 +1,21 @@
-"""Run folders for the report's tests, how they are read, and how damaged ones are refused."""
+"""How run folders are read, of this version and older ones, and how damaged ones are refused."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from evals.groups import read_groups
 from evals.plot_style import in_style
 from evals.plots import extreme
 from evals.report import write_report
-from evals.run_files import read_run, read_runs
+from evals.run_files import read_run
 from jaxattn.errors import DataError
-
-WORDS = [*"the quick brown fox t e s", "\n", "$x$", "<b>", "注意", "_"]
-LAYERS, LENGTH = 3, 40
-
-
-def make_run(folder: Path, *, attn: str = "softmax", heads: int = 1, bb: bool = True, sink: float = 0.93,
-             done: bool = True, steps: int = 1000) -> Path:  # fmt: skip
-    """A run folder as training leaves it; `sink` is the final start-token weight of layer 1 head 0."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "attn": attn, "preset": "bb" if bb else "tiny", "seed": 0, "steps": 1000,
-        "data": {"source": "bb" if bb else "stdlib", "context": 48, "batch_size": 32},
-        "model": {"num_layers": LAYERS, "d_model": 64, "num_heads": heads, "mixers": [attn]},
-        "optim": {"lr": 1e-3, "note": "<i>raw</i>"},
-    }  # fmt: skip
-    entropies = {"unigram_nats": 3.2, "bigram_nats": 2.4, "bigram_heldout_nats": 2.41}
-    if bb:
-        entropies |= {"oracle_nats": 1.648, "oracle_trigger_nats": 0.0, "oracle_non_trigger_nats": 2.218}
-    write(folder / "config.json", config)
-    write(folder / "environment.json", {
-        "git": {"commit": "abc1234def5678", "dirty": False}, "versions": {"jax": "0.10.2"},
-        "devices": {"kind": "cpu", "count": 1}, "host": "box", "argv": ["pretrain", f"--attn={attn}"],
-    })  # fmt: skip
-    write(folder / "data.json", {"name": "bb" if bb else "stdlib", "vocab_size": 67,
-                                 "meta": {"trigger_ids": [7, 8]}, "entropies": entropies})  # fmt: skip
-
-    def table(step: int, scale: float = 1.0) -> list[list[float]]:
-        out = 0.02 + 0.03 * rng.random((LAYERS, heads))
-        out[1, 0] = max(out[1, 0], scale * sink * (1 / (1 + np.exp(-(step - 380) / 60))))
-        return out.round(4).tolist()
-
-    lines = []
-    for step in range(10, steps + 1, 10):
-        row: dict[str, Any] = {"step": step, "loss": 1.7 + 2.5 * np.exp(-step / 150) + 0.03 * rng.normal(),
-                               "tokens_per_s": 52_000 + 800 * rng.normal(), "lr": 1e-3, "grad_norm": 0.5,
-                               "time_s": step / 30, "skipped": 0}  # fmt: skip
-        if step % 50 == 0:
-            row |= {"val_loss": 1.7 + 2.5 * np.exp(-step / 150), "first_token_weight": table(step, 0.8)}
-            row["sink_rate"] = 100 / LAYERS / heads * (sink > 0.3 and step > 400)
-            row["value_drain"] = (1 - 0.9 * np.array(table(step))).tolist()
-            row["residual_peak"] = [0.5, sink * step / 100, sink * step / 80]
-        if bb and step % 50 == 0:
-            row["first_token_weight_nontrigger"] = table(step)
-            row["first_token_weight_trigger"] = table(step, 0)
-            row |= {"risk_backcopy": 3 * np.exp(-step / 120), "risk_bigram_excess": np.exp(-step / 200)}
-        lines.append(json.dumps(row))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    if not done:
-        return folder
-    weights: dict[str, Any] = {"first_token_weight": table(1000, 0.8)}
-    if bb:
-        weights["first_token_weight_nontrigger"] = table(1000)
-        weights["first_token_weight_trigger"] = table(1000, 0)
-        weights |= {"risk_backcopy": 0.0021, "risk_bigram": 2.243, "risk_bigram_excess": 0.0253}
-    rest = 8 + rng.random((LAYERS, heads))
-    drain = np.array(table(1000)) * -0.88 + 1
-    write(folder / "sinks.json", {
-        "step": 1000, "attn": attn, "source": "bb" if bb else "stdlib", "epsilon": 0.3, "length": 48,
-        "sequences": 100, "sink_rate": 100 / LAYERS / heads if sink > 0.3 else 0.0, "sink_rate_slot": None,
-        "proxy": attn != "softmax", "attention_layers": list(range(LAYERS)),
-        "sink_rate_by_position": [33.3 if sink > 0.3 else 0.0, 1.2] + [0.0] * 14,
-        "sink_logit": (12 * sink * np.array(weights["first_token_weight"])).tolist(),
-        "value_norm_first": (rest * drain).tolist(), "value_norm_rest": rest.tolist(),
-        "value_drain": drain.tolist(),
-        "residual_norm_first": [9.0, 12 + 20 * sink, 14 + 25 * sink], "residual_norm_rest": [8.0, 12.0, 15.0],
-        "residual_peak": [1.0, 20 * sink, 25 * sink - 1], **weights,
-    })  # fmt: skip
-    scores = rng.normal(size=(2, LAYERS, heads, LENGTH, LENGTH))
-    scores[:, 1, 0, :, 0] += 6.5 * sink
-    a = np.exp(scores) * np.tril(np.ones((LENGTH, LENGTH)))
-    tokens = rng.integers(0, len(WORDS), (2, LENGTH))
-    labels = np.array(WORDS)[tokens]
-    labels[:, 0] = "<s>"
-    a = a / (a.sum(-1, keepdims=True) if attn == "softmax" else 2.0)
-    np.savez(folder / "maps.npz", weights=a.astype(np.float16), tokens=tokens, labels=labels, slots=0)
-    return folder
-
-
-def write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value))
+from tests.evals.run_folders import LAYERS, make_run, write
 
 
 def test_torn_last_line_is_left_out_and_repeated_steps_are_replaced(tmp_path: Path) -> None:
@@ -150,21 +70,6 @@ def test_bad_folders_are_refused_in_one_sentence(
     assert not list(run.glob(".*tmp"))
 
 
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
-    long = "softmax(window=8), sigmoid(normalise=True, train_len={})"
-    names = [
-        ("a", "relu"),
-        ("b", long.format(64)),
-        ("c", long.format(128)),
-        ("x/c", "elu"),
-        ("x/b", "elu"),
-        ("y/b", "elu"),
-    ]
-    runs = read_runs([make_run(tmp_path / folder, attn=attn, done=False, steps=10) for folder, attn in names])
-    assert [run.label for run in runs] == ["relu", "b #2", "c #3", "c #4", "b #5", "b #6"]
-    assert len({run.color for run in runs}) == len(runs)
-
-
 def test_maps_are_shares_whatever_the_weights_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attn="identity")
     weights = np.random.default_rng(0).normal(size=(1, LAYERS, 1, 8, 10)) * 30
@@ -184,11 +89,44 @@ def test_no_point_falls_off_a_shared_scale(tmp_path: Path) -> None:
     sinks |= {"value_norm_first": [[90.0], [1.0], [1.0]], "residual_norm_first": [1.0, 2.0, 400.0]}
     write(runs[1] / "sinks.json", sinks)
     with in_style():
-        figure = extreme(read_runs(runs))
-    assert figure is not None
-    for ax in figure.axes:
+        plot = extreme(read_groups(runs))
+    assert plot is not None
+    for ax in plot.axes.ravel():
         low, high = ax.get_ylim()
         for line in ax.get_lines():
             values = np.asarray(line.get_ydata(), float)
             assert low <= values.min()
             assert values.max() <= high
+
+
+def test_older_names_are_read_under_todays(tmp_path: Path) -> None:
+    """Plain names were raw weights, `_proxy` their shares; without it rows were distributions, or may not be."""
+    today = make_run(tmp_path / "today", attn="sigmoid")
+    old = make_run(tmp_path / "old", attn="sigmoid")
+    rows = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    sinks = json.loads((old / "sinks.json").read_text())
+    for row in [*rows, sinks]:
+        for kind in ("nontrigger", "trigger"):
+            name = f"first_token_weight_{kind}"
+            if name in row:
+                row[name], row[f"{name}_proxy"] = row.pop(f"{name}_raw"), row[name]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(old / "sinks.json", sinks)
+    for kind in ("nontrigger", "trigger"):
+        for name in (f"first_token_weight_{kind}", f"first_token_weight_{kind}_raw"):
+            np.testing.assert_array_equal(read_run(old).matrix(name), read_run(today).matrix(name))
+            for a, b in zip(read_run(old).tables(name), read_run(today).tables(name), strict=True):
+                np.testing.assert_array_equal(a, b)
+    for row in [*rows, sinks]:
+        for kind in ("nontrigger", "trigger"):
+            row.pop(f"first_token_weight_{kind}_proxy", None)
+    (old / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(old / "sinks.json", sinks)
+    assert not any("first_token_weight_nontrigger" in row for row in read_run(old).metrics)
+    write(old / "sinks.json", sinks | {"proxy": False})
+    assert read_run(old).matrix("first_token_weight_nontrigger") is not None
+
+
+def test_the_star_of_a_run_in_training_is_seen_in_its_numbers(tmp_path: Path) -> None:
+    for attn, star in (("softmax", ""), ("sigmoid", "*")):
+        assert read_run(make_run(tmp_path / attn, attn=attn, done=False)).star == star

@@ -30,19 +30,20 @@ class BigramBackcopySource(Source):
         from train.data.pipeline import bb_batches
 
         unique = -(-self.cfg.unique_tokens // self.cfg.context)
-        return bb_batches(self.table, self.layout(), seed=self.seed, stream=TRAIN, unique=unique)
+        how = {"stream": TRAIN, "unique": unique, "unique_seed": self.cfg.seed}
+        return bb_batches(self.table, self.layout(), seed=self.seed, **how)
 
     def val_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, np.ndarray]]:
         """Fresh sequences of a stream of their own."""
         from train.data.pipeline import bb_batches, take
 
-        return take(bb_batches(self.table, self.layout(batch_size), seed=self.seed, stream=VALIDATION), count)
+        return take(bb_batches(self.table, self.layout(batch_size), seed=self.cfg.seed, stream=VALIDATION), count)
 
     def held_out(self, n: int, length: int, *, perturbed: bool = True) -> np.ndarray:
         """Fresh sequences from <s>."""
-        rows = [generate(self.table, length, seed=self.seed, stream=HELD_OUT, index=i) for i in range(n)]
+        rows = [generate(self.table, length, seed=self.cfg.seed, stream=HELD_OUT, index=i) for i in range(n)]
         out = np.stack(rows) if rows else np.zeros((0, length), np.int32)
-        return self.perturb.replace(out, self.seed) if perturbed and self.perturb else out
+        return self.perturb.replace(out, self.cfg.seed) if perturbed and self.perturb else out
 
     def encode_text(self, path: str, n: int, length: int) -> np.ndarray:
         """Always refused: the task has no tokenizer."""

@@ -36,7 +36,11 @@ class DataConfig:
     """Name of the text column of jsonl, parquet and HuggingFace records."""
 
     val_fraction: float = 0.02
-    """Share of the documents held out for validation, chosen by a hash of (seed, document number)."""
+    """Share of the documents held out for validation, chosen by a hash of (data.seed, document number)."""
+
+    seed: int = 0
+    """Seed of what is held out: which documents or sequences validate, in which order, and which windows
+    the sink metric reads. --seed leaves it alone, so runs of several seeds are measured on the same text."""
 
     packing: Literal["concat", "best_fit"] = "concat"
     """"concat" joins documents and cuts every T tokens; "best_fit" keeps documents of up to
@@ -82,6 +86,7 @@ def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1)
     need(cfg.source.strip() != "", "source", "give 'bb', 'stdlib', a task, a path, a glob or 'hf:NAME'")
     need(cfg.tokenizer.strip() != "", "tokenizer", "give 'bpe', 'bytes', a path or 'hf:NAME'")
     need(cfg.tokenizer != "bpe" or cfg.vocab_size >= 257, "vocab_size", "a byte-level BPE needs at least 257")
+    need(0 <= cfg.seed < 2**32, "seed", "choose 0 up to 2**32-1")
     need(cfg.context >= 2, "context", "a sequence needs at least 2 tokens")
     need(cfg.batch_size >= 1, "batch_size", "a batch needs at least 1 sequence")
     need(0.0 <= cfg.val_fraction < 1.0, "val_fraction", "choose a number from 0 up to, not including, 1")

@@ -63,7 +63,8 @@ class GuardedIterator(grain.DatasetIterator):
           Mismatch: the state belongs to other data or another way of cutting it.
         """
         found = state.get("identity", {})
-        for name, ours in self._identity.items():
+        for name in sorted(self._identity.keys() | found.keys()):
+            ours = self._identity.get(name)
             if found.get(name) != ours:
                 raise Mismatch(
                     f"the saved data position has {name}={found.get(name)!r} but this run has {ours!r}: "

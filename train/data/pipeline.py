@@ -215,6 +215,8 @@ class _Sequences:
     layout: Layout
     seed: int
     stream: int
+    content: int
+    """Seed of the sequences themselves."""
 
     def __call__(self, step: int) -> dict:
         b, T = self.layout.local, self.layout.context
@@ -233,17 +235,19 @@ class _Sequences:
         index = number if self.order is None else self.order[number]
         assert index is not None
         length = self.layout.context + 1
-        x = generate(self.table, length, seed=self.seed, stream=self.stream, index=index)
+        x = generate(self.table, length, seed=self.content, stream=self.stream, index=index)
         if (edit := self.layout.perturb) is not None:
             rng = stream_rng(self.seed, PERTURB, number)
             x[list(edit.positions)] = edit.draw(rng, len(edit.positions))
         return x
 
 
-def bb_batches(table: BigramTable, layout: Layout, *, seed: int, stream: int, unique: int = 0) -> grain.IterDataset:
-    """Endless batches of Bigram-Backcopy; with `unique` > 0 that many sequences repeat."""
+def bb_batches(
+    table: BigramTable, layout: Layout, *, seed: int, stream: int, unique: int = 0, unique_seed: int = 0
+) -> grain.IterDataset:
+    """Endless batches of Bigram-Backcopy; with `unique` > 0 that many sequences, those of `unique_seed`, repeat."""
     order = _endless(unique, seed) if unique else None
-    return _by_step(_Sequences(table, order, layout, seed, stream), layout)
+    return _by_step(_Sequences(table, order, layout, seed, stream, unique_seed if unique else seed), layout)
 
 
 @dataclass(frozen=True)
@@ -254,8 +258,9 @@ class _Examples:
     order: grain.MapDataset | None
     """Which sequences repeat; None draws fresh ones for ever."""
     layout: Layout
-    seed: int
     stream: int
+    content: int
+    """Seed of the sequences themselves."""
 
     def __call__(self, step: int) -> dict:
         b, T = self.layout.local, self.layout.context
@@ -273,13 +278,15 @@ class _Examples:
     def _example(self, number: int) -> Example:
         index = number if self.order is None else self.order[number]
         assert index is not None
-        return self.task.sample(self.layout.context, seed=self.seed, stream=self.stream, index=index)
+        return self.task.sample(self.layout.context, seed=self.content, stream=self.stream, index=index)
 
 
-def task_batches(task: Task, layout: Layout, *, seed: int, stream: int, unique: int = 0) -> grain.IterDataset:
-    """Endless batches of a task; with `unique` > 0 that many sequences repeat."""
+def task_batches(
+    task: Task, layout: Layout, *, seed: int, stream: int, unique: int = 0, unique_seed: int = 0
+) -> grain.IterDataset:
+    """Endless batches of a task; with `unique` > 0 that many sequences, those of `unique_seed`, repeat."""
     order = _endless(unique, seed) if unique else None
-    return _by_step(_Examples(task, order, layout, seed, stream), layout)
+    return _by_step(_Examples(task, order, layout, stream, unique_seed if unique else seed), layout)
 
 
 def iterate(batches: grain.IterDataset, layout: Layout, identity: dict) -> grain.DatasetIterator:

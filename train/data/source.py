@@ -26,6 +26,7 @@ class Source(ABC):
 
     cfg: DataConfig
     seed: int
+    """Of the training stream; what is held out follows `cfg.seed`."""
     process_index: int
     process_count: int
     name: str
@@ -71,15 +72,18 @@ class Source(ABC):
         pieces of a row from 1 and are 0 in padding, loss_mask is True where targets holds the real next token
         of the same document.
 
-        The stream is a function of (configuration, seed); text is shuffled anew each epoch. `get_state` and
-        `set_state` continue it exactly; states are plain JSON. A state is refused under other data settings
-        or another number of workers (best-fit rows depend on it). Call `close()` to stop the workers.
+        The stream is a function of (configuration, seed), `cfg.seed` for the split; text is shuffled anew each
+        epoch. `get_state` and `set_state` continue it exactly; states are plain JSON. A state is refused under
+        other data settings or another number of workers (best-fit rows depend on it). Call `close()` to stop the
+        workers.
         """
         from train.data.pipeline import iterate
 
         keep = ("context", "batch_size", "packing", "unique_tokens", "prefix_len", "perturb", "val_fraction")
         identity = {k: getattr(self.cfg, k) for k in keep}
         identity |= {"seed": self.seed, "data": self.meta["data_hash"]}
+        if self.cfg.seed != self.seed:  # states from before there were two seeds do not speak of the second
+            identity["data_seed"] = self.cfg.seed
         return iterate(self._train_batches(), self.layout(), identity)
 
     @abstractmethod
@@ -87,8 +91,8 @@ class Source(ABC):
 
     @abstractmethod
     def val_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, np.ndarray]]:
-        """The first `count` batches of held-out data, the same ones on every call, in the form of
-        `train_iterator`.
+        """The first `count` batches of held-out data, the same ones on every call and for every `seed`, in the
+        form of `train_iterator`.
 
         Small held-out data repeat. The perturbation and the prefix apply as in training.
 
@@ -98,7 +102,7 @@ class Source(ABC):
 
     @abstractmethod
     def held_out(self, n: int, length: int, *, perturbed: bool = True) -> np.ndarray:
-        """n held-out sequences [n, length] int32, the same on every call.
+        """n held-out sequences [n, length] int32, the same on every call and for every `seed`.
 
         Text: each lies inside one document; the documents' beginnings first, then random places. A start token stands
         before each where the tokenizer puts one before a text (our own BPE and bytes do not).
@@ -128,6 +132,8 @@ class Source(ABC):
 
 def make_source(cfg: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1) -> Source:
     """Opens the data; the first call on a corpus trains its tokenizer and writes its tokens to the cache.
+
+    seed: of the training stream (order of text, fresh sequences of tasks); `cfg.seed` decides what is held out.
 
     Raises:
       ConfigError: a field of `cfg` has an impossible value.

@@ -30,13 +30,14 @@ class TaskSource(Source):
         from train.data.pipeline import task_batches
 
         unique = -(-self.cfg.unique_tokens // self.cfg.context)
-        return task_batches(self.task, self.layout(), seed=self.seed, stream=TRAIN, unique=unique)
+        how = {"stream": TRAIN, "unique": unique, "unique_seed": self.cfg.seed}
+        return task_batches(self.task, self.layout(), seed=self.seed, **how)
 
     def val_batches(self, count: int, batch_size: int | None = None) -> list[dict[str, np.ndarray]]:
         """Fresh sequences of a stream of their own."""
         from train.data.pipeline import take, task_batches
 
-        return take(task_batches(self.task, self.layout(batch_size), seed=self.seed, stream=VALIDATION), count)
+        return take(task_batches(self.task, self.layout(batch_size), seed=self.cfg.seed, stream=VALIDATION), count)
 
     def held_out(self, n: int, length: int, *, perturbed: bool = True) -> np.ndarray:
         """Whole sequences of `length` tokens, which need not be the training context.
@@ -45,7 +46,7 @@ class TaskSource(Source):
           ConfigError: the task has no sequence of that length.
         """
         self.task.check(length)
-        rows = [self.task.sample(length, seed=self.seed, stream=HELD_OUT, index=i).tokens for i in range(n)]
+        rows = [self.task.sample(length, seed=self.cfg.seed, stream=HELD_OUT, index=i).tokens for i in range(n)]
         return np.stack(rows) if rows else np.zeros((0, length), np.int32)
 
     def encode_text(self, path: str, n: int, length: int) -> np.ndarray:

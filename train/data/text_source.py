@@ -35,7 +35,7 @@ class TextSource(Source):
     def _train_batches(self) -> grain.IterDataset:
         from train.data.pipeline import text_batches
 
-        return text_batches(self.store, self.train, self.layout(), self.seed % 2**32)
+        return text_batches(self.store, self.train, self.layout(), self.seed)
 
     def _need_val(self) -> None:
         if not len(self.val):
@@ -46,7 +46,7 @@ class TextSource(Source):
         from train.data.pipeline import take, text_batches
 
         self._need_val()
-        return take(text_batches(self.store, self.val, self.layout(batch_size), self.seed % 2**32), count)
+        return take(text_batches(self.store, self.val, self.layout(batch_size), self.cfg.seed), count)
 
     def held_out(self, n: int, length: int, *, perturbed: bool = True) -> np.ndarray:
         """Windows of validation documents, the end-of-text token excluded."""
@@ -62,13 +62,13 @@ class TextSource(Source):
         fits = np.flatnonzero(room >= 0)
         starts = self.val.start[fits][:n]
         if len(starts) < n:
-            rng = np.random.default_rng([self.seed, 1])
+            rng = np.random.default_rng([self.cfg.seed, 1])
             picked = rng.choice(fits, n - len(starts), p=(room[fits] + 1) / (room[fits] + 1).sum())
             starts = np.concatenate([starts, self.val.start[picked] + rng.integers(0, room[picked] + 1)])
         out = np.stack([self.store.ids[s : s + length] for s in starts]).astype(np.int32)
         front = self._front()[:length]
         out[:, : len(front)] = front
-        return self.perturb.replace(out, self.seed) if perturbed and self.perturb else out
+        return self.perturb.replace(out, self.cfg.seed) if perturbed and self.perturb else out
 
     def encode_text(self, path: str, n: int, length: int) -> np.ndarray:
         """Windows of the file."""
@@ -113,7 +113,7 @@ def text_source(cfg: DataConfig, place: dict[str, Any]) -> TextSource:
     root = cache_root(cfg.cache_dir)
     tokenizer = _tokenizer(cfg, corpus, root)
     store = build_store(corpus, tokenizer, root, max_bad_records=cfg.max_bad_records)
-    train, val = split(store.offsets, cfg.val_fraction, place["seed"])
+    train, val = split(store.offsets, cfg.val_fraction, cfg.seed)
     train = first_tokens(train, cfg.unique_tokens)
     if not len(train):
         raise DataError(f"data.source={cfg.source!r} leaves no training text: give more documents.")

@@ -117,7 +117,7 @@ def test_the_report_shows_accuracy(mqar, tmp_path):
     assert "Accuracy on the task" in text
     assert "Whole answers right" not in text
     assert "unigram entropy" in text
-    assert (mqar / "plots" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report_files" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_text_run_has_no_accuracy(tmp_path):

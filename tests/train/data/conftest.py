@@ -40,8 +40,8 @@ def texts():
 def source_of(write_jsonl, texts):
     """source_of(**fields) -> a byte-level source over `texts`, T=16, B=4."""
 
-    def make(docs=None, *, seed=3, process_index=0, process_count=1, **fields):
-        given = {"tokenizer": "bytes", "context": 16, "batch_size": 4, "val_fraction": 0.2} | fields
+    def make(docs=None, *, seed=3, data_seed=0, process_index=0, process_count=1, **fields):
+        given = {"tokenizer": "bytes", "context": 16, "batch_size": 4, "val_fraction": 0.2, "seed": data_seed} | fields
         if "source" not in given:
             given["source"] = write_jsonl(texts if docs is None else docs)
         cfg = DataConfig(**given)
