@@ -11,14 +11,24 @@ from typing import Any
 
 import jax
 
-GPU_SINCE = (0, 11, 2)  # has a simulator of GPUs, and is the oldest that the kernels for GPUs are proved on
+SINCE = {  # the oldest JAX that each backend is proved on
+    "reference": (0, 10, 2),
+    "xla": (0, 10, 2),
+    "tpu": (0, 10, 2),
+    "gpu": (0, 11, 2),  # older ones have no simulator of GPUs, or miss more names
+}
+
+
+def oldest(backend: str) -> str:
+    """The oldest JAX that a backend runs on, as it is written."""
+    return ".".join(map(str, SINCE[backend]))
 
 
 def too_old_for_gpus() -> str | None:
     """Why this JAX builds no kernels for GPUs, or None."""
-    if jax.__version_info__ >= GPU_SINCE:
+    if jax.__version_info__ >= SINCE["gpu"]:
         return None
-    return f"backend 'gpu' needs JAX {'.'.join(map(str, GPU_SINCE))} but this is {jax.__version__}: use 'xla'."
+    return f"backend 'gpu' needs JAX {oldest('gpu')} or newer but this is {jax.__version__}: use 'xla'."
 
 
 def store(api: Any, ref: Any, value: jax.Array) -> None:

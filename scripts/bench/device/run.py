@@ -81,6 +81,7 @@ class Run:
         return [row for row in self.rows if row["section"] == section]
 
     def faults(self) -> list[dict[str, Any]]:
-        """Rows that say that something is wrong; in a small run also those of what was not done."""
+        """Rows that say that something is wrong, or that numbers are missing; in a small run nothing may be skipped."""
         faults = (*FAULTS, "skipped") if self.small else FAULTS
-        return [row for row in self.rows if row["status"] in faults or row.get("right") is False]
+        missing = [row for row in self.of("numerics") if row["status"] == "absent"]
+        return missing + [row for row in self.rows if row["status"] in faults or row.get("right") is False]

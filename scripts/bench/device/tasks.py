@@ -20,7 +20,7 @@ def perform(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         found = getattr(importlib.import_module(module), function)(**arguments)
         return {"status": "ok", **found}
-    except Absent as error:
+    except (Absent, ModuleNotFoundError) as error:
         return {"status": "absent", "reason": short(error)}
     except NotImplementedError as error:  # what kernels raise where they cannot serve a call
         return {"status": "refused", "reason": short(error)}
