@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import _interpret
+from pallas_kernels import _interpret, _versions
 
-SINCE = (0, 11)  # older ones have no simulator, so nothing here was proved on them
 SHARED_BYTES = 232448  # of one block on an H100
 ROWS = 64  # of a product: what one warpgroup multiplies at once
 SWIZZLE = 128  # bytes
@@ -28,8 +26,8 @@ ROUNDING = ("BF16_BF16_F32", "bfloat16")  # precisions that allow to round opera
 
 def missing() -> str | None:
     """Why no kernel can be built in this process, or None. Asks an attached GPU for its kind."""
-    if jax.__version_info__ < SINCE:
-        return f"backend 'gpu' needs JAX {'.'.join(map(str, SINCE))} but this is {jax.__version__}: use 'xla'."
+    if reason := _versions.too_old_for_gpus():
+        return reason
     if _interpret.mode() is not False or _interpret._target.value or _interpret.platform() != "gpu":
         return None
     device = jax.devices()[0]
@@ -104,7 +102,6 @@ def launch(how: Launch, body: Callable[..., None], out: Any, scratch: Sequence[A
     api = plgpu()
     if how.interpret is not False:
         _check_simulator(how.threads)
-    more = {"cost_estimate": how.cost} if "cost_estimate" in inspect.signature(api.kernel).parameters else {}
     return api.kernel(
         body,
         out_type=out,
@@ -116,7 +113,7 @@ def launch(how: Launch, body: Callable[..., None], out: Any, scratch: Sequence[A
         compiler_params=api.CompilerParams(approx_math=how.approx, lowering_semantics=api.LoweringSemantics.Warpgroup),
         kernel_name=how.name,
         interpret=how.interpret,
-        **more,
+        **_versions.with_cost(api.kernel, how.cost),
     )(*arrays)
 
 
@@ -158,6 +155,23 @@ def wait(barrier: Any) -> None:
 
 def arrive(barrier: Any) -> None:
     plgpu().barrier_arrive(barrier)
+
+
+def drain(barriers: Any, steps: Any, *, when: Any = True, behind: Any = 0) -> None:
+    """In the simulator, waits for the last completion of each of some barriers that took turns in a loop.
+
+    Nobody needs that. But in the simulator of JAX 0.11 who waits for a barrier must see all of its completions.
+
+    Args:
+      steps: of the loop, which began with the `behind`-th barrier.
+      when: whether this warpgroup is one that waited.
+    """
+    if _interpret.mode() is False:
+        return
+    turns = barriers.shape[0]
+    for back in range(turns):
+        last = jax.lax.rem(behind + steps - 1 - back, jnp.int32(turns))
+        pl.when(when & (back < steps))(functools.partial(wait, barriers.at[last]))
 
 
 def publish() -> None:
@@ -209,7 +223,12 @@ def get(ref: Any) -> jax.Array:
 
 def put(ref: Any, value: jax.Array) -> None:
     """A tile from registers straight to memory."""
-    plgpu().store(ref, laid(value), optimized=False)
+    _versions.store(plgpu(), ref, laid(value))
+
+
+def put_rows(ref: Any, value: jax.Array) -> None:
+    """One number for each row of a tile, from registers straight to device memory."""
+    _versions.store(plgpu(), ref, value)
 
 
 def places(shape: tuple[int, ...], axis: int) -> jax.Array:

@@ -18,13 +18,19 @@ from jax import ShapeDtypeStruct as Struct
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
 from jaxattn.rope import Alibi, RelativeBias
-from pallas_kernels import _interpret
+from pallas_kernels import _interpret, _versions
 from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.flash import Score, flash
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.shapes import Shape
 
-BACKENDS = ("reference", "xla", "tpu", "gpu")
+RUNS_ON = {
+    "reference": "any device",
+    "xla": "any device",
+    "tpu": "a TPU",
+    "gpu": "a GPU of NVIDIA's Hopper kind",
+}
+BACKENDS = tuple(RUNS_ON)
 SHAPE = Shape("support", 1, 256, 4, 2, 64, 64)
 SOFTMAX = Score()
 Variant = Callable[[str], Any]  # backend -> result, under jax.eval_shape
@@ -159,7 +165,7 @@ def _of_linear_scan() -> dict[str, Variant]:
 
 
 def markdown() -> str:
-    """The table, and below it every reason once."""
+    """The table, and below it what each backend runs on and every reason once."""
     entries, lines = support(), ["| op | feature | " + " | ".join(BACKENDS) + " |", "|---" * (2 + len(BACKENDS)) + "|"]
     reasons: list[str] = []
 
@@ -174,4 +180,5 @@ def markdown() -> str:
         row = entries[i : i + len(BACKENDS)]
         lines.append(f"| {row[0].op} | {row[0].feature} | " + " | ".join(map(cell, row)) + " |")
     notes = [f"{n}. {reason}" for n, reason in enumerate(reasons, 1)]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    needs = "; ".join(f"{backend}: JAX {_versions.oldest(backend)}, {where}" for backend, where in RUNS_ON.items())
+    return "\n".join([*lines, "", f"Needed at least: {needs}.", "", *notes]) + "\n"

@@ -33,6 +33,13 @@ def test_readme_table_is_the_registry():
     assert text == with_table(text), "run python -m scripts.mechanism_table --write"
 
 
+def test_readme_results_are_those_of_the_files_that_it_links_to():
+    from scripts.results_table import README, with_table
+
+    text = README.read_text("utf-8")
+    assert text == with_table(text), "run python -m scripts.results_table --write"
+
+
 def test_readme_and_ci_run_the_same_test_command():
     command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest -q -n 2"
     assert command in (ROOT / "README.md").read_text("utf-8")

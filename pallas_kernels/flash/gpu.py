@@ -41,7 +41,7 @@ from pallas_kernels.flash.gpu_tiles import (
     walk,
     whoami,
 )
-from pallas_kernels.flash.gpu_warpgroups import share_out, threads
+from pallas_kernels.flash.gpu_warpgroups import fetcher, share_out, threads
 from pallas_kernels.flash.score import Score
 
 NORMALISERS = ("none", "sum", "sum_plus_one", "clipped_sum", "count")
@@ -244,6 +244,7 @@ def _forward_kernel(plan: Plan, steps: int, table, prefix, q, k, v, q_at, k_at, 
         mg.store((o_s.at[wg], o.at[b, pl.ds(first, mg.ROWS), h]), (stat_s.at[wg], stat.at[b, h, pl.ds(first, mg.ROWS)]))
 
     share_out(wg, v_s.shape[2], visit.count, k_free, queries, keys_and_values, compute)
+    mg.drain(v_free, visit.count, when=wg == fetcher(v_s.shape[2]))
 
 
 def _floor(plan: Plan) -> float:

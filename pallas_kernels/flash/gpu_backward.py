@@ -170,6 +170,7 @@ def _dq_kernel(plan: Plan, steps: int, table, prefix, q, k, v, do, kept, q_at, k
         bias_s.by_head[wg] = more[0]
         stores.append((bias_s.by_head.at[wg], d_factor.at[b, h, queries]))
     mg.store(*stores)
+    feed.finish()
 
 
 def _dk_dv(
@@ -290,3 +291,4 @@ def _dk_dv_kernel(plan: Plan, steps: int, names, table, prefix, q, k, v, do, kep
     if BIAS in out:
         stores.append((bias_s.at[wg, SUM], out[BIAS].at[b, pl.ds(h * plan.biases, plan.biases), keys]))
     mg.store(*stores)
+    feed.finish()

@@ -297,3 +297,7 @@ class Feed:
         new = n + (STAGES - 1)
         slot = jax.lax.rem(new, jnp.int32(STAGES))
         pl.when((self.wg == 0) & (new < self.count))(lambda: refill(new, slot, self.free, self.fetch))
+
+    def finish(self) -> None:
+        """Behind the last step."""
+        mg.drain(self.free, self.count, when=self.wg == 0)

@@ -19,6 +19,11 @@ def threads(v_dim: int) -> int:
     return WGS if v_dim > 192 else WGS + 1
 
 
+def fetcher(v_dim: int) -> int:
+    """The warpgroup that fetches."""
+    return threads(v_dim) - 1 if threads(v_dim) > WGS else 0
+
+
 def share_out(
     wg: Any,
     v_dim: int,
@@ -40,6 +45,7 @@ def share_out(
         pl.when(wg == 0)(start)
         feed.start()
         compute(feed.ahead)
+        feed.finish()
         return
 
     @pl.when(wg == WGS)
@@ -47,6 +53,7 @@ def share_out(
         mg.registers(PRODUCER, more=False)
         start()
         ring(jnp.int32(0), count, lambda n, slot, _: refill(n, slot, free, fetch), None)
+        mg.drain(free, count)
 
     @pl.when(wg < WGS)
     def consume():

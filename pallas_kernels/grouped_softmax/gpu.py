@@ -23,7 +23,7 @@ from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.flash.gpu_tiles import BLOCK, LOG2E, STAGES, WGS, Visit, nbytes, ring, whoami, wide
-from pallas_kernels.flash.gpu_warpgroups import share_out, threads
+from pallas_kernels.flash.gpu_warpgroups import fetcher, share_out, threads
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.grouped_softmax import layout
@@ -216,6 +216,7 @@ def _kernel(plan: Plan, steps: int, table, tokens, q, k, v, at, o, log_z, *scrat
         mg.store((q_s.at[wg], o.at[b, rows, h]), (z_s.at[wg], log_z.at[b, h, rows]))
 
     share_out(wg, v_s.shape[2], visit.count, k_free, queries, keys_and_values, compute)
+    mg.drain(v_free, visit.count, when=wg == fetcher(v_s.shape[2]))
 
 
 def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:

@@ -133,6 +133,7 @@ def _dq_kernel(plan: Plan, steps: int, table, tokens, q, k, v, do, kept, at, dq,
     if not plan.alone:
         q_s[wg] = (acc * plan.scale).astype(dq.dtype)
         store()
+        feed.finish()
         return
     _meet(more[0])  # the other one may still read what this is stored over
     part = columns(q_s.at[mine])
@@ -140,6 +141,7 @@ def _dq_kernel(plan: Plan, steps: int, table, tokens, q, k, v, do, kept, at, dq,
     mg.publish()
     _meet(more[0])
     pl.when(wg == 0)(store)
+    feed.finish()
 
 
 def _meet(barrier: Any) -> None:
@@ -249,3 +251,6 @@ def _dk_dv_kernel(plan: Plan, table, tokens, q, k, v, do, kept, at, out, *scratc
         _meet(read)
     kv_s[wg] = (acc * jnp.where(wg == K, plan.scale, 1.0)).astype(out.dtype)
     mg.store((kv_s.at[wg], out.at[wg, b, keys, h]))
+    feed.finish()
+    if not plan.alone:
+        mg.drain(read, jnp.minimum(total, 1))

@@ -145,6 +145,7 @@ def _kernel(
             return following(slot)
 
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), step, jnp.int32(0))
+        mg.drain(free, count)
 
     @pl.when(wg < WORKERS)
     def compute():

@@ -155,7 +155,7 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
         mg.wait(found.at[0])
         for which, d, ref in ((KEEP, dM, old.M), (ADD, dM, old.S), (CARRY, dS, old.S)):
             share = jnp.sum(d * mg.get(ref.at[rows]).astype(jnp.float32), axis=1)
-            put_rows(d_ends.at[block, batch, head, at.place, which, rows], share)
+            mg.put_rows(d_ends.at[block, batch, head, at.place, which, rows], share)
 
         def merged(new: Array, ref: Any) -> Array:
             """What this visit and those to the same tile before it say."""
@@ -265,10 +265,7 @@ def _kernel(plan: Plan, stages: int, q, k, v, dy, kept_M, kept_S, dM, dS, dF, G,
         return dM, dS
 
     dM, dS = jax.lax.fori_loop(jnp.int32(0), visits, visit, (mg.get(here(dM)), mg.get(here(dS))))
-    for ref, x in ((first_dM, dM), (first_dS, dS), (first_dF, mg.get(dF_s.at[rows]))):
-        mg.put(here(ref), x)
-
-
-def put_rows(ref: Any, value: Array) -> None:
-    """A number per row to device memory."""
-    mg.plgpu().store(ref, value, optimized=False)
+    own = pl.ds(jax.lax.axis_index("wg") * ROWS, ROWS)  # asked again: it would be held in registers from the start
+    mg.put(first_dM.at[batch, head, own, columns], dM)
+    mg.put(first_dS.at[batch, head, own, columns], dS)
+    mg.store((dF_s.at[own], first_dF.at[batch, head, own, columns]))

@@ -37,7 +37,7 @@ from pallas_kernels.flash.gpu_tiles import (
     visits,
     whoami,
 )
-from pallas_kernels.flash.gpu_warpgroups import share_out, threads
+from pallas_kernels.flash.gpu_warpgroups import fetcher, share_out, threads
 from pallas_kernels.flash.score import Score
 from pallas_kernels.softplus.gpu_backward import backward
 from pallas_kernels.softplus.gpu_tiles import Rule, cost, softplus, walk_from, weights
@@ -227,6 +227,7 @@ def _forward_kernel(rule: Rule, steps: int, table, prefix, q, k, v, q_at, k_at, 
         mg.store((o_s.at[wg], o.at[b, rows, h]), (kept_s.at[wg], kept.at[b, h, :, rows]))
 
     share_out(wg, v_s.shape[2], turn + visit.count, k_free, queries, keys_and_values, compute)
+    mg.drain(v_free, visit.count, behind=turn, when=wg == fetcher(v_s.shape[2]))
 
 
 def _row_terms(count: Array, total: Array, top: Array, exempt: int) -> tuple[Array, Array]:

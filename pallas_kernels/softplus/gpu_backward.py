@@ -166,6 +166,7 @@ def _dq_kernel(rule: Rule, steps: int, table, prefix, q, k, v, do, numbers, q_at
     q_s[wg] = (acc * mg.down(mg.load_rows(numbers_s.at[wg, C]), acc.shape[1])).astype(dq.dtype)
     total_s[wg] = t
     mg.store((q_s.at[wg], dq.at[b, queries, h]), (total_s.at[wg], total.at[b, h, queries]))
+    feed.finish()
 
 
 def _of_keys(which: str, rule: Rule, vis: Visibility, prefix, q, k, v, do, numbers, q_at, k_at) -> list[Array]:
@@ -257,3 +258,4 @@ def _of_keys_kernel(which: str, rule: Rule, steps: int, table, prefix, q, k, v, 
     for name, out in zip(which, outs, strict=True):
         places_of[name][wg] = sums[name].astype(out.dtype)
     mg.store(*((places_of[name].at[wg], out.at[b, keys, h]) for name, out in zip(which, outs, strict=True)))
+    feed.finish()

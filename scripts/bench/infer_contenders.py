@@ -21,32 +21,43 @@ def ours(dtype: str, files: dict[str, str], room: int) -> Answer:
     """The library's own prefill and decode loop, as `python -m jaxattn.generate` runs them."""
     from pathlib import Path
 
-    import jax
-    import jax.numpy as jnp
-
-    from jaxattn import _generate as generation
     from jaxattn.text import load
 
     assert dtype in ("float32", "bfloat16")
     loaded = load(Path(files["ours"]), dtype=dtype).prepared()
-    model = loaded.model
 
     def answer(prompt: list[int], count: int) -> tuple[float, float, list[int]]:
-        tokens, key = np.asarray([prompt], np.int32), jax.random.split(jax.random.key(0), 1)
-        start = time.perf_counter()
-        space = generation.room_for(room + generation.BLOCK)
-        cursor = generation.prefill(model, loaded.params, tokens, np.ones_like(tokens, bool), space, key)
-        jax.block_until_ready(cursor)
-        middle = time.perf_counter()
-        made: list[int] = []
-        while len(made) < count:
-            new, _, cursor = generation.decode_block(
-                model, generation.GREEDY, (), generation.BLOCK, loaded.params, cursor, jnp.int32(0)
-            )
-            made += np.asarray(new)[0].tolist()
-        return middle - start, time.perf_counter() - middle, made[:count]
+        prefill, decode, made = timed(loaded.model, loaded.params, np.asarray([prompt], np.int32), count, room)
+        return prefill, decode, made[0].tolist()
 
     return answer
+
+
+def timed(model: Any, variables: Any, tokens: np.ndarray, count: int, room: int) -> tuple[float, float, np.ndarray]:
+    """Seconds of reading prompts [B, T] and of writing `count` greedy tokens behind each, and these [B, count].
+
+    Args:
+      variables: what `jaxattn.decoding_variables` made of the model's parameters.
+      room: tokens that are held at most.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxattn import _generate as generation
+
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    start = time.perf_counter()
+    space = generation.room_for(room + generation.BLOCK)
+    cursor = generation.prefill(model, variables, tokens, np.ones_like(tokens, bool), space, keys)
+    jax.block_until_ready(cursor)
+    middle = time.perf_counter()
+    made: list[np.ndarray] = []
+    while generation.BLOCK * len(made) < count:
+        new, _, cursor = generation.decode_block(
+            model, generation.GREEDY, (), generation.BLOCK, variables, cursor, jnp.int32(0)
+        )
+        made.append(np.asarray(new))
+    return middle - start, time.perf_counter() - middle, np.concatenate(made, axis=1)[:, :count]
 
 
 def transformers(dtype: str, files: dict[str, str], room: int) -> Answer:

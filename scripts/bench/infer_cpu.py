@@ -7,8 +7,9 @@ Needs the extras `verify` and `cpu`; llama.cpp is measured where the package lla
 of 512 tokens, 128 greedy tokens behind it. Every contender is a process of its own that keeps its model; they are
 asked in turn, the order reversed each round. Before anything is timed, their greedy tokens must agree: all of them in
 f32, and the first in bf16, where ties between close logits fall differently. Quote ratios: times on a shared machine
-mean little. Decoding reads every weight once a token, so bytes over memory bandwidth bound it; prefill in f32 is
-bound by the cores' rate of products. Both rates are measured first.
+mean little. Decoding reads every weight once a token, so bytes over memory bandwidth bound it; prefill is bound by the
+rate of products. Both are measured before and behind the contenders (`cpu_roofs`), products by every library at the
+model's shapes, and the highest rate of all is the roof, also where a contender came by it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,16 @@ from typing import Any
 import numpy as np
 
 from jaxattn.errors import UserError, run_cli
+from scripts.bench import cpu_roofs
 from scripts.bench.infer_contenders import MAKERS, OURS
 from scripts.bench.infer_plot import plot
 from train.rundir import result_environment, write_json_atomic
 
 PROMPT, NEW = 512, 128
-PREFILL_FLOP_PER_TOKEN = 2 * 106.2e6 + 30 * 4 * 576 * (PROMPT / 2)  # kernels of 30 layers, causal attention
+LAYERS = 30
+KERNELS = {(PROMPT, 576, 576): 2, (PROMPT, 576, 192): 2, (PROMPT, 576, 1536): 2, (PROMPT, 1536, 576): 1}  # of a layer
+ATTENTION = 4 * 576 * (PROMPT / 2)  # FLOP of a token in a layer, causal
+FLOP_PER_TOKEN = LAYERS * (sum(2 * k * n * times for (_, k, n), times in KERNELS.items()) + ATTENTION)
 AGREE = {"float32": NEW, "bfloat16": 1}  # greedy tokens every contender must share
 TORCH = ("transformers", "torch eager", "torch.compile")
 BARS = {  # of the issue that asked for this table: ours over the best of those
@@ -55,31 +58,6 @@ def worker(name: str, dtype: str, files: dict[str, str], pipe: Connection) -> No
     answer = MAKERS[name](dtype, files, PROMPT + NEW)
     while (prompt := pipe.recv()) is not None:
         pipe.send(answer(prompt, NEW))
-
-
-def read_bandwidth(threads: int, megabytes: int = 256) -> float:
-    """GB/s at which `threads` threads read arrays far larger than the caches; the best of 5."""
-    arrays = [np.ones(megabytes * 2**20 // 4, np.float32) for _ in range(threads)]
-    best = 0.0
-    for _ in range(5):
-        readers = [threading.Thread(target=a.max) for a in arrays]  # releases the GIL
-        start = time.perf_counter()
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        best = max(best, sum(a.nbytes for a in arrays) / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def matmul_rate(size: int = 2048) -> float:
-    """GFLOP/s of NumPy's f32 product of two large matrices, the best of 5: about what these cores can do."""
-    a, best = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 def prepare(folder: Path, dtype: str) -> dict[str, str]:
@@ -156,6 +134,23 @@ def measure(dtype: str, rounds: int, folder: Path) -> dict[str, Any]:
     return {"tokens_per_s": speed, "seconds": seconds, "greedy_tokens_shared": agree, "absent": absent}
 
 
+def rates(dtype: str, threads: int) -> dict[str, dict[str, float]]:
+    """What this machine does now: FLOP/s of the products by library, and bytes a second read."""
+    return {"prefill": cpu_roofs.products(dtype, KERNELS), "decode": {"reading": cpu_roofs.read_bandwidth(threads)}}
+
+
+def roofs(found: dict[str, Any], *measured: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """The highest rate and its tokens/s, of each part; no contender of `found` is faster."""
+    out = {}
+    for part, cost in (("prefill", FLOP_PER_TOKEN), ("decode", found["weight_bytes"])):
+        names = list(dict.fromkeys(name for before in measured for name in before[part]))
+        samples = {name: [before[part][name] for before in measured if name in before[part]] for name in names}
+        reached = {name: speed[part] * cost for name, speed in found["tokens_per_s"].items()}
+        rate, whose = cpu_roofs.best(samples, reached)
+        out[part] = {"rate": rate, "whose": whose, "tokens_per_s": rate / cost, "measured": samples}
+    return out
+
+
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours over the best of each group, as the median over rounds of that ratio, beside its bar."""
     rows = []
@@ -181,29 +176,27 @@ def main() -> int:
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds} but must be at least 1.")
     threads = len(os.sched_getaffinity(0))
-    bandwidth, rate, results = read_bandwidth(threads), matmul_rate(), {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in args.dtype:
+            before = rates(dtype, threads)
             results[dtype] = measure(dtype, args.rounds, Path(folder))
             size = Path(folder, f"{dtype}.gguf").stat().st_size
-            results[dtype] |= {"weight_bytes": size, "decode_limit_tokens_per_s": bandwidth * 1e9 / size}
+            results[dtype] |= {"weight_bytes": size}
+            results[dtype]["roofs"] = roofs(results[dtype], before, rates(dtype, threads))
     bars = judge(results)
     packages = ("torch", "transformers", "llama-cpp-python", "numba")
     versions = {p: importlib.metadata.version(p) for p in packages if _installed(p)}
     summary = {"model": "SmolLM2-135M-Instruct", "prompt": PROMPT, "new": NEW, "threads": threads}
-    summary |= {
-        "read_bandwidth_GB_per_s": bandwidth,
-        "f32_matmul_GFLOP_per_s": rate,
-        "bars": bars,
-        "versions": versions,
-    }
+    summary |= {"bars": bars, "versions": versions}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(args.out, summary | {"results": results, "environment": result_environment()})
     plot(args.out.with_suffix(".png"), results)
-    layers = PREFILL_FLOP_PER_TOKEN / 1e9
-    print(f"f32 prefill is bound by {rate / layers:.0f} tok/s at {rate:.0f} GFLOP/s and {layers:.2f} GFLOP a token")
     for dtype, found in results.items():
-        print(f"{dtype}: decode is bound by {found['decode_limit_tokens_per_s']:.0f} tok/s at {bandwidth:.1f} GB/s")
+        for part, unit in (("prefill", "GFLOP/s"), ("decode", "GB/s")):
+            roof = found["roofs"][part]
+            rate = f"{roof['rate'] / 1e9:.1f} {unit} ({roof['whose']})"
+            print(f"{dtype}: {part} is bound by {roof['tokens_per_s']:,.0f} tok/s at {rate}")
         for name, speed in found["tokens_per_s"].items():
             print(f"  {name:14} prefill {speed['prefill']:8,.0f}  decode {speed['decode']:7.1f} tok/s")
     for row in bars:

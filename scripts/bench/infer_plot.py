@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """Bars beside each other, with the limit that memory bandwidth sets on decoding as a line."""
+    """Bars beside each other, with the roof of each part as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,10 +20,10 @@ def plot(path: Path, results: dict[str, Any]) -> None:
             speeds = [found["tokens_per_s"][n][part] for n in names]
             bars = axis.bar([x + 0.4 * i for x in range(len(names))], speeds, 0.38, label=dtype, color=f"C{i}")
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
-            if part == "decode":
-                axis.axhline(found["decode_limit_tokens_per_s"], color=f"C{i}", linestyle=":", linewidth=1)
+            axis.axhline(found["roofs"][part]["tokens_per_s"], color=f"C{i}", linestyle=":", linewidth=1)
             axis.set_xticks([x + 0.2 * (len(results) - 1) for x in range(len(names))], names, fontsize=8)
-        axis.set_title(f"{part}, tokens/s" + (" (dotted: memory bandwidth)" if part == "decode" else ""), fontsize=10)
+        bound = {"prefill": "the best product", "decode": "memory bandwidth"}[part]
+        axis.set_title(f"{part}, tokens/s (dotted: {bound})", fontsize=10)
     axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -19,6 +19,21 @@ def once(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def queued(call: Callable[[], Any], count: int) -> float:
+    """Seconds of one of `count` calls that wait in the device's queue, which works in order; the last is waited for."""
+    start, last = time.perf_counter(), None
+    for _ in range(count):
+        last = call()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / count
+
+
+def repeats_for(call: Callable[[], Any], least: float = LEAST) -> int:
+    """How many queued calls take `least` seconds, on a device that has been woken by as many."""
+    count = max(1, round(least / max(queued(call, 3), 1e-7)))
+    return max(1, round(least / max(queued(call, count), 1e-7)))
+
+
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, least: float = LEAST) -> dict[str, list[float]]:
     """Seconds a call, one sample a round of each; the order is reversed every second round. The first call of each,
     which compiles, is not counted."""

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import _mosaic_gpu, compiling_for
+from pallas_kernels import _mosaic_gpu, _versions, compiling_for
 
 TARGET = Path(__file__).with_name("h100.txtpb")
 SHARED_BYTES = _mosaic_gpu.SHARED_BYTES
@@ -47,8 +47,8 @@ class Resources:
 
 def missing() -> str | None:
     """Why nothing can be compiled for an H100 here, or None."""
-    if jax.__version_info__ < _mosaic_gpu.SINCE:
-        return f"the GPU kernels need JAX {'.'.join(map(str, _mosaic_gpu.SINCE))}; this is {jax.__version__}"
+    if reason := _versions.too_old_for_gpus():
+        return reason
     for name in ("jax_cuda13_plugin", "jax_plugins.xla_cuda13"):
         try:
             if importlib.util.find_spec(name) is None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import io_callback
 
 from pallas_kernels import _mosaic_gpu as mg
+from tests.kernels.simulators import simulator
 
 
 def delay(monkeypatch: Any, name: str, only: int | None = None, *, seconds: float = 0.03) -> Any:
@@ -28,7 +29,7 @@ def delay(monkeypatch: Any, name: str, only: int | None = None, *, seconds: floa
         return jax.lax.cond(slept > 0, lambda: do(*args, **more), lambda: do(*args, **more))
 
     monkeypatch.setattr(mg, name, slow)
-    return mg.plgpu().InterpretGPUParams(uninitialized_memory="nan")
+    return simulator("gpu")
 
 
 def _so_far(args: tuple[Any, ...]) -> Any:

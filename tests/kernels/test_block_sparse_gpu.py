@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import Visibility, self_visibility, visible
-from pallas_kernels import Score, _mosaic_gpu, compiling_for, interpreted
+from pallas_kernels import Score, compiling_for, interpreted
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.block_sparse.gpu_lists import Plan, by_key, by_query
 from pallas_kernels.block_sparse.lists import in_blocks
@@ -20,13 +20,12 @@ from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
-from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
-
-if jax.__version_info__ < _mosaic_gpu.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
-
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
+from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
 from tests.kernels.test_flash_gpu import near
+
+skip_module_without_gpus()
 
 SIGMOID = Score("sigmoid", "none", logit_bias=-2.0)
 SIZES = dict(block_q=128, block_k=128)
@@ -172,12 +171,9 @@ def test_unlisted_and_unseen_tiles_are_not_read():
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """With a query block that lists nothing and a key block that nobody lists."""
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     blocks = jnp.array([[[[0, -1], [-1, -1], [0, 2]]]], jnp.int32)
-    check(numbers(260, heads=1), self_visibility(1, 260), mode=simulator, blocks=blocks)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        check(numbers(260, heads=1), self_visibility(1, 260), mode=simulator, blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +304,7 @@ def test_vmap_changes_nothing():
         )
 
 
+@needs_costs
 def test_the_cost_estimate_counts_lists_up_to_the_diagonal():
     q, k, v = (jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16) for _ in range(3))
     blocks = jax.ShapeDtypeStruct((1, 1, 8, 3), jnp.int32)

@@ -1,6 +1,7 @@
 """Choosing a backend, what is recorded of it, the support table and tuned block sizes."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import pytest
 import pallas_kernels
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
-from pallas_kernels import Score, _blocks, _support, compiling_for, flash, interpreted, may_be_kernel, recording
+from pallas_kernels import (
+    Score,
+    _blocks,
+    _support,
+    _versions,
+    compiling_for,
+    flash,
+    interpreted,
+    may_be_kernel,
+    recording,
+)
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.calls import CALLS
 
@@ -90,6 +101,27 @@ def test_the_printed_table_numbers_its_reasons(entries, monkeypatch):
     count = len({e.reason for e in entries if not e.served})
     assert f"\n{count}. " in text or not count
     assert text.count("\n|") == len(entries) // len(_support.BACKENDS) + 1
+    assert "tpu: JAX 0.10.2, a TPU; gpu: JAX 0.11.2, a GPU" in text
+
+
+def test_the_oldest_jax_of_every_backend_is_the_one_that_is_declared_and_tested():
+    """By `pyproject.toml` for the package, by `.ci/run` for each backend; README says both."""
+    root = Path(__file__).parents[2]
+    declared, ci, readme = ((root / name).read_text("utf-8") for name in ("pyproject.toml", ".ci/run", "README.md"))
+    oldest = min(_versions.SINCE, key=lambda backend: _versions.SINCE[backend])
+    assert f'"jax>={_versions.oldest(oldest)},<' in declared
+    assert f"JAX {_versions.oldest(oldest)} to " in readme
+    assert f'"jax=={_versions.oldest("gpu")}"' in ci
+    assert f"need {_versions.oldest('gpu')} " in readme
+
+
+@pytest.mark.parametrize(("version", "refused"), [((0, 10, 2), True), ((0, 11, 1), True), ((0, 11, 2), False)])
+def test_kernels_for_gpus_are_refused_by_a_jax_that_they_were_not_proved_on(version, refused, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    reason = _versions.too_old_for_gpus()
+    assert (reason is not None) == refused
+    if reason:
+        assert reason.startswith("backend 'gpu' needs JAX 0.11.2 or newer but this is ")
 
 
 def test_tuned_blocks_are_those_of_the_next_larger_head_dim(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias, relative_bucket
-from pallas_kernels import Score, _mosaic_gpu, compiling_for, flash, interpreted
+from pallas_kernels import Score, compiling_for, flash, interpreted
 from pallas_kernels.flash import gpu_biases
 from pallas_kernels.flash.gpu import flash_gpu
 from pallas_kernels.flash.gpu_tiles import Visit, visits
@@ -24,9 +24,9 @@ from pallas_kernels.flash.tiles import certain, reachable
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
-if jax.__version_info__ < _mosaic_gpu.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+skip_module_without_gpus()
 
 SOFTMAX, SIGMOID = Score(), Score("sigmoid", "none", logit_bias=-2.0)
 ids = lambda s: f"{s.activation}-{s.normaliser}"
@@ -232,12 +232,9 @@ def test_queries_that_continue_a_cache():
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """What the simulator sees: loads and stores, not operands of products; see also the slot test."""
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     more = {"bias": Alibi(jnp.array([0.1])), "key_bias": per_key(1, 200)}
-    check(numbers(200, heads=1), self_visibility(1, 200), mode=simulator, **more)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        check(numbers(200, heads=1), self_visibility(1, 200), mode=simulator, **more)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +338,7 @@ def test_vmap_changes_nothing():
         jax.tree.map(lambda a, b: close(a, b, rtol=1e-2), loss(each)(q, k, v), loss(call)(q, k, v))
 
 
+@needs_costs
 def test_the_cost_estimate_counts_tiles_up_to_the_diagonal():
     q, k, v = (jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.bfloat16) for _ in range(3))
     with compiling_for("gpu"):
@@ -351,6 +349,7 @@ def test_the_cost_estimate_counts_tiles_up_to_the_diagonal():
     assert f"flops={256 * tile}" in whole
 
 
+@needs_costs
 def test_the_cost_estimate_of_wide_heads_counts_the_fifth_product():
     q, k, v = (jax.ShapeDtypeStruct((1, 1024, 1, 192), jnp.bfloat16) for _ in range(3))
     loss = lambda *x: jnp.sum(flash_gpu(*x, self_visibility(1, 1024, causal=False), SOFTMAX, scale=1.0))

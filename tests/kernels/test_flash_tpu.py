@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.masks import Visibility, self_visibility, visible
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias
@@ -17,6 +16,7 @@ from pallas_kernels.flash.reference import flash_reference
 from pallas_kernels.flash.tiles import Spans, certain, reachable, spans
 from pallas_kernels.flash.tpu import flash_tpu
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.simulators import without_races
 
 SOFTMAX = Score()
 SCORES = [
@@ -127,15 +127,11 @@ def test_bfloat16_keeps_sums_in_float32():
 
 @pytest.mark.parametrize("score", [Score(), Score("sigmoid", "p_norm", p=2.0)], ids=ids)
 def test_no_races_and_nothing_uninitialised_is_read(score):
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     positions, segments = packed([20, 7], 30, batch=1)
     vis = self_visibility(1, 30, positions=positions, segment_ids=segments)
-    check(
-        inputs(30, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8), vis, score, block_q=8, block_k=8, mode=simulator
-    )
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    arrays = inputs(30, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8)
+    with without_races("tpu") as simulator:
+        check(arrays, vis, score, block_q=8, block_k=8, mode=simulator)
 
 
 def test_tiles_nobody_sees_are_not_computed():

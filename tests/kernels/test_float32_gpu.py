@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted, recording
 from pallas_kernels.calls import CALLS
 from pallas_kernels.shapes import Shape
+from tests.kernels.simulators import skip_module_without_gpus
 
-if jax.__version_info__ < mg.SINCE:
-    pytest.skip(mg.missing(), allow_module_level=True)
+skip_module_without_gpus()
 
 SHAPE = Shape("small", batch=1, length=100, heads=2, kv_heads=1, dim=32, value_dim=48)
 CACHES = {"paged_decode": (1, 2)}  # arguments that are never rounded: it would copy the cache at every step

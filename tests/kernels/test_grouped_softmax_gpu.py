@@ -15,16 +15,15 @@ import pytest
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import landmark
-from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted, shapes
 from pallas_kernels.grouped_softmax import grouped_softmax, layout
 from pallas_kernels.grouped_softmax.gpu import SLOTS, grouped_softmax_gpu
 from pallas_kernels.grouped_softmax.reference import NEVER, grouped_softmax_reference
 from tests.conformance.cases import inputs, packed
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
-if jax.__version_info__ < mg.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+skip_module_without_gpus()
 
 numbers = partial(inputs, dtype=jnp.bfloat16)
 
@@ -166,12 +165,9 @@ def test_sums_are_kept_in_float32():
 @pytest.mark.parametrize("dim", [16, pytest.param(256, marks=pytest.mark.slow)])
 def test_no_races_and_nothing_uninitialised_is_read(dim):
     """What the simulator sees: loads and stores, not operands of products; see the next test for those."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    simulator = mg.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     arrays = numbers(140, batch=1, heads=1, kv_heads=1, dim=dim)
-    check(arrays, self_visibility(1, 140), block=20, mode=simulator, scale=0.3 if dim <= 128 else 0.1)
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        check(arrays, self_visibility(1, 140), block=20, mode=simulator, scale=0.3 if dim <= 128 else 0.1)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +236,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert kernel not in text(q), "a simulator is for who names the backend"
 
 
+@needs_costs
 @pytest.mark.parametrize(("dim", "slots"), [(64, 2), (192, 1)])
 def test_the_cost_estimate_counts_tiles_up_to_the_diagonal(dim, slots):
     """Tiles of two slots of 64 rows, of wide heads of one; as many as hold the keys up to a block of queries."""
@@ -255,6 +252,7 @@ def test_the_cost_estimate_counts_tiles_up_to_the_diagonal(dim, slots):
     assert f"flops={16 * -(-2048 // (51 * slots)) * 4 * scores * dim}" in whole
 
 
+@needs_costs
 def test_the_cost_estimate_counts_what_wide_heads_weigh_twice():
     """Steps of 64 queries: scores twice and three products of dk and dv; scores and those with do twice for dq."""
     q, k, v = (jax.ShapeDtypeStruct((1, 256, 1, 256), jnp.bfloat16) for _ in range(3))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import landmark
@@ -18,6 +17,7 @@ from pallas_kernels.grouped_softmax import grouped_softmax, layout
 from pallas_kernels.grouped_softmax.reference import NEVER, grouped_softmax_reference, roles
 from pallas_kernels.grouped_softmax.tpu import LONGEST, grouped_softmax_tpu
 from tests.conformance.cases import inputs, packed
+from tests.kernels.simulators import without_races
 
 SMALL = {"block_q": 32, "tile_k": 48}
 kernel = jax.jit(grouped_softmax_tpu, static_argnames=("block", "scale", "tile_k"))
@@ -160,14 +160,11 @@ def test_bfloat16_keeps_sums_in_float32():
 
 
 def test_no_races_and_nothing_uninitialised_is_read():
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     positions, segments = packed([12, 7], 21, batch=1)
     vis = self_visibility(1, 21, positions=positions, segment_ids=segments)
     arrays = inputs(21, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8)
-    check(arrays, vis, block=4, block_q=8, tile_k=16, page=4, mode=simulator)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    with without_races("tpu") as simulator:
+        check(arrays, vis, block=4, block_q=8, tile_k=16, page=4, mode=simulator)
 
 
 def test_tiles_nobody_sees_are_not_computed():

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.linear_scan import gpu_backward, gpu_kernel, linear_scan
 from pallas_kernels.linear_scan.gpu import linear_scan_gpu, unfit
@@ -17,9 +16,9 @@ from pallas_kernels.linear_scan.gpu_kernel import Plan, scan
 from pallas_kernels.linear_scan.reference import linear_scan_reference
 from pallas_kernels.shapes import ODD
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
-if jax.__version_info__ < mg.SINCE:
-    pytest.skip(mg.missing(), allow_module_level=True)
+skip_module_without_gpus()
 
 DECAYS = ("none", "head", "token")
 RESULTS = ("o", "last", "dq", "dk", "dv", "d_start", "d_decay")
@@ -187,12 +186,9 @@ def check_values(arrays, segments):
 
 def test_no_races_and_nothing_uninitialised_is_read(monkeypatch):
     """More chunks than buffers, so that buffers are filled again; what the simulator sees are loads and stores."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
     monkeypatch.setattr(gpu_kernel, "DEPTH", 2)
-    simulator = mg.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    check(inputs(64 * 4, heads=1, dim=16, width=16), mode=simulator)
-    assert gpu_callbacks._races is None or not gpu_callbacks._races.races_found
+    with without_races("gpu") as simulator:
+        check(inputs(64 * 4, heads=1, dim=16, width=16), mode=simulator)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +281,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert kernel not in text(q, k, v), "a simulator is for who names the backend"
 
 
+@needs_costs
 @pytest.mark.parametrize(("decay", "powers"), [(True, 2 * 2 * 256 * 64), (False, 0)])
 def test_the_cost_estimate_counts_scores_once(decay, powers):
     struct = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.masks import default_positions, self_visibility
 from jaxattn.mechanisms.based import MECHANISM as BASED
@@ -20,6 +19,7 @@ from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.linear_scan.features import feature_width, selections, taylor
 from pallas_kernels.linear_scan.tpu import STATES, linear_scan_tpu
 from pallas_kernels.shapes import ODD, Shape
+from tests.kernels.simulators import without_races
 
 DECAYS = ("none", "head", "token")
 SMALL = Shape("small", batch=2, length=75, heads=4, kv_heads=2, dim=8, value_dim=6)
@@ -173,13 +173,10 @@ def test_two_calls_equal_one():
 
 @pytest.mark.parametrize(("decay", "taylor"), [("token", None), ("none", "symmetric")])
 def test_no_races_and_nothing_uninitialised_is_read(decay, taylor):
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     shape = Shape("tiny", batch=1, length=30, heads=2, kv_heads=1, dim=4, value_dim=3)
     arrays = inputs(shape, decay, width=None if taylor is None else feature_width(4, taylor))
-    check(arrays, 1e-4, chunk=8, mode=simulator, segments=packs(75)[:1, 10:40], taylor=taylor)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    with without_races("tpu") as simulator:
+        check(arrays, 1e-4, chunk=8, mode=simulator, segments=packs(75)[:1, 10:40], taylor=taylor)
 
 
 @pytest.mark.parametrize("map", ["symmetric", "full"])

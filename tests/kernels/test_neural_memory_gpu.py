@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.neural_memory import neural_memory
 from pallas_kernels.neural_memory.gpu_plan import FINAL, FIRST, FLAGS, GROUP, LAST, SLOT, TILE, layout, visits
 from pallas_kernels.shapes import ODD
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 from tests.kernels.test_neural_memory import RATES, setting
 from tests.kernels.test_neural_memory_tpu import SEGMENTS, inside
 
-if jax.__version_info__ < mg.SINCE:
-    pytest.skip(mg.missing(), allow_module_level=True)
+skip_module_without_gpus()
 
 SLOW = pytest.mark.slow
 NAMES = ("y", "M", "S", "frozen", *(f"d_{n}" for n in ("q", "k", "v", *RATES, "start", "M", "S", "frozen")))
@@ -161,13 +160,10 @@ def test_pieces_with_a_carried_state_equal_one_call():
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """More tiles than buffers; one is padding only."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
     x, rest = rounded(64 * 4, batch=1, heads=1)
     segments = jnp.asarray(np.repeat([[0, 3, 5]], [70, 80, 106], axis=1))
-    simulator = mg.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    check(x, rest, inside(rest["start"], 1), how=simulator, segments=segments, chunk=64)
-    assert gpu_callbacks._races is None or not gpu_callbacks._races.races_found
+    with without_races("gpu") as simulator:
+        check(x, rest, inside(rest["start"], 1), how=simulator, segments=segments, chunk=64)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +252,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert kernel not in text(), "a simulator is for who names the backend"
 
 
+@needs_costs
 @pytest.mark.parametrize(("dim", "blocks"), [(128, 2), (192, 6)])
 def test_the_cost_estimate_counts_the_products_that_are_done(dim, blocks):
     """One matrix in one head, 4 visits: by hand."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.neural_memory import IMPLEMENTATIONS, MemoryState, neural_memory
@@ -18,6 +17,7 @@ from pallas_kernels.neural_memory.tpu_plan import layout
 from pallas_kernels.neural_memory.tpu_tile import products
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, normal
+from tests.kernels.simulators import without_races
 from tests.kernels.test_neural_memory import RATES, setting
 
 # A document that goes on from the state, of 17 tokens, one of 1, one of 19; padding in front, between and behind.
@@ -145,11 +145,8 @@ def test_pieces_with_a_carried_state_equal_one_call():
 def test_no_races_and_nothing_uninitialised_is_read():
     x, rest = setting(20, batch=1, heads=2, depth=2)
     segments = jnp.asarray(np.repeat([[0, 1, 2, 0]], [1, 13, 4, 2], axis=1))
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    check(x, rest, inside(rest["start"], 1), how=simulator, segments=segments, chunk=8)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    with without_races("tpu") as simulator:
+        check(x, rest, inside(rest["start"], 1), how=simulator, segments=segments, chunk=8)
 
 
 def test_products_of_neighbours_and_their_gradient():

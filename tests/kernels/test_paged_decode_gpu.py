@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn.rope import Rope
-from pallas_kernels import _mosaic_gpu, compiling_for, interpreted
+from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_decode.gpu import parts, unfit
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close
+from tests.kernels.simulators import needs_costs, simulator, skip_module_without_gpus, without_races
 from tests.kernels.test_paged_decode import CASES, TURNED, Case, check, normal
 
-if jax.__version_info__ < _mosaic_gpu.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+skip_module_without_gpus()
 
 SMALL = Case(heads=4, kv_heads=2, dim=32, value_dim=128, dtype="bfloat16")  # chunks of 64, of 128 where narrower
 small = partial(dataclasses.replace, SMALL)
@@ -96,7 +96,7 @@ def test_who_sees_nothing_gets_zero_and_nothing_unlisted_is_used(page):
         return tokens.at[:, :, jnp.array([*range(16), 23, *range(36, 96)])].set(jnp.nan).reshape(x.shape)
 
     run = jax.jit(partial(paged_decode, scale=0.3, key_bias=bias, backend="gpu"))
-    with interpreted(_mosaic_gpu.plgpu().InterpretGPUParams(uninitialized_memory="nan")):
+    with interpreted(simulator("gpu")):
         o, lse = run(q, spoil(k), spoil(v), tables, lengths)
     expected, expected_lse = paged_decode(q, k, v, tables, lengths, scale=0.3, key_bias=bias, backend="reference")
     assert not o[1].any(), "no page is listed"
@@ -108,17 +108,14 @@ def test_who_sees_nothing_gets_zero_and_nothing_unlisted_is_used(page):
 @pytest.mark.parametrize("page", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_no_races_and_nothing_uninitialised_is_read(page):
     """More chunks than buffers, so that buffers are filled again; holes in the list."""
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     case = small(
         batch=1, queries=2, dim=64, page=page, pages=512 // page, listed=464 // page, lengths=(1, 2, 2), key_bias=1
     )
     case = dataclasses.replace(case, positions=2, rope=Rope(1e4), splits=1)
     (q, k, v, tables, _), more = case.arguments()
     tables = jnp.where(jnp.arange(464 // page) % 3 == 1, -1, jnp.abs(tables))
-    simulated((q, k, v, tables, jnp.array([[[464, 463], [450, 464]]])), more, mode=simulator)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        simulated((q, k, v, tables, jnp.array([[[464, 463], [450, 464]]])), more, mode=simulator)
 
 
 def test_scores_far_from_zero():
@@ -190,6 +187,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert kernel not in text(), "a simulator is for who names the backend"
 
 
+@needs_costs
 @pytest.mark.parametrize("page", [1, 16, 48])
 def test_the_cost_estimate_counts_rows_that_are_read(page):
     """A list of 192 tokens is three chunks of 64, whatever the cache holds; 4 of 8 columns are queries."""

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _mosaic_gpu, compiling_for, interpreted
+from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.linear_scan.xla import linear_scan_xla
 from pallas_kernels.prefix_softmax import empty, gpu, prefix_softmax, segment_runs
 from pallas_kernels.shapes import ODD
+from tests.kernels.simulators import needs_gpus
 from tests.kernels.test_prefix_softmax_tpu import SMALL, both, inputs, near, packs, recurrence
 
-needs_simulator = pytest.mark.skipif(
-    jax.__version_info__ < _mosaic_gpu.SINCE, reason=f"JAX {jax.__version__} has no simulator of GPUs"
-)
 PACKED = dict(segments=packs(), initial_segment=jnp.array([1, 9, 2]))
 PACKED_SHAPE = dataclasses.replace(SMALL, batch=3)
 
@@ -66,13 +64,13 @@ def test_the_recurrence_without_a_state_before(exact):
     assert all(np.all(np.isfinite(x)) for x in grads)
 
 
-@needs_simulator
+@needs_gpus
 def test_packed_rows_through_the_kernel():
     with interpreted():
         check(inputs(PACKED_SHAPE, jnp.bfloat16), 4e-2, **PACKED)
 
 
-@needs_simulator
+@needs_gpus
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [s for s in ODD if s.value_dim <= 128], ids=lambda s: s.name)
 def test_odd_shapes(shape):
@@ -80,7 +78,7 @@ def test_odd_shapes(shape):
         check(inputs(shape, jnp.bfloat16), 4e-2)
 
 
-@needs_simulator
+@needs_gpus
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
     s, v, *_ = inputs(dtype=jnp.bfloat16)
     text = lambda s, v, **options: str(jax.make_jaxpr(lambda *x: prefix_softmax(*x, **options))(s, v))

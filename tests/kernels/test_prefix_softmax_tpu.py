@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.masks import default_positions, self_visibility
 from jaxattn.mechanisms.aaren import MECHANISM as AAREN
@@ -16,6 +15,7 @@ from pallas_kernels import compiling_for, interpreted, recording
 from pallas_kernels.prefix_softmax import Partial, empty, prefix_softmax, segment_runs
 from pallas_kernels.prefix_softmax.tpu import WIDEST, prefix_softmax_tpu
 from pallas_kernels.shapes import ODD, Shape
+from tests.kernels.simulators import without_races
 
 SMALL = Shape("small", batch=2, length=75, heads=3, kv_heads=3, dim=1, value_dim=5)
 
@@ -144,12 +144,9 @@ def test_two_calls_equal_one():
 
 
 def test_no_races_and_nothing_uninitialised_is_read():
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     shape = Shape("tiny", batch=1, length=30, heads=2, kv_heads=2, dim=1, value_dim=3)
-    check(inputs(shape), 1e-4, chunk=8, mode=simulator, segments=packs(75)[:1, 10:40])
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    with without_races("tpu") as simulator:
+        check(inputs(shape), 1e-4, chunk=8, mode=simulator, segments=packs(75)[:1, 10:40])
 
 
 def test_the_mechanism_through_the_kernel():

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import Visibility, self_visibility
-from pallas_kernels import _mosaic_gpu, compiling_for, interpreted
+from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.probe import NAMES, probe
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import inputs, packed
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
-if jax.__version_info__ < _mosaic_gpu.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+skip_module_without_gpus()
 
 FIELDS = ("lse", "top_index", "top_weight", "columns", "diagonals", "blocks", "block_max")
 UNTIED = [name for name in NAMES if name != "top"]  # products of bfloat16 are often equal
@@ -156,12 +156,9 @@ def test_top_keys_of_queries_that_have_one():
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """As long as no buffer is used twice: the detector takes a load before a copy for a race, whatever is between."""
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     q, k = numbers(40, heads=1)
-    check(q, k, self_visibility(1, 40), want=UNTIED, mode=simulator)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        check(q, k, self_visibility(1, 40), want=UNTIED, mode=simulator)
 
 
 @pytest.mark.slow
@@ -213,6 +210,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert "probe_rows" not in text(q, want=("columns", "blocks"), block=12)
 
 
+@needs_costs
 def test_the_cost_estimate_counts_both_passes():
     q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), jnp.bfloat16) for n in (64, 2048))
     vis = self_visibility(1, 2048).rows(1984, 64)

@@ -14,7 +14,7 @@ import pytest
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.mechanisms import get
 from jaxattn.rope import Alibi
-from pallas_kernels import _mosaic_gpu, compiling_for, interpreted
+from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.shapes import ODD
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.gpu import softplus_gpu
@@ -22,9 +22,9 @@ from pallas_kernels.softplus.gpu_tiles import softplus
 from pallas_kernels.softplus.reference import softplus_reference
 from tests.conformance.cases import normal, packed
 from tests.kernels.late import delay
+from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
-if jax.__version_info__ < _mosaic_gpu.SINCE:
-    pytest.skip(f"JAX {jax.__version__} has no simulator of GPUs", allow_module_level=True)
+skip_module_without_gpus()
 
 
 def numbers(length, *, batch=1, heads=2, kv_heads=1, dim=60, value_dim=64, keys=None):
@@ -186,11 +186,8 @@ def test_the_mechanism_hands_over_unit_vectors_in_f32():
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """As long as no buffer is used twice: the detector takes a load before a copy for a race, whatever is between."""
-    simulator = _mosaic_gpu.plgpu().InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    check(numbers(60, heads=1), self_visibility(1, 60), mode=simulator)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the only place the verdict is kept
-
-    assert not gpu_callbacks.get_races().races_found
+    with without_races("gpu") as simulator:
+        check(numbers(60, heads=1), self_visibility(1, 60), mode=simulator)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +237,7 @@ def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
         assert "softplus_forward" not in text(v=v.astype(jnp.float32))
 
 
+@needs_costs
 @pytest.mark.parametrize(("p", "walks"), [(15.0, 2), (None, 1)])
 def test_the_cost_estimate_counts_both_walks_up_to_the_diagonal(p, walks):
     q, k, v = (jax.ShapeDtypeStruct((1, 2048, 1, 64), jnp.bfloat16) for _ in range(3))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.masks import Visibility, count_visible, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias
@@ -15,6 +14,7 @@ from pallas_kernels.shapes import ODD
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.reference import softplus_reference
 from pallas_kernels.softplus.tpu import softplus_tpu
+from tests.kernels.simulators import without_races
 
 
 def inputs(length, *, batch=1, heads=4, kv_heads=2, dim=8, value_dim=12, keys=None, dtype=jnp.float32):
@@ -112,13 +112,10 @@ def test_uniform_rows_keep_their_weights():
 
 
 def test_no_races_and_nothing_uninitialised_is_read():
-    simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     segments = jnp.concatenate([jnp.full(19, 1), jnp.full(1, 2), jnp.full(7, 3), jnp.full(3, 0)])[None]
-    check(inputs(30, heads=2, kv_heads=1), self_visibility(1, 30, segment_ids=segments), block_q=8, block_k=8,
-          mode=simulator)  # fmt: skip
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the only place the verdict is kept
-
-    assert not interpret_pallas_call.races.races_found
+    with without_races("tpu") as simulator:
+        check(inputs(30, heads=2, kv_heads=1), self_visibility(1, 30, segment_ids=segments), block_q=8, block_k=8,
+              mode=simulator)  # fmt: skip
 
 
 def test_the_count_of_a_row_is_what_it_sees():
