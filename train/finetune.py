@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, Incomplete, UserError, run_cli
+from jaxattn.signals import loading
 from train.config import CheckpointConfig, EvalConfig, OptimConfig, RunConfig, StartConfig, parse_args
 from train.pretrain import prepare_jax, value_of
 
@@ -92,8 +93,9 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0].startswith("-"):
         raise UserError("the first argument must be the checkpoint to start from, such as checkpoints/smollm2.")
 
-    from train.load import read_config
-    from train.loop import run
+    with loading():
+        from train.load import read_config
+        from train.loop import run
 
     own = argparse.ArgumentParser(prog="python -m train.finetune", add_help=False, allow_abbrev=False)
     own.add_argument("checkpoint", type=Path)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from jaxattn.errors import run_cli
+from jaxattn.signals import loading
 
 
 def main(args: list[str] | None = None) -> int:
@@ -22,12 +23,13 @@ def main(args: list[str] | None = None) -> int:
     if "--list-presets" in args:
         _list_presets()
         return 0
-    prepare_jax()
+    with loading():
+        prepare_jax()
 
-    from train.config import parse_args
-    from train.load import read_config
-    from train.loop import default_run_dir, run
-    from train.presets import get_preset
+        from train.config import parse_args
+        from train.load import read_config
+        from train.loop import default_run_dir, run
+        from train.presets import get_preset
 
     preset = value_of(args, "--preset")
     cfg = parse_args(args, get_preset(preset or "bb"))

@@ -41,6 +41,13 @@ class BigramTable:
     unigram: np.ndarray
     triggers: tuple[int, ...]
 
+    def __getstate__(self) -> dict:
+        """Without what is computed from it: megabytes, for which a worker process would wait at its start."""
+        return {name: self.__dict__[name] for name in ("weights", "unigram", "triggers")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
     @cached_property
     def rows(self) -> list[bytes]:
         """65 lookup tables of 65536 bytes: a uniform 16-bit number to the next character, without

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jaxattn.errors import UserError
+from jaxattn.signals import StopSignal
 from train.rundir import LOCK, environment, open_run, truncate_jsonl_after, write_json_atomic
-from train.signals import StopSignal
 
 
 def make_run(folder):
@@ -222,9 +222,10 @@ def test_row_5_second_signal_leaves_at_once(kit, first, second, code, busy):
     process.send_signal(first)
     if busy == "idle":
         assert process.stdout.readline() == f"{first.name}\n"
-    else:
-        time.sleep(0.3)
-        assert process.poll() is None
+    time.sleep(0.3)
+    process.send_signal(second)  # within a second: the same request
+    time.sleep(0.9)
+    assert process.poll() is None
     process.send_signal(second)
     start = time.monotonic()
     assert process.wait(timeout=30) == code
