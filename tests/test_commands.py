@@ -65,7 +65,9 @@ def end(process: subprocess.Popen[str], mark: pathlib.Path, *numbers: int, apart
 
 
 def test_the_list_is_that_of_the_project():
-    assert {"train.pretrain", "train.finetune", "jaxattn.generate", "jaxattn.serve", "convert.from_hf"} < set(commands())
+    assert {"train.pretrain", "train.finetune", "jaxattn.generate", "jaxattn.serve", "convert.from_hf"} < set(
+        commands()
+    )
     assert {"evals.sinks", "evals.report", "evals.tasks", "evals.length", "convert.to_hf", "convert.verify"} < set(
         commands()
     )

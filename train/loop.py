@@ -21,6 +21,7 @@ from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
 from jaxattn.errors import DataError, Mismatch, TrainingStopped
 from jaxattn.signals import StopSignal
+from train import sessions
 from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
@@ -32,7 +33,7 @@ from train.manifest import diff_config
 from train.mesh import data_mesh, inside, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
-from train.rundir import RunDir, environment, open_run, truncate_jsonl_after, write_json_atomic
+from train.rundir import RunDir, environment, open_run, write_json_atomic
 from train.step import batch_loss, make_train_step
 
 log = logging.getLogger("jaxattn")
@@ -135,12 +136,10 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
 
 def _describe(place: RunDir, saved: dict[str, Any], source: Source, start: int) -> None:
     """Write what the run is before its first step; drop metric rows a resumed run will write again."""
+    sessions.begin(place, start, saved["log"]["every"], environment())
     write_json_atomic(place.config, saved | {"resume": False, "overwrite": False})
-    write_json_atomic(place.environment, environment())
     facts = {"name": source.name, "vocab_size": source.vocab_size, "meta": source.meta}
     write_json_atomic(place.path / "data.json", facts | {"entropies": source.entropies()})
-    if place.metrics.exists():
-        truncate_jsonl_after(place.metrics, start)
 
 
 def _train(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxattn.errors import ConfigError
+from jaxattn.errors import ConfigError, shown
+from jaxattn.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class DataConfig:
     bb_table: str = ""
     """Bigram-Backcopy: a UTF-8 text file to count character pairs in; default: the built-in counts."""
 
+    def __post_init__(self) -> None:
+        check_fields("data", self)
+
 
 def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1) -> None:
     """Refuses impossible values.
@@ -77,7 +81,7 @@ def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1)
 
     def need(ok: bool, field: str, remedy: str) -> None:
         if not ok:
-            raise ConfigError(f"data.{field}={getattr(cfg, field)!r} is not possible: {remedy}.")
+            raise ConfigError(f"data.{field}={shown(getattr(cfg, field))} is not possible: {remedy}.")
 
     need(cfg.source.strip() != "", "source", "give 'bb', 'stdlib', a task, a path, a glob or 'hf:NAME'")
     need(cfg.tokenizer.strip() != "", "tokenizer", "give 'bpe', 'bytes', a path or 'hf:NAME'")
