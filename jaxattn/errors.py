@@ -6,13 +6,14 @@ The sentence names the field, the value that was found and the remedy.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import reprlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -87,19 +88,35 @@ def suggest(kind: str, given: str, known: list[str]) -> str:
     return f"{kind} {shown(given)} is not known: {hint}choose one of {', '.join(known)}."
 
 
-def cannot_write(path: str | os.PathLike[str], error: OSError, remedy: str = "choose another place") -> UserError:
+def cannot_write(
+    path: str | os.PathLike[str], error: OSError, remedy: str = "choose another place", again: str = "run again"
+) -> UserError:
     """The sentence for a file that could not be written; on a full disk it says how much is free and asks for space."""
     why = error.strerror or type(error).__name__
     if error.errno in FULL:
-        why, remedy = f"{why}, {_free(path)}", "free some space and run again"
+        why, remedy = f"{why}, {free_bytes(path):,} bytes free", f"free some space and {again}"
     return UserError(f"{os.fspath(path)} cannot be written ({why}): {remedy}.")
 
 
-def _free(path: str | os.PathLike[str]) -> str:
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes that are free where a path is, or would be."""
     folder = os.path.abspath(os.fspath(path))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    return f"{shutil.disk_usage(folder).free:,} bytes free"
+    return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def writing(
+    path: str | os.PathLike[str], remedy: str = "choose another place", again: str = "run again"
+) -> Iterator[None]:
+    """Any `OSError` in here but a broken pipe becomes the sentence of `cannot_write`, for its own file or `path`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise cannot_write(error.filename or path, error, remedy, again) from error
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -115,6 +132,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def _no_output(error: OSError) -> UserError:
+    return UserError(f"the output cannot be written ({error.strerror}): free some space and run again.")
+
+
 def _code(main: Callable[[], int | None]) -> int:
     try:
         try:
@@ -127,7 +148,7 @@ def _code(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        failed: UserError = cannot_write(error.filename or "the output", error)
+        failed: UserError = cannot_write(error.filename, error) if error.filename else _no_output(error)
     except UserError as error:
         failed = error
     print(f"error: {failed}", file=sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
-from jaxattn.errors import DataError, Mismatch, TrainingStopped
+from jaxattn.errors import DataError, Mismatch, TrainingStopped, writing
 from jaxattn.signals import StopSignal
 from train import sessions
 from train.backends import describe_backends
@@ -38,6 +38,7 @@ from train.step import batch_loss, make_train_step
 
 log = logging.getLogger("jaxattn")
 
+RESUME = "go on with --resume"
 STOPPED = {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}  # exit codes of a run that was told to stop and has saved
 
 LOGGED_TABLES = (
@@ -69,7 +70,8 @@ def run(cfg: RunConfig) -> int:
     mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
     backends = describe_backends(cfg)
     primary = jax.process_index() == 0
-    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=primary) as place, inside(mesh):
+    opened = open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=primary)
+    with writing(folder, "choose another --run-dir", RESUME), opened as place, inside(mesh):
         saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
         with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
             iterator = source.train_iterator()
@@ -191,6 +193,7 @@ def _train(
                 row, pending = settle(pending), (step + 1, numbers, batch)
                 step += 1
                 _log(row, cfg, writer, progress, clock)
+                checkpoints.poll()
                 due = cfg.eval.every and step % cfg.eval.every == 0
                 saving = step % cfg.checkpoint.every == 0
                 last = step == cfg.steps or stop.requested is not None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxattn.errors import UserError
 
 
 class TrainingProgress:
@@ -18,7 +21,7 @@ class TrainingProgress:
     """
 
     def __init__(self, total: int, start: int, print_every: int) -> None:
-        self.lost: OSError | None = None
+        self.lost: Exception | None = None
         self._total, self._every, self._step = total, print_every, start
         self._terminal = sys.stderr.isatty()
         self._bar = Progress(
@@ -55,7 +58,8 @@ class TrainingProgress:
             else:
                 print(line, flush=True)
         except OSError as error:
-            self.lost = error
+            gone = error.errno in (errno.EPIPE, errno.EIO)
+            self.lost = BrokenPipeError(*error.args) if gone else UserError(f"the output cannot be written: {error}.")
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

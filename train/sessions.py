@@ -66,10 +66,14 @@ def _read(place: RunDir) -> list[Session]:
             log.warning("%s", error if isinstance(error, UserError) else f"{path} is damaged; the run goes on without")
     environment, every = {}, 1
     try:
-        environment = read_object(place.environment, "the run goes on without it") if place.environment.exists() else {}
-        every = read_object(place.config, "")["log"]["every"]
-    except (UserError, KeyError, TypeError) as error:
+        if place.environment.exists():
+            environment = read_object(place.environment, "the run goes on without it")
+        if place.config.exists():
+            every = read_object(place.config, "the run goes on without it")["log"]["every"]
+    except UserError as error:
         log.warning("%s", error)
+    except (KeyError, TypeError):
+        pass  # a configuration that says nothing about its log
     return [{"step": 0, "log_every": every if _whole(every, 1) else 1, "environment": environment}]
 
 
