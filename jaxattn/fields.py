@@ -14,7 +14,8 @@ from jaxattn.errors import ConfigError, shown
 
 INT32, UINT32, INT64 = 2**31 - 1, 2**32 - 1, 2**63 - 1
 FLOAT32 = 3.4028234e38
-MOST = {"seed": UINT32, "unique_tokens": INT64}  # what need not fit the int32 of a device
+# What need not fit the int32 of a device, and what no model has so many of that it could be compiled.
+MOST = {"seed": UINT32, "unique_tokens": INT64, "num_layers": 10_000}
 
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 

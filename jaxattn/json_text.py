@@ -37,6 +37,8 @@ def read_object(path: Path, remedy: str, kind: type[UserError] = UserError) -> d
       kind: the file cannot be read, is very large, or holds something else; the sentence ends in `remedy`.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise kind(f"{path} is no regular file; {remedy}.")
         if (size := path.stat().st_size) > MOST_BYTES:
             raise kind(f"{path} has {size:,} bytes, at most {MOST_BYTES:,} are read as JSON; {remedy}.")
         found = loads(path.read_bytes())

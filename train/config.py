@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
 from typing import Any, Literal
 
 import tyro
@@ -278,17 +281,32 @@ DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention
 def parse_args(
     args: list[str], default: RunConfig, prog: str = "python -m train.pretrain", description: str = DESCRIPTION
 ) -> RunConfig:
-    """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help, 2 on bad flags."""
+    """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help.
+
+    Raises:
+      ConfigError: a flag that does not exist, or a value it cannot have.
+    """
     expanded = []
     for arg in args:
         flag, eq, value = arg.partition("=")
         if flag == "--model.mixers":
             raise ConfigError("--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'.")
         expanded.append(FLAG_ALIASES.get(flag, flag) + eq + value)
-    return tyro.cli(
-        RunConfig,
-        args=expanded,
-        default=default,
-        prog=prog,
-        description=description,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(RunConfig, args=expanded, default=default, prog=prog, description=description)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        raise ConfigError(_sentence(said.getvalue(), prog)) from None
+
+
+def _sentence(box: str, prog: str) -> str:
+    """What tyro says in a box: the complaint, and flags that are near what was written."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
+    near = dict.fromkeys(re.findall(r"^ {3,}(--[\w.-]+)", box.replace("│", ""), re.M)) if "similar to" in box else ()
+    complaint = " ".join(lines[:rule] or box.split()).rstrip(".")
+    hint = f"; did you mean {' or '.join(list(near)[:3])}" if near else ""
+    return f"{complaint}{hint}; see {prog} --help."

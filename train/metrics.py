@@ -72,7 +72,8 @@ class MetricsWriter:
                 while line:
                     line = line[self._file.write(line) :]
             except OSError:
-                self._file.truncate(whole)  # no half of a row stays
+                with contextlib.suppress(OSError):
+                    self._file.truncate(whole)  # no half of a row stays
                 raise
         scalars = {k: v for k, v in clean.items() if isinstance(v, int | float) and k != "step"}
         for name, sink in list(self._sinks.items()):

@@ -256,6 +256,8 @@ def _step(row: Any) -> int | None:
 def _lines_of(path: Path) -> list[tuple[bytes, Any]]:
     """Each line that is not blank with its value, None where it is no JSON."""
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file; move it away.")
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     except FileNotFoundError:
         return []

@@ -37,13 +37,18 @@ def expand(source: str) -> list[Path]:
     names = [source] if os.path.exists(os.path.expanduser(source)) else source.split(",")
     found: dict[Path, None] = {}
     for name in (n.strip() for n in names if n.strip()):
-        path = Path(os.path.expanduser(name))
-        if path.is_dir():
-            raise DataError(f"data.source={name!r} is a folder: name files, for example '{name.rstrip('/')}/**/*.txt'.")
-        if path.exists():
-            found[path] = None
+        path = os.path.expanduser(name)  # functions of os.path: to them an impossible name is no file
+        if os.path.isdir(path):
+            raise DataError(
+                f"data.source={shown(name)} is a folder: name files, for example '{name.rstrip('/')}/**/*.txt'."
+            )
+        if os.path.exists(path):
+            found[Path(path)] = None
             continue
-        matches = [Path(m) for m in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(m)]
+        try:
+            matches = [Path(m) for m in sorted(glob.glob(path, recursive=True)) if os.path.isfile(m)]
+        except ValueError:  # a NUL in it
+            matches = []
         if not matches:
             kind = "glob matches no file" if glob.has_magic(name) else "file does not exist"
             raise DataError(f"data.source={shown(name)}: the {kind}; check the path (seen from {os.getcwd()!r}).")
@@ -119,7 +124,7 @@ def _lines(path: Path, encoding: str, tally: Tally) -> Iterator[tuple[int, bytes
             number += 1
             if len(line) > MOST_BYTES:
                 size = len(line)
-                while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+                while not line.endswith(b"\n") and (line := file.readline(1 << 16)):
                     size += len(line)
                 tally.bad(f"line {number} of file {str(path)!r}", _too_long("it", size))
                 continue
