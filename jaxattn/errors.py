@@ -147,9 +147,13 @@ def _code(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as other commands end
     except OSError as error:
-        if error.errno not in FULL:
+        failed: UserError
+        if error.errno in FULL:
+            failed = cannot_write(error.filename, error) if error.filename else _no_output(error)
+        elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            failed = UserError(f"{shown(error.filename)} cannot be used ({error.strerror}): choose another path.")
+        else:
             raise
-        failed: UserError = cannot_write(error.filename, error) if error.filename else _no_output(error)
     except UserError as error:
         failed = error
     print(f"error: {failed}", file=sys.stderr)

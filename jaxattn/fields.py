@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -46,10 +47,18 @@ def check_values(group: str, kind: type, values: Mapping[str, Any]) -> None:
 def _check(label: str, name: str, hint: Any, value: Any) -> None:
     if not _fits(hint, value):
         raise ConfigError(f"{label} is {shown(value)} but must be {_noun(hint)}.")
-    if isinstance(value, tuple):
-        for part in value:
-            _check_number(label, name, part)
-    _check_number(label, name, value)
+    for part in value if isinstance(value, tuple) else (value,):
+        _check_number(label, name, part)
+        if isinstance(part, str) and not _is_text(part):
+            raise ConfigError(f"{label} is {shown(part)} but must be text, without NUL and half surrogate pairs.")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a command line could hold it; under an ASCII locale that includes bytes escaped as surrogates."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _check_number(label: str, name: str, value: Any) -> None:

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -84,6 +84,7 @@ class _Handlers:
             _leave(self.first, b"interrupted\n")
         if signal.SIGALRM not in self._old:
             self._old[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._interrupt)
+            sys.unraisablehook = _quiet_about_interrupts(sys.unraisablehook)
         signal.setitimer(signal.ITIMER_REAL, RETRY)
         if not (_importing(frame) or _unwinding()):
             raise KeyboardInterrupt
@@ -203,6 +204,11 @@ class StopSignal:
     @property
     def requested(self) -> str | None:
         return self._handlers.first.name if self._handlers.first else None
+
+
+def _quiet_about_interrupts(before: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook for exceptions that Python has to ignore (in a finaliser, say): an interrupt comes again anyway."""
+    return lambda raised: None if raised.exc_type is KeyboardInterrupt else before(raised)
 
 
 def _importing(frame: FrameType | None) -> bool:

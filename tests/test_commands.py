@@ -114,6 +114,19 @@ def test_a_stop_that_somebody_swallows_comes_again(tmp_path):
     assert end(*script(tmp_path, body), signal.SIGTERM) == (143, "interrupted\n")
 
 
+def test_a_stop_that_python_has_to_ignore_comes_again_quietly(tmp_path):
+    """As in a finaliser, or in the callback that JAX has for Python's garbage collection."""
+    body = """
+class Slow:
+    def __del__(self):
+        mark.touch()
+        time.sleep(0.5)
+Slow()
+time.sleep(60)
+"""
+    assert end(*script(tmp_path, body), signal.SIGINT) == (130, "interrupted\n")
+
+
 def test_a_second_signal_within_a_second_is_the_same_one(tmp_path):
     body = "try:\n    mark.touch()\n    time.sleep(60)\nfinally:\n    time.sleep(1.5)\n    mark.unlink()"
     assert end(*script(tmp_path, body), *[signal.SIGINT] * 4, apart=0.2) == (130, "interrupted\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def main(args: list[str] | None = None) -> int:
     default = defaults(source, named.start_step, lora)
     cfg = parse(rest, default)
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    if cfg.resume and (folder / "config.json").is_file():
+    if cfg.resume and os.path.isfile(folder / "config.json"):
         saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
         if saved.start != default.start:
             raise ConfigError(f"{folder} did not start from {source} (step {default.start.step}); name its own start.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_config(folder: Path) -> RunConfig:
       UserError: it is missing, broken, or has fields this version does not know.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that cannot be for one that is not there
         raise UserError(f"{folder} holds no run (config.json is missing); check the path.")
     raw = read_object(path, "restore it or start the run anew")
     cfg = config_from_dict(RunConfig, raw, str(path))

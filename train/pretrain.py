@@ -34,7 +34,7 @@ def main(args: list[str] | None = None) -> int:
     preset = value_of(args, "--preset")
     cfg = parse_args(args, get_preset(preset or "bb"))
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    if cfg.resume and preset is None and (folder / "config.json").is_file():
+    if cfg.resume and preset is None and os.path.isfile(folder / "config.json"):
         saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
         cfg = parse_args(args, saved)
     return run(cfg)

@@ -94,7 +94,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
                 lengths.append(len(ids))
                 yield np.asarray(ids, dtype).tobytes()
 
-    ids_path = record_path.with_suffix(".ids")
+    ids_path, offsets_path = record_path.with_suffix(".ids"), record_path.with_suffix(".offsets")
     _, ids_sha = write_atomic(ids_path, encoded())
     try:
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
@@ -102,26 +102,27 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
             raise DataError(
                 f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them."
             )
-        _, offsets_sha = write_atomic(record_path.with_suffix(".offsets"), [offsets.tobytes()])
-    except DataError:
-        ids_path.unlink()  # large, and of no use without the others
-        raise
-    record = {
-        "ids_sha256": ids_sha,
-        "offsets_sha256": offsets_sha,
-        "dtype": dtype.name,
-        "source": corpus.name,
-        "documents": len(lengths),
-        "empty_documents": lengths.count(0),
-        "tokens": int(offsets[-1]),
-        "characters": characters,
-        "bytes": corpus.size,
-        "files": corpus.files,
-        "corpus_hash": corpus.fingerprint,
-        "bad_records": tally.records,
-    }
-    # Written last: a record on disk means that both files before it are whole.
-    write_atomic(record_path, [json.dumps(record).encode("ascii")])
+        _, offsets_sha = write_atomic(offsets_path, [offsets.tobytes()])
+        record = {
+            "ids_sha256": ids_sha,
+            "offsets_sha256": offsets_sha,
+            "dtype": dtype.name,
+            "source": corpus.name,
+            "documents": len(lengths),
+            "empty_documents": lengths.count(0),
+            "tokens": int(offsets[-1]),
+            "characters": characters,
+            "bytes": corpus.size,
+            "files": corpus.files,
+            "corpus_hash": corpus.fingerprint,
+            "bad_records": tally.records,
+        }
+        # Written last: a record on disk means that both files before it are whole.
+        write_atomic(record_path, [json.dumps(record).encode("ascii")])
+    finally:
+        if not record_path.exists():
+            for path in (ids_path, offsets_path):  # large, and of no use without the record
+                path.unlink(missing_ok=True)
 
 
 def _open(record_path: Path) -> TokenStore:
