@@ -103,17 +103,15 @@ class _Board:
     def __init__(self, folder: Path) -> None:
         from tensorboardX.event_file_writer import EventsWriter
 
+        self._event: Any = importlib.import_module("tensorboardX.proto.event_pb2").Event  # made when it is imported
         with writing(folder, "free the path, or switch it off by --log.no-tensorboard"):
             folder.mkdir(exist_ok=True)
             self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         self._flushed = time.monotonic()
 
     def write(self, step: int, row: Row) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        values = [{"tag": name, "simple_value": value} for name, value in row.items()]
+        self._events.write_event(self._event(wall_time=time.time(), step=step, summary={"value": values}))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._events.flush()
             self._flushed = time.monotonic()

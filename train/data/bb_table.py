@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxattn.errors import DataError
+from jaxattn.errors import DataError, run_cli
 
 CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 """The 65 characters of tinyshakespeare; a character's id is its place here."""
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)
