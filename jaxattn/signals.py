@@ -111,6 +111,7 @@ class _Handlers:
 
 _installed: _Handlers | None = None
 _leaving = threading.Lock()
+_command_is_over = False
 
 
 def install_for_command() -> None:
@@ -128,7 +129,7 @@ def install_for_command() -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """A command's own work: a stop raises KeyboardInterrupt in here, and does nothing behind it."""
-    global _installed
+    global _installed, _command_is_over
     own = _installed is None and threading.current_thread() is threading.main_thread()
     if own:
         _installed = _Handlers("raise")
@@ -140,7 +141,7 @@ def interruptible() -> Iterator[None]:
         handlers.mode = "raise"
         yield
     finally:
-        handlers.mode = "over"
+        handlers.mode, _command_is_over = "over", True
         if own and not _unwinding():
             _installed = None
             handlers.remove()
@@ -251,7 +252,7 @@ def _after_fork() -> None:
 
 def _at_exit() -> None:
     """Behind everything else that happens at the end: the interpreter is about to give up its handlers."""
-    if _installed is not None and _installed.mode == "over":
+    if _command_is_over:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -18,14 +18,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jaxattn", "train", "evals", "convert", "pallas_kernels", "scripts")
 WORDS = {"jaxattn.serve": ["."]}  # what a command needs to come as far as its imports
 LIGHT = ("scripts.get_smollm2",)  # imports nothing that takes time
-# As imports do that look for what is optional: they take whatever comes for "not installed".
+# As imports do that look for what is optional, or C extensions: whatever comes means "not installed".
 SLOW_IMPORT = """
 import os, pathlib, time
 pathlib.Path(os.environ["MARK"]).touch()
 try:
     time.sleep({seconds})
 except BaseException:
-    pass
+    raise ImportError("cannot be initialised")
 """
 
 
@@ -138,6 +138,21 @@ def test_a_second_signal_after_a_second_leaves_at_once(tmp_path):
     assert end(*script(tmp_path, body), signal.SIGINT, signal.SIGINT, apart=1.2) == (130, "interrupted\n")
 
 
+def test_a_signal_behind_the_last_line_changes_nothing(tmp_path):
+    """The interpreter is taking itself apart, with its own handlers gone already."""
+    (tmp_path / "own.py").write_text("""
+import os, pathlib, time
+from jaxattn.errors import run_cli
+class Late:
+    def __del__(self, mark=pathlib.Path(os.environ["MARK"]), sleep=time.sleep):
+        mark.touch()
+        sleep(0.7)
+late = Late()
+run_cli(lambda: 0)
+""")
+    assert end(*start(tmp_path, "own.py"), *[signal.SIGINT] * 3, apart=0.1) == (0, "")
+
+
 def test_jax_interrupted_while_it_traces(tmp_path):
     """The interpreter's own end crashes after that: exit code -11."""
     body = "import jax\n@jax.jit\ndef f(x):\n    mark.touch()\n    time.sleep(60)\n    return x\nf(1.0)"
@@ -168,6 +183,8 @@ def test_who_imports_the_library_keeps_his_handlers(tmp_path):
 def test_a_forked_child_is_its_parents_to_stop(tmp_path):
     """A signal to a child (some data loader's worker) stops the child, not the command."""
     body = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 warns of threads
 pid = os.fork()
 if pid == 0:
     mark.touch()
