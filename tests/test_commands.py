@@ -29,6 +29,16 @@ except BaseException:
 """
 
 
+@pytest.fixture(autouse=True)
+def signals_as_a_shell_leaves_them():
+    """Also where these tests run behind `nohup ... &`, whose children ignore Ctrl-C and hangups."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(n, signal.default_int_handler) for n in numbers]  # a child begins with the default
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
 def commands() -> list[str]:
     """Every module that ends in `run_cli(main)`, by the name `python -m` takes."""
     found = []
