@@ -6,3 +6,7 @@
 
 Nothing in a checkpoint is ever executed: no pickle, no remote code, JSON and safetensors only.
 """
+
+from jaxattn import signals
+
+signals.install_for_command()

@@ -16,6 +16,7 @@ import numpy as np
 
 from evals.definitions import NO_DISTRIBUTION, SHARE_EPS
 from jaxattn.errors import DataError
+from jaxattn.json_text import loads
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 EPSILON = 0.3
@@ -202,7 +203,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_read_bytes(path))
+        found = loads(_read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}): the file is damaged.") from error
     if not isinstance(found, dict):
@@ -217,7 +218,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
     torn = False
     for place, (n, line) in enumerate(lines):
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError as error:
             if place == len(lines) - 1:  # a run that is being written, or was killed while writing
                 torn = True

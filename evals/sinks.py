@@ -8,6 +8,7 @@ its `report.html` with the heat maps.
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxattn.errors import ConfigError, UserError, run_cli
 from jaxattn.mechanisms import resolve_mixer
 from train.config import RunConfig
 from train.data import Source
-from train.rundir import write_json_atomic
+from train.rundir import write_atomic, write_json_atomic
 
 MAP_TOKENS = 64
 MAP_SEQUENCES = 2
@@ -104,7 +105,9 @@ def write_maps(path: Path, cfg: RunConfig, source: Source, params: Any, text: st
     tokens = held_out(cfg, source, text)[:MAP_SEQUENCES, :MAP_TOKENS]
     maps, slots = attention_maps(cfg.model, params, tokens)
     labels = np.array([[token_label(source, int(t)) for t in row] for row in tokens])
-    np.savez_compressed(path, weights=maps, tokens=tokens, labels=labels, slots=slots)
+    whole = io.BytesIO()  # so that no half of it is ever left there
+    np.savez_compressed(whole, weights=maps, tokens=tokens, labels=labels, slots=slots)
+    write_atomic(path, whole.getvalue())
 
 
 def token_label(source: Source, token: int) -> str:

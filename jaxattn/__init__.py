@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxattn import signals
+
 if TYPE_CHECKING:
     from jaxattn import mechanisms
     from jaxattn._attend import attend
     from jaxattn._generate import generate
     from jaxattn.nn.decoding import decoding_variables
+
+signals.install_for_command()
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "attend", "decoding_variables", "generate", "mechanisms"]

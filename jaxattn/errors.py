@@ -6,16 +6,46 @@ The sentence names the field, the value that was found and the remedy.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import reprlib
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from typing import Any
+
+from jaxattn import signals
+
+MOST, TAIL = 2000, 600  # characters of a sentence, and of its end (the remedy) where the middle is left out
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = 30
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of at most `MOST` characters that any terminal and any UTF-8 file takes."""
+    text = _UNPRINTABLE.sub(" ", text[: 2 * MOST] + text[2 * MOST :][-TAIL:]).strip()
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= MOST else f"{text[: MOST - TAIL]} [...] {text[-TAIL:]}"
+
+
+def shown(value: Any) -> str:
+    """`repr` of a value somebody gave, with its middle left out where it is long or deep."""
+    return _REPR.repr(value)
 
 
 class UserError(Exception):
-    """Bad input or a bad environment; the text is one sentence a user can act on."""
+    """Bad input or a bad environment; the text is one sentence a user can act on, `one_line` of what is given."""
 
     exit_code = 2
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class ConfigError(UserError):
@@ -54,25 +84,77 @@ class Unsupported(CheckpointError):
 
 def suggest(kind: str, given: str, known: list[str]) -> str:
     """One sentence for an unknown name: nearest names first, then all of them."""
-    near = get_close_matches(given, known, n=3, cutoff=0.5)
+    near = get_close_matches(given[:MOST], known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"{kind} {given!r} is not known: {hint}choose one of {', '.join(known)}."
+    return f"{kind} {shown(given)} is not known: {hint}choose one of {', '.join(known)}."
+
+
+def cannot_write(
+    path: str | os.PathLike[str], error: OSError, remedy: str = "choose another place", again: str = "run again"
+) -> UserError:
+    """The sentence for a file that could not be written; on a full disk it says how much is free and asks for space."""
+    why = error.strerror or type(error).__name__
+    if error.errno in FULL:
+        why, remedy = f"{why}, {free_bytes(path):,} bytes free", f"free some space and {again}"
+    return UserError(f"{os.fspath(path)} cannot be written ({why}): {remedy}.")
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes that are free where a path is, or would be."""
+    folder = os.path.abspath(os.fspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def writing(
+    path: str | os.PathLike[str], remedy: str = "choose another place", again: str = "run again"
+) -> Iterator[None]:
+    """Any `OSError` in here but a broken pipe becomes the sentence of `cannot_write`, for its own file or `path`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise cannot_write(error.filename or path, error, remedy, again) from error
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: 0 or its return value, or the error's exit code (2) with one sentence on a `UserError`."""
+    """Run `main` and exit: 0 or its return value, or the error's exit code (2) with one sentence on a `UserError`.
+
+    Ctrl-C and SIGTERM raise KeyboardInterrupt in `main` (`jaxattn.signals`) and end with 130 and 143.
+    """
+    try:
+        with signals.interruptible():
+            code = _code(main)
+    except KeyboardInterrupt:
+        signals.end_interrupted()
+    sys.exit(code)
+
+
+def _no_output(error: OSError) -> UserError:
+    return UserError(f"the output cannot be written ({error.strerror}): free some space and run again.")
+
+
+def _code(main: Callable[[], int | None]) -> int:
     try:
         try:
-            code = main()
+            return main() or 0
         finally:
             sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as other commands end
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, as other commands end
-    sys.exit(code or 0)
+        return 141  # 128 + SIGPIPE, as other commands end
+    except OSError as error:
+        failed: UserError
+        if error.errno in FULL:
+            failed = cannot_write(error.filename, error) if error.filename else _no_output(error)
+        elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            failed = UserError(f"{shown(error.filename)} cannot be used ({error.strerror}): choose another path.")
+        else:
+            raise
+    except UserError as error:
+        failed = error
+    print(f"error: {failed}", file=sys.stderr)
+    return failed.exit_code

@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.signals import loading
 
 
 def main() -> int:
@@ -30,17 +31,18 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     args = parser.parse_args()
-    try:
-        import uvicorn
+    with loading():
+        try:
+            import uvicorn
 
-        from jaxattn.serving.app import make_app
-    except ImportError as error:
-        raise UserError(
-            f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
-        ) from error
-    from jaxattn.serving.engine import Engine
-    from jaxattn.text import load
-    from train.pretrain import prepare_jax
+            from jaxattn.serving.app import make_app
+        except ImportError as error:
+            raise UserError(
+                f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
+            ) from error
+        from jaxattn.serving.engine import Engine
+        from jaxattn.text import load
+        from train.pretrain import prepare_jax
 
     if args.max_body < 1:
         raise ConfigError(f"--max-body is {args.max_body} but must be at least 1.")

@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from jaxattn.errors import run_cli
 from jaxattn.mechanisms import get, names
 
 README = Path(__file__).parents[1] / "README.md"
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

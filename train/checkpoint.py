@@ -12,7 +12,6 @@ and 2 to 8 times slower to write.
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import logging
 import os
@@ -30,7 +29,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Mismatch, UserError
+from jaxattn.errors import FULL, CheckpointError, Corrupt, Incomplete, Mismatch, UserError, free_bytes
 from train import leaf_io, orbax_io
 from train import manifest as mf
 from train.rundir import fsync_dir
@@ -39,7 +38,7 @@ log = logging.getLogger("jaxattn")
 
 STEP = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"step_\d{8,}\.(partial|partial\.orbax-checkpoint-tmp.*|dropped)")
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+FREE_SOME = "free some space and save again or resume, older steps are intact"
 FULL_TEXT = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
 
 
@@ -50,6 +49,23 @@ class Restored:
     step: int
     state: Any
     skipped: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes of a step's arrays, how many arrays there are, and bytes that were free when its save began."""
+
+    arrays: int
+    count: int
+    free: int
+
+    @property
+    def needed(self) -> int:
+        """About what a step takes, names, digests and half-filled blocks included (measured)."""
+        return self.arrays + (64 << 10) + (self.count << 10)
+
+    def __str__(self) -> str:
+        return f"it needs about {self.needed:,} bytes ({self.arrays:,} of them arrays) and {self.free:,} were free"
 
 
 class Checkpoints:
@@ -185,18 +201,20 @@ class Checkpoints:
         leaves = leaf_io.named(host)
         self._refuse_nonfinite(step, leaves)
         items = {"state": host} if data_iterator is None else {"state": host, "data": data_iterator}
-        size = sum(leaf.nbytes for leaf in leaves.values())
+        room = _Room(sum(leaf.nbytes for leaf in leaves.values()), len(leaves), free_bytes(self.directory))
+        if room.free < room.needed and jax.process_index() == 0:
+            raise UserError(f"no room for {self._name(step)}: {room}; {FREE_SOME}.")
         partial = self.path(step).with_suffix(".partial")
         try:
-            with orbax_io.context():
+            with orbax_io.context(), orbax_io.quiet():
                 response = ocp.save_checkpointables_async(str(partial), items)
         except Exception as error:  # Orbax raises bare Exception, among others
             self._discard(partial)
-            raise self._save_error(step, size, error) from error
+            raise self._save_error(step, room, error) from error
         _crash_point("data")
         self._thread = threading.Thread(
             target=self._finish,
-            args=(step, leaves, data_iterator is not None, response, size),
+            args=(step, leaves, data_iterator is not None, response, room),
             name="checkpoint",
         )
         self._thread.start()
@@ -211,6 +229,11 @@ class Checkpoints:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def poll(self) -> None:
+        """Like `wait`, but only where the save has ended: a failure is known at the next step, not at the next save."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def close(self) -> None:
         self.wait()
@@ -239,45 +262,41 @@ class Checkpoints:
                     "tensor in allow_nonfinite if inf belongs there."
                 )
 
-    def _finish(self, step: int, leaves: dict[str, Any], has_data: bool, response: Any, size: int) -> None:
+    def _finish(self, step: int, leaves: dict[str, Any], has_data: bool, response: Any, room: _Room) -> None:
         """Background: hash, wait for Orbax, write the manifest, rename, drop old steps."""
         final = self.path(step)
         partial = final.with_suffix(".partial")
-        try:
-            described = mf.describe_all(leaves)  # while Orbax writes
-            response.result()
-            _crash_point("manifest")
-            if jax.process_index() == 0:
-                files = mf.hash_files(partial)
-                mf.write(partial, mf.Manifest(step, described, files, has_data, self._config))
-                for folder in (p for p in partial.rglob("*") if p.is_dir()):
-                    fsync_dir(folder)
-                self._set_aside_from(step)
-                partial.rename(final)
-                fsync_dir(self.directory)
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: wait() raises it
-            self._discard(partial)
-            self._error = self._save_error(step, size, error)
-            self._error.__cause__ = error
-            log.error("%s", self._error)
-            return
+        with orbax_io.quiet():
+            try:
+                described = mf.describe_all(leaves)  # while Orbax writes
+                response.result()
+                _crash_point("manifest")
+                if jax.process_index() == 0:
+                    files = mf.hash_files(partial)
+                    mf.write(partial, mf.Manifest(step, described, files, has_data, self._config))
+                    for folder in (p for p in partial.rglob("*") if p.is_dir()):
+                        fsync_dir(folder)
+                    self._set_aside_from(step)
+                    partial.rename(final)
+                    fsync_dir(self.directory)
+            except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: wait() raises it
+                self._discard(partial)
+                self._error = self._save_error(step, room, error)
+                self._error.__cause__ = error
+                return
         self._done.add(step)
         if jax.process_index() == 0:
             self._prune()
 
-    def _save_error(self, step: int, size: int, error: Exception) -> UserError:
-        where = f"checkpoint of step {step} in {self.directory}"
+    def _name(self, step: int) -> str:
+        return f"the checkpoint of step {step} in {self.directory}"
+
+    def _save_error(self, step: int, room: _Room, error: Exception) -> UserError:
         if getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXT):
-            try:
-                free = f"{shutil.disk_usage(self.directory).free:,}"
-            except OSError:
-                free = "an unknown number of"
-            return UserError(
-                f"no room for the {where}: it needs {size:,} bytes, {free} are free (or a quota or file size "
-                "limit is lower); free some space and save again, older steps are intact."
-            )
+            why = "when the save began, so another program, a quota or a limit of the file size is in the way"
+            return UserError(f"no room for {self._name(step)}: {room} {why}; {FREE_SOME}.")
         return UserError(
-            f"the {where} could not be written ({type(error).__name__}: {mf.first_line(error)}): "
+            f"{self._name(step)} could not be written ({type(error).__name__}: {mf.first_line(error)}): "
             "check the folder and save again, older steps are intact."
         )
 

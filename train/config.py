@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+import io
+import re
 from typing import Any, Literal
 
 import tyro
 
 from jaxattn.errors import ConfigError
+from jaxattn.fields import check_fields
 from jaxattn.models import ModelConfig, at_context
 from train.data import DataConfig
-
-
-def check_finite(group: str, config: Any) -> None:
-    """Refuse NaN and infinite numbers, which every later comparison would let through."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{group}.{field.name} is {value} but must be a finite number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +52,7 @@ class OptimConfig:
     """Skipped steps in a row that end the run."""
 
     def __post_init__(self) -> None:
-        check_finite("optim", self)
+        check_fields("optim", self)
         for field in ("lr", "eps"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"optim.{field} is {getattr(self, field)} but must be positive.")
@@ -88,7 +83,7 @@ class EvalConfig:
     """Threshold of the sink indicator."""
 
     def __post_init__(self) -> None:
-        check_finite("eval", self)
+        check_fields("eval", self)
         for field in ("every",):
             if getattr(self, field) < 0:
                 raise ConfigError(f"eval.{field} is {getattr(self, field)} but must be 0 or positive.")
@@ -109,6 +104,7 @@ class CheckpointConfig:
     """How many are kept."""
 
     def __post_init__(self) -> None:
+        check_fields("checkpoint", self)
         for field in ("every", "keep"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"checkpoint.{field} is {getattr(self, field)} but must be at least 1.")
@@ -130,6 +126,7 @@ class LogConfig:
     """Project name for trackio (extra `track`)."""
 
     def __post_init__(self) -> None:
+        check_fields("log", self)
         for field in ("every", "print_every"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"log.{field} is {getattr(self, field)} but must be at least 1.")
@@ -148,6 +145,9 @@ class StartConfig:
     digest: str = ""
     """sha256 of its manifest: a run goes on from the very parameters it started from."""
 
+    def __post_init__(self) -> None:
+        check_fields("start", self)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -161,7 +161,7 @@ class LoraConfig:
     """Which kernels get one: patterns of the ends of their names."""
 
     def __post_init__(self) -> None:
-        check_finite("lora", self)
+        check_fields("lora", self)
         if self.rank < 0:
             raise ConfigError(f"lora.rank is {self.rank} but must be 0 (off) or positive.")
         if self.rank and not self.alpha > 0:
@@ -200,6 +200,7 @@ class RunConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        check_fields("", self)
         if self.lora.rank and not self.start.source:
             raise ConfigError(
                 f"lora.rank is {self.lora.rank} but there is no checkpoint to adapt: use python -m train.finetune."
@@ -304,17 +305,32 @@ DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention
 def parse_args(
     args: list[str], default: RunConfig, prog: str = "python -m train.pretrain", description: str = DESCRIPTION
 ) -> RunConfig:
-    """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help, 2 on bad flags."""
+    """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help.
+
+    Raises:
+      ConfigError: a flag that does not exist, or a value it cannot have.
+    """
     expanded = []
     for arg in args:
         flag, eq, value = arg.partition("=")
         if flag == "--model.mixers":
             raise ConfigError("--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'.")
         expanded.append(FLAG_ALIASES.get(flag, flag) + eq + value)
-    return tyro.cli(
-        RunConfig,
-        args=expanded,
-        default=default,
-        prog=prog,
-        description=description,
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(RunConfig, args=expanded, default=default, prog=prog, description=description)
+    except SystemExit as ended:
+        if not ended.code:  # --help
+            raise
+        raise ConfigError(_sentence(said.getvalue(), prog)) from None
+
+
+def _sentence(box: str, prog: str) -> str:
+    """What tyro says in a box: the complaint, and flags that are near what was written."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
+    near = dict.fromkeys(re.findall(r"^ {3,}(--[\w.-]+)", box.replace("│", ""), re.M)) if "similar to" in box else ()
+    complaint = " ".join(lines[:rule] or box.split()).rstrip(".")
+    hint = f"; did you mean {' or '.join(list(near)[:3])}" if near else ""
+    return f"{complaint}{hint}; see {prog} --help."

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, Incomplete, UserError, run_cli
+from jaxattn.signals import loading
 from train.config import CheckpointConfig, EvalConfig, OptimConfig, RunConfig, StartConfig, parse_args
 from train.pretrain import prepare_jax, value_of
 
@@ -92,8 +94,9 @@ def main(args: list[str] | None = None) -> int:
     if not args or args[0].startswith("-"):
         raise UserError("the first argument must be the checkpoint to start from, such as checkpoints/smollm2.")
 
-    from train.load import read_config
-    from train.loop import run
+    with loading():
+        from train.load import read_config
+        from train.loop import run
 
     own = argparse.ArgumentParser(prog="python -m train.finetune", add_help=False, allow_abbrev=False)
     own.add_argument("checkpoint", type=Path)
@@ -104,7 +107,7 @@ def main(args: list[str] | None = None) -> int:
     default = defaults(source, named.start_step, lora)
     cfg = parse(rest, default)
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    if cfg.resume and (folder / "config.json").is_file():
+    if cfg.resume and os.path.isfile(folder / "config.json"):
         saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
         if saved.start != default.start:
             raise ConfigError(f"{folder} did not start from {source} (step {default.start.step}); name its own start.")

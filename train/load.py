@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import typing
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxattn.errors import Incomplete, Mismatch, UserError
+from jaxattn.errors import ConfigError, Incomplete, Mismatch, UserError, shown
+from jaxattn.fields import FLOAT32, check_values, hints
 from jaxattn.hf_tokenizer import has_tokenizer
+from jaxattn.json_text import read_object
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
 from train import base
@@ -31,13 +33,10 @@ def read_config(folder: Path) -> RunConfig:
       UserError: it is missing, broken, or has fields this version does not know.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that cannot be for one that is not there
         raise UserError(f"{folder} holds no run (config.json is missing); check the path.")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or start the run anew.") from error
-    cfg = config_from_dict(RunConfig, with_older_fields(raw) if isinstance(raw, dict) else raw, str(path))
+    raw = read_object(path, "restore it or start the run anew")
+    cfg = config_from_dict(RunConfig, with_older_fields(raw), str(path))
     # A converted checkpoint brings its tokenizer, wherever it is moved, and so does a run that started from one.
     side = folder / SIDE
     own = side / "tokenizer.json" if (side / "tokenizer.json").is_file() else side
@@ -51,19 +50,31 @@ def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any
     """Rebuild a nested frozen dataclass from its `asdict` form; unknown fields are refused by name.
 
     Raises:
-      UserError: an unknown field.
+      UserError: an unknown field, or a value that the field cannot have.
     """
-    hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(raw, dict) or set(raw) - known:
-        unknown = ", ".join(sorted(prefix + k for k in set(raw) - known)) if isinstance(raw, dict) else prefix
-        raise UserError(f"{origin} has fields this version does not know: {unknown}; use the version that wrote it.")
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{origin}: {prefix[:-1]} is {shown(raw)} but must be an object; use the file that was written."
+        )
+    known = hints(kind)
+    if unknown := sorted(prefix + k for k in set(raw) - set(known)):
+        raise UserError(
+            f"{origin} has fields this version does not know: {', '.join(unknown)}; use the version that wrote it."
+        )
     values = {}
     for name, value in raw.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = config_from_dict(typing.cast(type, hints[name]), value, origin, f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+        if dataclasses.is_dataclass(known[name]):
+            value = config_from_dict(typing.cast(type, known[name]), value, origin, f"{prefix}{name}.")
+        elif isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        elif known[name] is float and type(value) is int:  # nor does an editor's 1 mean another thing than 1.0
+            value = float(value) if abs(value) < FLOAT32 else value
+        values[name] = value
+    try:
+        check_values(prefix[:-1], kind, values)
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:

@@ -19,8 +19,10 @@ import numpy as np
 from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
-from jaxattn.errors import Mismatch, TrainingStopped
+from jaxattn.errors import DataError, Mismatch, TrainingStopped, writing
 from jaxattn.models import at_context
+from jaxattn.signals import StopSignal
+from train import sessions
 from train.backends import describe_backends
 from train.base import copy_side_files, describe_swap, new_paths, put
 from train.checkpoint import Checkpoints
@@ -32,11 +34,13 @@ from train.manifest import diff_config
 from train.mesh import data_mesh, inside, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
-from train.rundir import RunDir, environment, open_run, truncate_jsonl_after, write_json_atomic
-from train.signals import StopSignal
+from train.rundir import RunDir, environment, open_run, write_json_atomic
 from train.step import batch_loss, make_train_step
 
 log = logging.getLogger("jaxattn")
+
+RESUME = "go on with --resume"
+STOPPED = {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}  # exit codes of a run that was told to stop and has saved
 
 LOGGED_TABLES = (
     "first_token_weight",
@@ -53,7 +57,7 @@ LOGGED_SCALARS = ("sink_rate", "sink_rate_slot", "risk_backcopy", "risk_bigram",
 
 
 def run(cfg: RunConfig) -> int:
-    """Train as configured; returns the exit code (0, or 130 after Ctrl-C).
+    """Train as configured; returns the exit code: 0, also after SIGTERM, or 130 after Ctrl-C, 129 after SIGHUP.
 
     Raises:
       UserError: anything a user can mend, before the first step where it can be known.
@@ -68,7 +72,8 @@ def run(cfg: RunConfig) -> int:
     mesh = data_mesh(cfg.data.batch_size, cfg.optim.accumulate)
     backends = describe_backends(cfg)
     primary = jax.process_index() == 0
-    with open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=primary) as place, inside(mesh):
+    opened = open_run(folder, resume=cfg.resume, overwrite=cfg.overwrite, primary=primary)
+    with writing(folder, "choose another --run-dir", RESUME), opened as place, inside(mesh):
         saved = {k: v for k, v in cfg.to_dict().items() if k not in ("resume", "overwrite")}
         with Checkpoints(place.checkpoints, keep=cfg.checkpoint.keep, config=saved) as checkpoints:
             iterator = source.train_iterator()
@@ -77,17 +82,25 @@ def run(cfg: RunConfig) -> int:
                 _describe(place, saved, source, start)
                 print(backends, flush=True)
                 copy_side_files(cfg, place.path)
-                code, state, step = _train(cfg, place, source, checkpoints, iterator, state, frozen, start, mesh)
+                code, state = _train(cfg, place, source, checkpoints, iterator, state, frozen, start, mesh)
             finally:
                 iterator.close()
-        if step >= cfg.steps:
-            result = finish_run(place.path, cfg, source, whole(cfg, state["params"], frozen), step)
-            print(table(result))
-            if cfg.report:
-                from evals.report import write_report  # matplotlib is not needed before
+        if code is None:
+            _finish(cfg, place, source, whole(cfg, state["params"], frozen))
+    return code or 0
 
-                print(f"report: {write_report([place.path], place.path / 'report.html')}")
-    return code
+
+def _finish(cfg: RunConfig, place: RunDir, source: Source, params: Any) -> None:
+    """Measure and report a run that has taken its last step."""
+    try:
+        print(table(finish_run(place.path, cfg, source, params, cfg.steps)))
+        if cfg.report:
+            from evals.report import write_report  # matplotlib is not needed before
+
+            print(f"report: {write_report([place.path], place.path / 'report.html')}")
+    except KeyboardInterrupt:
+        log.warning("step %d is saved, the last measurements and the report are not: --resume makes them", cfg.steps)
+        raise
 
 
 def default_run_dir(cfg: RunConfig) -> str:
@@ -128,12 +141,10 @@ def _first_state(cfg: RunConfig, checkpoints: Checkpoints, iterator: Any, mesh: 
 
 def _describe(place: RunDir, saved: dict[str, Any], source: Source, start: int) -> None:
     """Write what the run is before its first step; drop metric rows a resumed run will write again."""
+    sessions.begin(place, start, saved["log"]["every"], environment())
     write_json_atomic(place.config, saved | {"resume": False, "overwrite": False})
-    write_json_atomic(place.environment, environment())
     facts = {"name": source.name, "vocab_size": source.vocab_size, "meta": source.meta}
     write_json_atomic(place.path / "data.json", facts | {"entropies": source.entropies()})
-    if place.metrics.exists():
-        truncate_jsonl_after(place.metrics, start)
 
 
 def _train(
@@ -146,12 +157,12 @@ def _train(
     frozen: Any,
     start: int,
     mesh: Any,
-) -> tuple[int, Any, int]:
-    """The loop proper: returns the exit code, the last state and its step."""
+) -> tuple[int | None, Any]:
+    """The loop proper: returns the exit code (None: all steps are taken, what is left is the report) and the state."""
     train_step = make_train_step(cfg.model, cfg.optim, cfg.steps, cfg.lora if cfg.lora.rank else None, frozen)
     evaluate = _make_evaluation(cfg, source)
     writer = MetricsWriter(place.path, cfg)
-    step, code, skips, clock = start, 0, 0, _Clock()
+    step, skips, clock = start, 0, _Clock()
 
     def settle(pending: tuple[int, Any, Any] | None) -> Row | None:
         """Read a step's numbers (one step late, so that the device never waits) and judge them."""
@@ -167,6 +178,7 @@ def _train(
         return {"step": at, **row, "tokens_per_s": round(speed, 1), "time_s": round(clock.total, 3)}
 
     progress = TrainingProgress(cfg.steps, start, cfg.log.print_every)
+    failed: Exception | None = None
     try:
         with StopSignal() as stop, progress:
             pending = None
@@ -174,12 +186,17 @@ def _train(
                 row = {"step": 0} | evaluate(whole(cfg, state["params"], frozen))
                 progress.say(evaluation_line(row))
                 writer.write(row)
-            while step < cfg.steps and stop.requested is None:
-                batch = next(iterator)
+            while step < cfg.steps and stop.requested is None and progress.lost is None:
+                try:
+                    batch = next(iterator)
+                except DataError as error:  # a worker is gone, perhaps by the same stop as this process
+                    failed = error
+                    break
                 state, numbers = train_step(state, shard_batch(batch, mesh))
                 row, pending = settle(pending), (step + 1, numbers, batch)
                 step += 1
                 _log(row, cfg, writer, progress, clock)
+                checkpoints.poll()
                 due = cfg.eval.every and step % cfg.eval.every == 0
                 saving = step % cfg.checkpoint.every == 0
                 last = step == cfg.steps or stop.requested is not None
@@ -195,18 +212,21 @@ def _train(
                 if saving or last:
                     checkpoints.save(step, state, iterator)
                 clock.resume()
-            if (row := settle(pending)) is not None:  # the stop came after the last look at it
+            if (row := settle(pending)) is not None:  # the end came after the last look at it
                 _log(row, cfg, writer, progress, clock, always=True)
+            if step > start or checkpoints.latest() is None:
+                checkpoints.save(step, state, iterator)  # nothing to do where it has just been saved
+            checkpoints.wait()
             if stop.requested is not None:
-                checkpoints.save(step, state, iterator)
-                checkpoints.wait()
                 progress.say(f"{stop.requested}: saved step {step}; go on with --resume")
-                code = 130 if stop.requested == "SIGINT" else 0
-            else:
-                checkpoints.wait()
     finally:
         writer.close()
-    return code, state, step
+    if stop.requested is not None:
+        return STOPPED[stop.requested], state
+    if failed := failed or progress.lost:
+        log.warning("saved step %d; go on with --resume", step)
+        raise failed
+    return None, state
 
 
 def _log(
@@ -229,9 +249,13 @@ def _refuse_or_skip(cfg: RunConfig, place: RunDir, at: int, row: Row, skips: int
     loss_bad = not np.isfinite(row["loss"])
     if loss_bad and cfg.optim.nonfinite == "stop":
         path = place.path / f"nonfinite_step_{at:08d}.npz"
-        np.savez_compressed(path, **batch)
+        try:
+            np.savez_compressed(path, **batch)
+            where = f"its batch is in {path}"
+        except OSError as error:
+            where = f"its batch could not be kept ({error.strerror})"
         raise TrainingStopped(
-            f"the loss of step {at} is {row['loss']} (gradient norm {row['grad_norm']}); its batch is in {path}, "
+            f"the loss of step {at} is {row['loss']} (gradient norm {row['grad_norm']}); {where}, "
             "every checkpoint is from before it: lower optim.lr, or go on with --optim.nonfinite=skip --resume."
         )
     if skips >= cfg.optim.max_skips:

@@ -20,7 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, UserError
+from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, UserError, shown
+from jaxattn.json_text import loads
 from train.rundir import versions, write_json_atomic
 
 NAME = "manifest.json"
@@ -128,7 +129,7 @@ def read(folder: Path) -> Manifest:
     """Raises `Incomplete` (no manifest), `Corrupt` (damaged), `Unsupported` (a newer format)."""
     path = folder / NAME
     try:
-        outer = json.loads(path.read_bytes())
+        outer = loads(path.read_bytes())
         body, digest = outer["manifest"], outer["sha256"]
     except FileNotFoundError as error:
         raise Incomplete(
@@ -136,27 +137,52 @@ def read(folder: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise Incomplete(f"{path} cannot be read ({error.strerror}): restore another step.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Corrupt(
             f"{path} is damaged: expected JSON with 'manifest' and 'sha256', found {first_line(error)}; "
             "restore another step."
         ) from error
-    if _canonical(body) != digest:
-        raise Corrupt(f"{path} is damaged: expected sha256 {digest}, found {_canonical(body)}; restore another step.")
-    if body["format"] != FORMAT:
-        raise Unsupported(
-            f"{path} has format {body['format']} and this version reads format {FORMAT}: "
-            f"use jaxattn {body['versions']['jaxattn']}, which wrote it."
-        )
-    return Manifest(
-        step=body["step"],
-        leaves={
-            name: Leaf(x["dtype"], tuple(x["shape"]), x["bytes"], x["sha256"]) for name, x in body["leaves"].items()
-        },
-        files={name: File(x["bytes"], x["sha256"]) for name, x in body["files"].items()},
-        has_data=body["has_data"],
-        config=body["config"],
-    )
+    try:
+        if (found := _canonical(body)) != digest:
+            raise Corrupt(f"{path} is damaged: expected sha256 {shown(digest)}, found {found}; restore another step.")
+        if body["format"] != FORMAT:
+            raise Unsupported(
+                f"{path} has format {shown(body['format'])} and this version reads format {FORMAT}: "
+                f"use jaxattn {body['versions']['jaxattn']}, which wrote it."
+            )
+        return _manifest(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(
+            f"{path} has the digest of what it says, yet what it says is no manifest ({first_line(error)}); "
+            "restore another step."
+        ) from error
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    """Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for what `write` has not written."""
+    files = {name: File(_size(x["bytes"]), str(x["sha256"])) for name, x in body["files"].items()}
+    if outside := [name for name in files if name.startswith("/") or ".." in name.split("/")]:
+        raise ValueError(f"{shown(outside[0])} lies outside its folder")
+    leaves = {
+        name: Leaf(_dtype(x["dtype"]), tuple(map(_size, x["shape"])), _size(x["bytes"]), x["sha256"])
+        for name, x in body["leaves"].items()
+    }
+    if not isinstance(body["config"], dict):
+        raise TypeError("its configuration is no object")
+    return Manifest(_size(body["step"]), leaves, files, bool(body["has_data"]), body["config"])
+
+
+def _dtype(name: str) -> str:
+    dtype = np.dtype(jnp.dtype(name))
+    if dtype.kind in "OUSMm":
+        raise ValueError(f"{shown(name)} is no dtype of an array")
+    return dtype.name
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is no size")
+    return value
 
 
 def first_line(error: BaseException) -> str:
@@ -247,7 +273,7 @@ def diff_config(saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore:
             continue
         before, after = old.get(name, _ABSENT), new.get(name, _ABSENT)
         if before != after or type(before) is not type(after):
-            lines.append(f"{name}: saved {before!r}, now {after!r}")
+            lines.append(f"{name}: saved {shown(before)}, now {shown(after)}")
     return lines
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,31 @@ def context() -> Any:
     made.memory.deepcopy_host_arrays = False  # `leaf_io.to_host` has copied
     made.asynchronous.create_directories_asynchronously = False  # a bad folder fails in save itself
     return made
+
+
+class _Raised(logging.Filter):
+    """Leaves out what Orbax logs with a traceback before it raises it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """While something is saved: what fails is raised to us, so that tracebacks beside it say nothing new."""
+    logger, told, before = logging.getLogger("absl"), _Raised(), sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":  # writers that end after the one that failed
+            before(raised)
+
+    logger.addFilter(told)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        logger.removeFilter(told)
 
 
 def load_state(folder: Path, targets: Any, *, verified: bool) -> Any:

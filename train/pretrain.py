@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from jaxattn.errors import run_cli
+from jaxattn.signals import loading
 
 
 def main(args: list[str] | None = None) -> int:
@@ -22,17 +23,18 @@ def main(args: list[str] | None = None) -> int:
     if "--list-presets" in args:
         _list_presets()
         return 0
-    prepare_jax()
+    with loading():
+        prepare_jax()
 
-    from train.config import parse_args
-    from train.load import read_config
-    from train.loop import default_run_dir, run
-    from train.presets import get_preset
+        from train.config import parse_args
+        from train.load import read_config
+        from train.loop import default_run_dir, run
+        from train.presets import get_preset
 
     preset = value_of(args, "--preset")
     cfg = parse_args(args, get_preset(preset or "bb"))
     folder = Path(cfg.run_dir or default_run_dir(cfg))
-    if cfg.resume and (folder / "config.json").is_file():
+    if cfg.resume and os.path.isfile(folder / "config.json"):
         saved = dataclasses.replace(read_config(folder), resume=True, run_dir=str(folder))
         if preset is not None:  # which says nothing about the data's seed: the run's own
             recipe = get_preset(preset)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import sys
 from typing import Any
@@ -9,11 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxattn.errors import UserError
+
 
 class TrainingProgress:
-    """Context manager; `update` once a step, `say` for lines that stay."""
+    """Context manager; `update` once a step, `say` for lines that stay.
+
+    `lost` is why nobody can read the lines any more (the reader of a pipe left, the terminal was closed, the disk of
+    a log is full), else None.
+    """
 
     def __init__(self, total: int, start: int, print_every: int) -> None:
+        self.lost: Exception | None = None
         self._total, self._every, self._step = total, print_every, start
         self._terminal = sys.stderr.isatty()
         self._bar = Progress(
@@ -32,7 +41,8 @@ class TrainingProgress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
         """Show step, loss, tokens/s and the time left."""
@@ -43,10 +53,14 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if self._terminal:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, flush=True)
+        try:
+            if self._terminal:
+                self._bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, flush=True)
+        except OSError as error:
+            gone = error.errno in (errno.EPIPE, errno.EIO)
+            self.lost = BrokenPipeError(*error.args) if gone else UserError(f"the output cannot be written: {error}.")
 
 
 def evaluation_line(row: dict[str, Any]) -> str:

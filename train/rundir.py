@@ -1,6 +1,6 @@
 """The folder of one run: who may write in it, and what it says about where it was made.
 
-A run leaves `config.json`, `environment.json`, `metrics.jsonl` and `checkpoints/` in one folder.
+A run leaves `config.json`, `environment.json`, `sessions.json`, `metrics.jsonl` and `checkpoints/` in one folder.
 `open_run` decides, before anything is trained, whether the folder is new, resumed or overwritten,
 proves that it can be written, and keeps every other process out of it with `run.lock`.
 """
@@ -24,12 +24,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import UserError
+from jaxattn.errors import UserError, shown
+from jaxattn.json_text import loads
 
 log = logging.getLogger("jaxattn")
 
 LOCK = "run.lock"
 PACKAGES = ("jaxattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE")
 PROBE_BYTES = 1 << 16  # enough that a full disk refuses it, small enough to cost nothing
 
 
@@ -182,7 +184,7 @@ def _flock(fd: int, folder: Path) -> bool:
 def _holder(fd: int) -> dict[str, Any]:
     """Pid and host written in the lock, {} when it was released in good order or never held."""
     try:
-        found = json.loads(os.pread(fd, 4096, 0) or b"{}")
+        found = loads(os.pread(fd, 4096, 0) or b"{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -237,27 +239,63 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_atomic(Path(path), (json.dumps(obj, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def truncate_jsonl_after(path: str | os.PathLike[str], step: int) -> int:
-    """Drop the rows of a JSON-lines file with `row["step"] > step`, and torn lines; return how many.
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file that have a step, in its order; [] without the file.
 
-    After a kill and a resume from `step` the file so holds each step once. Rows without a step are kept.
-    A missing file has nothing to drop.
+    Raises:
+      UserError: it cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        return 0
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    kept = []
+    return [row for _, row in _lines_of(path) if row is not None and _step(row) is not None]
+
+
+def _step(row: Any) -> int | None:
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
+
+
+def _lines_of(path: Path) -> list[tuple[bytes, Any]]:
+    """Each line that is not blank with its value, None where it is no JSON."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file; move it away.")
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away or restore it.") from error
+    found = []
     for line in lines:
         try:
-            row = json.loads(line)
-        except ValueError:
-            log.warning("%s: dropped a torn line of %d bytes", path, len(line))
-            continue
-        at = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(at, (int, float)) or at <= step:
-            kept.append(line)
-    if len(kept) < len(lines) or not path.read_bytes().endswith(b"\n"):
+            found.append((line, loads(line)))
+        except ValueError as reason:
+            log.warning("%s: dropped a torn line of %d bytes (%s)", path, len(line), reason)
+            found.append((line, None))
+    return found
+
+
+def tidy_jsonl(path: str | os.PathLike[str], step: int) -> int:
+    """Leave in a metrics file the rows up to `step`, each step once (its last row), in order; how many lines went.
+
+    What was written beyond `step` is written again by a resumed run. Torn lines go; rows without a step stay, in
+    front. A missing file has nothing to drop. Raises `OSError`, or `UserError` if the file cannot be read.
+    """
+    path = Path(path)
+    lines = _lines_of(path)
+    rows: dict[int, bytes] = {}
+    others = []
+    for line, row in lines:
+        at = _step(row)
+        if at is None and isinstance(row, dict) and "step" not in row:
+            others.append(line)
+        elif at is None:
+            if row is not None:
+                log.warning("%s: dropped a row without a whole number as its step: %s", path, shown(row))
+        elif at <= step:
+            if at in rows:
+                log.warning("%s: step %d is there twice; the later row stays", path, at)
+            rows[at] = line
+    kept = others + [rows[at] for at in sorted(rows)]
+    if kept != [line for line, _ in lines] or (lines and not path.read_bytes().endswith(b"\n")):
         write_atomic(path, b"".join(line + b"\n" for line in kept))
     return len(lines) - len(kept)
 
@@ -284,6 +322,8 @@ def environment() -> dict[str, Any]:
         "devices": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "argv": sys.argv,
@@ -291,9 +331,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _processor() -> str:
+    """The model of the CPU, for which XLA compiles."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def result_environment() -> dict[str, Any]:
     """`environment` for files that are committed: without the machine's name and paths."""
-    return {k: v for k, v in environment().items() if k not in ("argv", "host")}
+    return {k: v for k, v in environment().items() if k not in ("argv", "host", "flags")}
 
 
 def _git() -> dict[str, Any]:

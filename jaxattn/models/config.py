@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from jaxattn.errors import ConfigError
+from jaxattn.fields import check_fields
 from jaxattn.mechanisms import MixerChoice, get, names, parse_mixers, resolve_mixer
 from jaxattn.rope import Rope, RopeScaling, frequencies
 from jaxattn.types import Backend
@@ -85,6 +86,7 @@ class ModelConfig:
     """Kernels of the attention: auto is the platform's own where there is one, else xla; a named one never falls back."""
 
     def __post_init__(self) -> None:
+        check_fields("model", self)
         for field in ("num_layers", "d_model", "num_heads"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"model.{field} is {getattr(self, field)} but must be at least 1.")

@@ -72,7 +72,7 @@ def train(cfg: RunConfig) -> list[Row]:
         print(f"training {folder}", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             code = run(dataclasses.replace(cfg, overwrite=folder.exists()))
-        if code:
+        if code or not _finished(folder, cfg):  # stopped; by SIGTERM with code 0
             raise KeyboardInterrupt
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 

@@ -81,6 +81,7 @@ def start(words: list[str], cwd: Path, *, module: str = "train.pretrain", **env:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # so that a test can signal its whole group
     )
 
 

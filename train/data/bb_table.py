@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxattn.errors import DataError
+from jaxattn.errors import DataError, run_cli
 
 CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 """The 65 characters of tinyshakespeare; a character's id is its place here."""
@@ -40,6 +40,13 @@ class BigramTable:
     weights: np.ndarray
     unigram: np.ndarray
     triggers: tuple[int, ...]
+
+    def __getstate__(self) -> dict:
+        """Without what is computed from it: megabytes, for which a worker process would wait at its start."""
+        return {name: self.__dict__[name] for name in ("weights", "unigram", "triggers")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
 
     @cached_property
     def rows(self) -> list[bytes]:
@@ -170,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

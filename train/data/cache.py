@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxattn.errors import DataError
+from jaxattn.errors import FULL, DataError, free_bytes
 
 
 def cache_root(configured: str = "") -> Path:
@@ -59,8 +59,9 @@ def write_atomic(path: Path, chunks: Iterable[bytes]) -> tuple[int, str]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        free = f", {free_bytes(path.parent):,} bytes free" if error.errno in FULL else ""
         raise DataError(
-            f"the cache file {str(path)!r} cannot be written ({error.strerror}): free space or choose "
+            f"the cache file {str(path)!r} cannot be written ({error.strerror}{free}): free space or choose "
             "another folder with --data.cache-dir."
         ) from error
     finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxattn.errors import ConfigError
+from jaxattn.errors import ConfigError, shown
+from jaxattn.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class DataConfig:
     bb_table: str = ""
     """Bigram-Backcopy: a UTF-8 text file to count character pairs in; default: the built-in counts."""
 
+    def __post_init__(self) -> None:
+        check_fields("data", self)
+
 
 def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1) -> None:
     """Refuses impossible values.
@@ -81,7 +85,7 @@ def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1)
 
     def need(ok: bool, field: str, remedy: str) -> None:
         if not ok:
-            raise ConfigError(f"data.{field}={getattr(cfg, field)!r} is not possible: {remedy}.")
+            raise ConfigError(f"data.{field}={shown(getattr(cfg, field))} is not possible: {remedy}.")
 
     need(cfg.source.strip() != "", "source", "give 'bb', 'stdlib', a task, a path, a glob or 'hf:NAME'")
     need(cfg.tokenizer.strip() != "", "tokenizer", "give 'bpe', 'bytes', a path or 'hf:NAME'")
@@ -90,7 +94,6 @@ def validate(cfg: DataConfig, *, process_index: int = 0, process_count: int = 1)
     need(cfg.context >= 2, "context", "a sequence needs at least 2 tokens")
     need(cfg.batch_size >= 1, "batch_size", "a batch needs at least 1 sequence")
     need(0.0 <= cfg.val_fraction < 1.0, "val_fraction", "choose a number from 0 up to, not including, 1")
-    need(cfg.packing in ("concat", "best_fit"), "packing", "choose 'concat' or 'best_fit'")
     need(cfg.workers >= 0, "workers", "choose 0 or more")
     need(cfg.unique_tokens >= 0, "unique_tokens", "choose 0 (all) or a number of tokens")
     need(0 <= cfg.prefix_len < cfg.context, "prefix_len", f"choose 0 up to context-1={cfg.context - 1}")

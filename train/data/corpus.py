@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from jaxattn.errors import DataError
+from jaxattn.errors import DataError, one_line
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Tally:
         Raises:
           DataError: more than `limit` were seen; names this record.
         """
-        self.records.append(f"{record}: {why}")
+        self.records.append(one_line(f"{record}: {why}"))
         if len(self.records) > self.limit:
             seen = f" (number {len(self.records)})" if self.limit else ""
             raise DataError(

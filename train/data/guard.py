@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from typing import Any
 
 import grain
 
 from jaxattn.errors import DataError, Mismatch
+from train.data.worker import shielded
 
 
 class Guarded(grain.IterDataset):
@@ -38,8 +40,10 @@ class GuardedIterator(grain.DatasetIterator):
         Raises:
           DataError: a worker process died (Grain polls once a second); names it.
         """
+        workers = self._identity["workers"]
         try:
-            batch = next(self._parent)
+            with shielded() if len(self._processes) < workers else contextlib.nullcontext():
+                batch = next(self._parent)
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -48,7 +52,7 @@ class GuardedIterator(grain.DatasetIterator):
                 f"a data worker died, {' and '.join(dead) or str(error).rstrip('.')}: resume from the "
                 "last checkpoint, with fewer --data.workers if memory ran out (exit code -9)."
             ) from error
-        if self._identity["workers"] and len(self._processes) < self._identity["workers"]:
+        if len(self._processes) < workers:
             self._processes = [p for p in multiprocessing.active_children() if p.name.startswith("grain-")]
         return batch
 

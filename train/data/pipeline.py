@@ -25,6 +25,7 @@ import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
 from evals.tasks import Example, Task
+from train.data import worker
 from train.data.bb import PERTURB, generate, stream_rng
 from train.data.bb_table import BigramTable
 from train.data.guard import Guarded
@@ -298,8 +299,9 @@ def iterate(batches: grain.IterDataset, layout: Layout, identity: dict) -> grain
             # Grain reads its absl flags when it starts workers; this program does not use absl's parser.
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=layout.workers, per_worker_buffer_size=4)
-        batches = batches.mp_prefetch(options)
-    return iter(Guarded(batches, {**identity, "workers": layout.workers}))
+        batches = batches.mp_prefetch(options, worker.start)
+    with worker.shielded():  # Grain makes threads here that start workers later
+        return iter(Guarded(batches, {**identity, "workers": layout.workers}))
 
 
 def take(batches: grain.IterDataset, count: int) -> list[dict]:

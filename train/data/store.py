@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxattn.errors import DataError
+from jaxattn.json_text import read_object
 from jaxattn.tokenizer import Tokenizer
 from train.data.cache import corrupt, digest, file_digest, write_atomic
 from train.data.corpus import Corpus, Tally
@@ -60,6 +61,9 @@ def build_store(corpus: Corpus, tokenizer: Tokenizer, root: Path, *, max_bad_rec
     if not record_path.exists():
         _write(corpus, tokenizer, record_path, max_bad_records)
     store = _open(record_path)
+    for start in range(0, len(store.ids), 1 << 24):
+        if (top := int(store.ids[start : start + (1 << 24)].max())) >= tokenizer.vocab_size:
+            raise corrupt(record_path, f"speaks of token {top}, of a vocabulary of {tokenizer.vocab_size}")
     bad = store.meta["bad_records"]
     if len(bad) > max_bad_records:
         tally = Tally(max_bad_records)
@@ -108,37 +112,45 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, record_path: Path, max_bad_reco
                 lengths.append(len(ids))
                 yield np.asarray(ids, dtype).tobytes()
 
-    ids_path = record_path.with_suffix(".ids")
+    ids_path, offsets_path = record_path.with_suffix(".ids"), record_path.with_suffix(".offsets")
     _, ids_sha = write_atomic(ids_path, encoded())
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-    if offsets[-1] == 0:
-        ids_path.unlink()
-        raise DataError(f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them.")
-    _, offsets_sha = write_atomic(record_path.with_suffix(".offsets"), [offsets.tobytes()])
-    record = {
-        "ids_sha256": ids_sha,
-        "offsets_sha256": offsets_sha,
-        "dtype": dtype.name,
-        "source": corpus.name,
-        "documents": len(lengths),
-        "empty_documents": lengths.count(0),
-        "tokens": int(offsets[-1]),
-        "characters": characters,
-        "bytes": corpus.size,
-        "files": corpus.files,
-        "corpus_hash": corpus.fingerprint,
-        "bad_records": tally.records,
-    }
-    # Written last: a record on disk means that both files before it are whole.
-    write_atomic(record_path, [json.dumps(record).encode("ascii")])
+    try:
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
+        if offsets[-1] == 0:
+            raise DataError(
+                f"data.source={corpus.name!r} is empty: it has {len(lengths)} documents and no text in them."
+            )
+        _, offsets_sha = write_atomic(offsets_path, [offsets.tobytes()])
+        record = {
+            "ids_sha256": ids_sha,
+            "offsets_sha256": offsets_sha,
+            "dtype": dtype.name,
+            "source": corpus.name,
+            "documents": len(lengths),
+            "empty_documents": lengths.count(0),
+            "tokens": int(offsets[-1]),
+            "characters": characters,
+            "bytes": corpus.size,
+            "files": corpus.files,
+            "corpus_hash": corpus.fingerprint,
+            "bad_records": tally.records,
+        }
+        # Written last: a record on disk means that both files before it are whole.
+        write_atomic(record_path, [json.dumps(record).encode("ascii")])
+    finally:
+        if not record_path.exists():
+            for path in (ids_path, offsets_path):  # large, and of no use without the record
+                path.unlink(missing_ok=True)
 
 
 def _open(record_path: Path) -> TokenStore:
     try:
-        meta = json.loads(record_path.read_bytes())
+        meta = read_object(record_path, "delete it", DataError)
         expected = {".ids": meta["ids_sha256"], ".offsets": meta["offsets_sha256"]}
-        dtype = meta["dtype"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dtype, count = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]), meta["documents"]
+        if not all(isinstance(entry, str) for entry in meta["bad_records"]):
+            raise TypeError("bad_records")
+    except (DataError, KeyError, TypeError) as error:
         raise corrupt(record_path, "is not a record written by jaxattn") from error
     for suffix, sha in expected.items():
         path = record_path.with_suffix(suffix)
@@ -150,4 +162,7 @@ def _open(record_path: Path) -> TokenStore:
                 f"{str(record_path)!r}, then run again to build them anew."
             )
     offsets = np.fromfile(record_path.with_suffix(".offsets"), dtype="<i8").astype(np.int64)
-    return TokenStore(record_path.with_suffix(".ids"), dtype, offsets, meta)
+    tokens = record_path.with_suffix(".ids").stat().st_size / dtype.itemsize
+    if len(offsets) - 1 != count or offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+        raise corrupt(record_path, "does not fit its partners")
+    return TokenStore(record_path.with_suffix(".ids"), dtype.name, offsets, meta)

@@ -15,6 +15,7 @@ from train.data.config import DataConfig
 from train.data.corpus import Corpus, Tally, open_corpus
 from train.data.entropy import text_entropies
 from train.data.perturb import parse_perturbation
+from train.data.progress import waiting
 from train.data.source import Source
 from train.data.split import Spans, first_tokens, split
 from train.data.store import TokenStore, build_store
@@ -103,7 +104,8 @@ def _tokenizer(cfg: DataConfig, corpus: Corpus, root: Path) -> Tokenizer:
         return byte_tokenizer()
     if cfg.tokenizer == "bpe":
         texts = corpus.read(Tally(cfg.max_bad_records))
-        return cached_bpe(texts, corpus.fingerprint, corpus.size, cfg.vocab_size, root)
+        with waiting(f"a tokenizer of {cfg.vocab_size} entries from {corpus.name}"):
+            return cached_bpe(texts, corpus.fingerprint, corpus.size, cfg.vocab_size, root)
     return load_tokenizer(cfg.tokenizer)
 
 

@@ -3,15 +3,18 @@
 import json
 import logging
 import random
+import re
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Unsupported
+from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Unsupported, UserError
+from train import checkpoint
 from train import manifest as mf
 from train.checkpoint import Checkpoints
 
@@ -238,14 +241,87 @@ def test_row_3_kill_before_the_manifest(kit, tmp_path, caplog, point, left):
 
 
 def test_row_7_no_room(kit, tmp_path):
-    code, out = kit.run("full", tmp_path)
-    assert code == 0
+    """No file may grow over 1 MB. The sentence stands alone: no traceback of the library that writes."""
+    worker = kit.start("full", tmp_path, stderr=subprocess.PIPE)
+    out, err = worker.communicate(timeout=120)
+    assert (worker.returncode, err) == (0, "")
     result = json.loads(out)
     assert result["message"].startswith("no room for the checkpoint of step 2 in")
     assert str(tmp_path) in result["message"]
-    assert f"needs {4 << 20:,} bytes" in result["message"]
+    assert f"({4 << 20:,} of them arrays)" in result["message"]
+    assert "a limit of the file size" in result["message"]
     assert result["left"] == ["step_00000001"]
     assert result["steps"] == [1, 3]
+
+
+@pytest.mark.parametrize("shape", [(1,), (1000,), (1 << 20,)])
+@pytest.mark.parametrize("count", [1, 30])
+def test_row_7_what_a_step_needs_is_known_before(kit, tmp_path, monkeypatch, shape, count):
+    """The numbers are true: with that many bytes free there is room, with one fewer it says so and begins nothing."""
+    state = {f"w{i}": np.ones(shape, np.uint8) for i in range(count)}
+    with Checkpoints(tmp_path, config=kit.CONFIG) as checkpoints:
+        monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 0)
+        with pytest.raises(UserError) as caught:
+            checkpoints.save(1, state)
+        assert list(tmp_path.iterdir()) == []
+        needed = int(re.search(r"needs about ([0-9,]+) bytes", str(caught.value))[1].replace(",", ""))
+        assert f"({count * shape[0]:,} of them arrays) and 0 were free" in str(caught.value)
+        monkeypatch.setattr(checkpoint, "free_bytes", lambda path: needed - 1)
+        with pytest.raises(UserError, match=f"and {needed - 1:,} were free; free some space"):
+            checkpoints.save(1, state)
+        monkeypatch.setattr(checkpoint, "free_bytes", lambda path: needed)
+        checkpoints.save(1, state)
+        checkpoints.wait()
+    taken = sum(path.stat().st_blocks * 512 for path in (tmp_path / "step_00000001").rglob("*"))
+    assert 0.3 * needed < taken <= needed
+
+
+def test_a_failed_save_is_known_at_the_next_step(kit, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path, config=kit.CONFIG) as checkpoints:
+        monkeypatch.setattr(mf, "write", fail)
+        checkpoints.poll()
+        checkpoints.save(1, {"w": np.ones(3)})
+        while checkpoints._thread.is_alive():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="no room for the checkpoint of step 1"):
+            checkpoints.poll()
+        checkpoints.poll()  # said once
+        assert checkpoints.steps() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.pop("leaves"),
+        lambda body: body.update(leaves=[1]),
+        lambda body: body.update(files={"a": 3}),
+        lambda body: body.update(files={"../../outside": {"bytes": 1, "sha256": ""}}),
+        lambda body: body.update(files={"state": {"bytes": -1, "sha256": ""}}),
+        lambda body: body.update(step="2"),
+        lambda body: body.update(step=True),
+        lambda body: body.update(config=None),
+        lambda body: body["leaves"].update(w={"dtype": "object", "shape": [1], "bytes": 8, "sha256": ""}),
+        lambda body: body["leaves"].update(w={"dtype": "float32", "shape": ["many"], "bytes": 8, "sha256": ""}),
+        lambda body: body.pop("versions") and body.update(format=7),
+    ],
+)
+def test_a_manifest_that_was_made_up_is_damage(two_steps, change):
+    """Its digest is right; what it says is not."""
+    path = two_steps / "step_00000002" / mf.NAME
+    body = json.loads(path.read_text())["manifest"]
+    change(body)
+    path.write_text(json.dumps({"sha256": mf._canonical(body), "manifest": body}))
+    with pytest.raises(Corrupt, match="no manifest"):
+        mf.read(path.parent)
+
+
+def test_a_manifest_of_brackets(two_steps):
+    (two_steps / "step_00000002" / mf.NAME).write_text("[" * 200_000)
+    with pytest.raises(Corrupt, match="nested too deep"):
+        mf.read(two_steps / "step_00000002")
 
 
 def test_row_15_other_device_counts(kit, tmp_path):

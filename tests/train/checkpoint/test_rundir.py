@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jaxattn.errors import UserError
-from train.rundir import LOCK, environment, open_run, truncate_jsonl_after, write_json_atomic
-from train.signals import StopSignal
+from jaxattn.signals import StopSignal
+from train.rundir import LOCK, environment, open_run, tidy_jsonl, write_json_atomic
 
 
 def make_run(folder):
@@ -178,17 +178,17 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"note": "start"}, *({"step": step, "loss": 1.0} for step in range(1, 6))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo')
-    assert truncate_jsonl_after(path, 3) == 3
+    assert tidy_jsonl(path, 3) == 3
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:4]
     assert path.read_text().endswith("\n")
-    assert truncate_jsonl_after(path, 3) == 0
-    assert truncate_jsonl_after(tmp_path / "absent.jsonl", 3) == 0
+    assert tidy_jsonl(path, 3) == 0
+    assert tidy_jsonl(tmp_path / "absent.jsonl", 3) == 0
 
 
 def test_a_last_line_torn_at_its_end_can_be_appended_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')  # whole, but without its newline
-    assert truncate_jsonl_after(path, 2) == 0
+    assert tidy_jsonl(path, 2) == 0
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -222,9 +222,10 @@ def test_row_5_second_signal_leaves_at_once(kit, first, second, code, busy):
     process.send_signal(first)
     if busy == "idle":
         assert process.stdout.readline() == f"{first.name}\n"
-    else:
-        time.sleep(0.3)
-        assert process.poll() is None
+    time.sleep(0.3)
+    process.send_signal(second)  # within a second: the same request
+    time.sleep(0.9)
+    assert process.poll() is None
     process.send_signal(second)
     start = time.monotonic()
     assert process.wait(timeout=30) == code

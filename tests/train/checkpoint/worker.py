@@ -10,8 +10,8 @@ import sys
 import numpy as np
 
 from jaxattn.errors import UserError
+from jaxattn.signals import StopSignal
 from train.rundir import open_run
-from train.signals import StopSignal
 
 
 def Checkpoints(folder, **options):

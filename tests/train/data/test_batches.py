@@ -151,7 +151,7 @@ def test_prefix(source_of):
     [
         ({"context": 1}, "context=1"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"packing": "tight"}, "packing='tight'"),
+        ({"packing": "tight"}, "packing is 'tight'"),
         ({"val_fraction": 1.0}, r"val_fraction=1\.0"),
         ({"prefix_len": 16}, "prefix_len=16"),
         ({"workers": -1}, "workers=-1"),

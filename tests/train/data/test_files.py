@@ -1,9 +1,12 @@
 """Readers: what is read, and the one sentence for each thing that can be wrong (fault rows 23 and 42)."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxattn.errors import DataError
+from train.data import files, progress
+from train.data.cache import digest, file_digest
 from train.data.corpus import Tally, open_corpus
 
 
@@ -46,9 +51,65 @@ def test_jsonl_and_parquet(tmp_path, write_jsonl):
     assert read(path, text_field="body")[0] == ["a", "b", "c"]
 
 
+DEEP = b"[" * 200_000
+RECORDS = '{"text": "größe"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "x", "\n\n", "  \t\n"])
+def test_lines_of_all_kinds(tmp_path, mark, ends, last):
+    """A byte order mark, Windows' ends of line, no end of the last line, blank lines in between and behind."""
+    path = tmp_path / "a.jsonl"
+    text = RECORDS.replace("\n", "\n\n")
+    text = text.rstrip("\n") if last == "x" else text + last
+    path.write_bytes(mark + text.replace("\n", ends).encode())
+    assert read(path)[0] == ["größe", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be", "utf-8-sig"])
+def test_what_windows_writes(tmp_path, encoding):
+    mark = "" if encoding in ("utf-16", "utf-32", "utf-8-sig") else "\ufeff"
+    (tmp_path / "a.txt").write_bytes((mark + "größe 😀").encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes((mark + RECORDS.replace("\n", "\r\n")).encode(encoding))
+    assert read(tmp_path / "a.txt")[0] == ["größe 😀"]
+    assert read(tmp_path / "a.jsonl")[0] == ["größe", "two"]
+
+
+def test_marks_where_files_were_joined(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n' * 2)
+    assert read(path)[0] == ["a", "a"]
+
+
+def test_the_fingerprint_follows_the_way_of_reading(tmp_path):
+    """What was read before keeps its own, for runs go on from it; what was not gets another."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(RECORDS, "utf-8")
+    plain = digest("files", "text", ".jsonl", file_digest(path))
+    assert open_corpus(str(path)).fingerprint == plain
+    path.write_text(RECORDS, "utf-8-sig")
+    assert open_corpus(str(path)).fingerprint != digest("files", "text", ".jsonl", file_digest(path))
+    path = tmp_path / "a.txt"
+    path.write_text("text", "utf-8-sig")
+    assert open_corpus(str(path)).fingerprint == digest("files", "text", ".txt", file_digest(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
+        ("a.jsonl", b'{"text": "x"}\n' + DEEP + b"\n", r"line 2 of file .* it is not JSON \(nested too deep\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ' + DEEP, r"line 2 of file .* it is not JSON \(nested too deep\)"),
+        ("a.jsonl", b'{"a":' * 100_000 + b"\n", r"line 1 of file .* it is not JSON \(nested too deep\)"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"line 1 of file .* it is not JSON \(Exceeds the limit"),
+        ("a.jsonl", b'{"text": "a\0b"}\n', r"line 1 of file .* it is not JSON \(Invalid control character"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"\0" * 4096, r"line 2 of file .* it is not JSON"),
+        ("a.jsonl", b'{"text": {"a": 1}}\n', r"field 'text' is a dict and not a string"),
+        ("a.jsonl", b'"' + b"x" * 100_000 + b'"\n', r"line 1 of file .* it is a JSON str"),
+        ("a.jsonl", b'{"' + b"x" * 100_000 + b'": 1}\n', r"it has no field 'text' \(it has 'xxx"),
+        ("a.jsonl", b"\xff\xfe{\0}", r"file '.*a.jsonl' is corrupt: byte 4 is not UTF-16"),
+        ("a.txt", b"\xff\xfea\0b", r"file '.*a.txt' is corrupt: byte 4 is not UTF-16"),
+        ("a.txt", "hello".encode("utf-16-le"), r"NUL byte at 1, .*nor UTF-16 with a byte order mark"),
         ("a.txt", b"ab\0c", r"file '.*a.txt' is corrupt: it holds a NUL byte at 2"),
         ("a.txt", b"ab\xff", r"file '.*a.txt' is corrupt: byte 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 of file '.*a.jsonl' is corrupt: it is not JSON"),
@@ -72,6 +133,7 @@ def test_corrupt_records_are_named_or_counted(tmp_path, name, content, sentence)
         read(path)
     assert "\n" not in str(caught.value)
     assert "--data.max-bad-records" in str(caught.value)
+    assert len(str(caught.value)) < 2100
     texts, records = read(path, limit=1)
     assert texts == (["x"] if name == "a.jsonl" and content.startswith(b'{"text": "x"}') else [])
     assert len(records) == 1
@@ -86,6 +148,89 @@ def test_the_record_after_the_limit_stops(tmp_path):
     texts, records = read(path, limit=3)
     assert texts == ["x", "y"]
     assert [r.split(" of ")[0] for r in records] == ["line 2", "line 3", "line 5"]
+
+
+@contextlib.contextmanager
+def traced(most):
+    """No more than `most` bytes of Python objects at any moment."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_document_is_one_bad_record(tmp_path, monkeypatch):
+    """Whether it is a line, a file or a cell; the line is never held in memory as a whole."""
+    monkeypatch.setattr(files, "MOST_BYTES", 100_000)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": "' + "y" * 5_000_000 + '"}\n{"text": "z"}')
+    with pytest.raises(DataError, match=r"line 2 of file .* it has 5,000,013 bytes, at most 100,000 are read: cut it"):
+        read(path)
+    with traced(2_000_000):
+        texts, records = read(path, limit=1)
+    assert (texts, len(records)) == (["x", "z"], 1)
+    (tmp_path / "a.txt").write_text("y" * 200_000)
+    with pytest.raises(DataError, match=r"a.txt' is corrupt: it is one document and has 200,000 bytes, at most"):
+        read(tmp_path / "a.txt")
+    cells = write_parquet(tmp_path / "a.parquet", {"text": ["x", "y" * 200_000, "z"]})
+    assert read(cells, limit=1)[0] == ["x", "z"]
+    with pytest.raises(DataError, match=r"row 1 of row group 0 .* a text that has 200,000 bytes"):
+        read(cells)
+
+
+def test_a_large_row_group_is_read_a_few_rows_at_a_time(tmp_path):
+    texts = [f"{i} " + "x" * 20_000 for i in range(500)]
+    path = write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=500)
+    assert read(path)[0] == texts
+    with traced(4_000_000):  # of 10 MB
+        for _ in open_corpus(str(path)).read(Tally()):
+            pass
+
+
+def test_a_file_that_is_gone_when_its_turn_comes(tmp_path):
+    for name in ("a.txt", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    corpus = open_corpus(f"{tmp_path}/*.*")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.jsonl").unlink()
+    tally = Tally(2)
+    assert list(corpus.read(tally)) == ['{"text": "x"}\n']
+    assert all("it cannot be read (No such file or directory)" in record for record in tally.records)
+    assert len(tally.records) == 2
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="is no regular file"):
+        read(tmp_path / "a.txt")
+
+
+def test_long_names_come_back_cut(tmp_path):
+    for source in ("x" * 300_000, "/tmp/" + "y" * 300_000 + ".txt", ", " * 100_000, "a\0b.txt", "*\0.txt"):
+        with pytest.raises(DataError) as caught:
+            read(source)
+        assert len(str(caught.value)) < 2100
+
+
+def test_slow_steps_say_so(capfd, monkeypatch):
+    """Also while one item is long in coming; nothing where all goes well."""
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+
+    def items():
+        yield from range(3)
+        time.sleep(0.35)
+        yield 3
+
+    assert list(progress.progress(items(), "tokenising x")) == [0, 1, 2, 3]
+    lines = capfd.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 4
+    assert lines[0].startswith("tokenising x: 3 so far, 0:00")
+    assert list(progress.progress(range(3), "quick")) == [0, 1, 2]
+    with progress.waiting("quick"):
+        pass
+    assert capfd.readouterr().err == ""
 
 
 def test_damaged_parquet(tmp_path):
