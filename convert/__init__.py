@@ -7,6 +7,15 @@
 Nothing in a checkpoint is ever executed: no pickle, no remote code, JSON and safetensors only.
 """
 
+import sys
+
+try:
+    from jaxattn.siblings import refuse_shadows
+except ModuleNotFoundError as error:
+    here = getattr(sys.modules.get("jaxattn"), "__file__", None) or "another folder of that name"
+    raise ImportError(f"{here} hides the library jaxattn: rename it, or start Python in another folder.") from error
+
 from jaxattn import signals
 
 signals.install_for_command()
+refuse_shadows()

@@ -11,7 +11,7 @@ import jax
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig, at_context
 from train.config import RunConfig
-from train.load import abstract_state, load_params, read_config
+from train.load import abstract_state, load_params, open_source, read_config
 from train.rundir import write_json_atomic
 
 
@@ -30,6 +30,17 @@ class Trained:
         """Whether some layer fetches blocks from its decode state, which one forward pass would not show."""
         return retrieves(self.model)
 
+    def held_out(self, count: int) -> jax.Array:
+        """Token ids [count, T] of sequences the run did not train on, those the sink metric is read on.
+
+        Raises:
+          UserError: the run's data cannot be read.
+        """
+        from evals.sinks import held_out
+
+        cfg = dataclasses.replace(self.cfg, eval=dataclasses.replace(self.cfg.eval, sequences=count))
+        return jax.numpy.asarray(held_out(cfg, open_source(cfg)[0]))
+
     def check_length(self, length: int) -> None:
         """Refuse more positions than a learned table has.
 
@@ -47,12 +58,13 @@ def retrieves(model: ModelConfig) -> bool:
     return any(getattr(spec, "retrieve", 0) for spec in specs)
 
 
-def open_trained(folder: Path, attn: str | None = None, step: int | None = None) -> Trained:
+def open_trained(folder: str | Path, attn: str | None = None, step: int | None = None) -> Trained:
     """The newest valid checkpoint of a run (or that of `step`), with the attention as trained or as given.
 
     Raises:
       UserError: no run, no checkpoint, or an attention that has other parameters than the trained one.
     """
+    folder = Path(folder)
     cfg = read_config(folder)
     attn = None if attn is None else at_context(attn, cfg.data.context)
     model = cfg.model if attn is None else cfg.model.with_attention(attn)

@@ -1,6 +1,6 @@
 """jaxattn: attention research in JAX.
 
-`attend(name, q, k, v, ...)` runs any parameter-free mechanism; `mechanisms` lists and documents them;
+`attend(name, q, k, v, ...)` runs any mechanism on arrays; `mechanisms` lists, documents and registers them;
 `generate(model, params, tokens, ...)` continues prompts; `decoding_variables(model, params)` prepares params once
 for many calls of it. They load on first use, so that tools which only read files need not start JAX.
 """
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxattn import signals
+from jaxattn.siblings import refuse_shadows
 
 if TYPE_CHECKING:
     from jaxattn import mechanisms
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from jaxattn.nn.decoding import decoding_variables
 
 signals.install_for_command()
+refuse_shadows("pallas_kernels")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "attend", "decoding_variables", "generate", "mechanisms"]

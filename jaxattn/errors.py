@@ -13,7 +13,7 @@ import re
 import reprlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -52,6 +52,10 @@ class ConfigError(UserError):
     """A configuration field has an impossible value."""
 
 
+class ShadowedError(UserError, ImportError):
+    """A file of the user's is imported in place of one of this library's packages."""
+
+
 class DataError(UserError):
     """A data source is missing, empty, undecodable or corrupt."""
 
@@ -82,11 +86,15 @@ class Unsupported(CheckpointError):
     """The checkpoint is of a kind this version cannot read."""
 
 
+def near(given: str, known: Iterable[str]) -> str:
+    """``"did you mean 'softmax'? "`` where a known name is close to `given`, else nothing."""
+    found = get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(n) for n in found)}? " if found else ""
+
+
 def suggest(kind: str, given: str, known: list[str]) -> str:
     """One sentence for an unknown name: nearest names first, then all of them."""
-    near = get_close_matches(given[:MOST], known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"{kind} {shown(given)} is not known: {hint}choose one of {', '.join(known)}."
+    return f"{kind} {shown(given)} is not known: {near(given[:MOST], known)}choose one of {', '.join(known)}."
 
 
 def cannot_write(
@@ -138,9 +146,12 @@ def _no_output(error: OSError) -> UserError:
 
 
 def _code(main: Callable[[], int | None]) -> int:
+    from jaxattn.flags import near_names
+
     try:
         try:
-            return main() or 0
+            with near_names():
+                return main() or 0
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough

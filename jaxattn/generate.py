@@ -1,7 +1,8 @@
 """`python -m jaxattn.generate CKPT --prompt "..."`: continue a text with a converted checkpoint or a trained run.
 
 Text streams to stdout as it is made; what was read and the time it took go to stderr. Only a command: the library
-function is `jaxattn.generate(model, params, tokens, ...)`, and importing this module would hide it.
+function is `jaxattn.generate(model, params, tokens, ...)`, which this module answers as too, because Python puts it in
+the function's place when it is imported.
 """
 
 from __future__ import annotations
@@ -10,14 +11,24 @@ import argparse
 import io
 import sys
 import time
+import types
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from jaxattn._generate import generate
 from jaxattn.backends import of_decoding
 from jaxattn.errors import ConfigError, run_cli
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 from jaxattn.types import Backend
+
+
+class _Callable(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def main() -> int:

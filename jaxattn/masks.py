@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from jaxattn.errors import ConfigError
+from jaxattn.errors import ConfigError, shown
 from jaxattn.types import Leaf
 
 PADDING = 0
@@ -167,5 +167,8 @@ def self_visibility(
 
 def check_window(window: int | None) -> None:
     """Refuse windows that show nothing."""
-    if window is not None and window < 1:
-        raise ConfigError(f"window is {window} but must be at least 1 (or None for full attention).")
+    whole = isinstance(window, int) and not isinstance(window, bool)
+    if window is not None and not (whole and window >= 1):
+        raise ConfigError(
+            f"window is {shown(window)} but must be at least 1, a whole number, or None for all positions."
+        )

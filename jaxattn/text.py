@@ -19,6 +19,7 @@ from jaxattn.json_file import read_object, short
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
+from jaxattn.siblings import refuse_shadows
 from jaxattn.text_stream import TextStream
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
 from jaxattn.types import Backend
@@ -101,6 +102,7 @@ def load(
     Raises:
       UserError: no checkpoint, or a run whose data are no text.
     """
+    refuse_shadows()
     from evals.trained import open_trained
     from train.load import open_source
 

@@ -294,6 +294,7 @@ RESUMABLE = (
     "log",
 )
 
+READ_EARLIER = ("--help", "--list-attn", "--list-presets")  # of all commands that train
 FLAG_ALIASES = {"--data": "--data.source", "--backend": "--model.backend"}
 
 DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention sinks emerge.
@@ -303,7 +304,11 @@ DESCRIPTION = """Pretrain a decoder with swappable attention and watch attention
 
 
 def parse_args(
-    args: list[str], default: RunConfig, prog: str = "python -m train.pretrain", description: str = DESCRIPTION
+    args: list[str],
+    default: RunConfig,
+    prog: str = "python -m train.pretrain",
+    description: str = DESCRIPTION,
+    others: tuple[str, ...] = (),
 ) -> RunConfig:
     """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help.
 

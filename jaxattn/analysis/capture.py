@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxattn.masks import GLOBAL, Visibility, default_positions, self_visibility
+from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import Mechanism, RowWeights
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, unstack_layers
 from jaxattn.nn.attention import extra_arguments, position_bias
 from jaxattn.nn.insertion import insert, insertion_block
+from jaxattn.nn.transformer import behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class AttentionView:
 
     Inserted landmarks are in `long` alone: everything else, rows and columns of `weights` too, is of the tokens.
     A mechanism that weighs landmarks like tokens then has rows that miss this weight.
+
+    inputs: the layer's input, where the mechanism's layer computes from it (`Surround`); surround: its parameters.
     """
 
     layer: int
@@ -49,12 +52,30 @@ class AttentionView:
     values: Float[Array, "B T K V"]
     heads_out: Float[Array, "B T H V"]
     output_kernel: Float[Array, "H V E"]
+    output_bias: Float[Array, "E"] | None
     vis: Visibility
+    inputs: Float[Array, "B T E"] | None = None
+    surround: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     long: LongStream | None = None
 
+    @property
+    def shows(self) -> str:
+        """What the rows are, where they do not rebuild the layer's output (`Mechanism.shows`); else empty."""
+        return self.mechanism.shows(self.spec)
+
     def weights(self, start: int | Array = 0, rows: int | None = None) -> RowWeights:
         """Dense rows [start, start + rows) of the attention matrix (all of them by default)."""
+        found = self._rows(start, rows)
+        if self.long is None:
+            return found
+        slots = jnp.broadcast_to(jnp.arange(found.slots), (self.queries.shape[0], found.slots))
+        columns = jnp.concatenate([slots, found.slots + self.long.places], axis=1)
+        keep = jax.vmap(lambda x, at: x[..., at])
+        return RowWeights(keep(found.values, columns), keep(found.scores, columns), found.slots)
+
+    def _rows(self, start: int | Array, rows: int | None) -> RowWeights:
+        """`weights` on all columns, inserted landmarks among them."""
         rows = self.queries.shape[1] if rows is None else rows
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1)
         all_keys = self if self.long is None else self.long
@@ -65,13 +86,30 @@ class AttentionView:
         extra = self.extra | ({"v": all_keys.values} if self.mechanism.weights_of_values else {})
         extra |= {"queries": all_keys.queries} if self.mechanism.weights_of_queries else {}
         call = {"spec": self.spec, "params": self.params, "bias": self.bias}
-        found = self.mechanism.weights(cut(self.queries), all_keys.keys, vis, **call, **extra)
-        if self.long is None:
-            return found
-        slots = jnp.broadcast_to(jnp.arange(found.slots), (self.queries.shape[0], found.slots))
-        columns = jnp.concatenate([slots, found.slots + self.long.places], axis=1)
-        keep = jax.vmap(lambda x, at: x[..., at])
-        return RowWeights(keep(found.values, columns), keep(found.scores, columns), found.slots)
+        return self.mechanism.weights(cut(self.queries), all_keys.keys, vis, **call, **extra)
+
+    def rebuild(self, start: int | Array = 0, rows: int | None = None) -> Float[Array, "B T H V"]:
+        """`heads_out` once more, from the rows of `weights`: proof that these are what the model computed.
+
+        Raises:
+          NotImplementedError: the mechanism's rows are not all of its output; the text says what they are.
+        """
+        rows = self.queries.shape[1] if rows is None else rows
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1)
+        values = self.values if self.long is None else self.long.values
+        call = {"spec": self.spec, "params": self.params}
+        live = cut(self.vis.q_segments) != PADDING
+        o = self.mechanism.rebuild(self._rows(start, rows), values, live, **call).astype(values.dtype)
+        around = self.mechanism.surround
+        if around is None or around.finish is None:
+            return o
+        assert self.inputs is not None
+        return around.finish(o, cut(self.inputs), spec=self.spec, params=self.surround)
+
+    def projected(self, heads: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
+        """Heads behind W_O: of `heads_out` the layer's output, `attn_out` of `ForwardView.components`."""
+        y = jnp.einsum("bthv,hve->bte", heads, self.output_kernel.astype(heads.dtype))
+        return y if self.output_bias is None else y + self.output_bias.astype(y.dtype)
 
     def value_norms(self) -> Float[Array, "B H T"]:
         """||W_O^h v_j||: values seen through their head's slice of the output projection."""
@@ -100,17 +138,23 @@ def look(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    prefix_len: Int[Array, "B"] | None = None,
 ) -> ForwardView:
-    """Run the model with every capture point on. `params` as trained (scanned or not)."""
+    """Run the model with every capture point on. `params` as trained (scanned or not); the rest as `Decoder` has it.
+
+    Raises:
+      ConfigError: an input that does not fit; parameters of another model.
+    """
     if cfg.scan_layers:
         params = unstack_layers(params, cfg)
     cfg = dataclasses.replace(cfg, scan_layers=False, remat=False)
-    logits, sown = Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, mutable="capture")
+    logits, sown = Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, prefix_len, mutable="capture")
     captured = sown["capture"]
     batch, length = tokens.shape
     front = cfg.prefix_tokens
     pos = (default_positions(batch, length) if positions is None else positions) + front
     seg = jnp.ones_like(pos) if segment_ids is None else segment_ids
+    prefix = behind(front, prefix_len)
     if front:
         pos = jnp.concatenate([default_positions(batch, front), pos], axis=1)
         seg = jnp.concatenate([jnp.full((batch, front), GLOBAL, seg.dtype), seg], axis=1)
@@ -120,6 +164,9 @@ def look(
     short = plan.shorten if plan else lambda x: x
     if plan:
         pos, seg = plan.positions, plan.segments
+    sees = lambda pos, seg, window: self_visibility(
+        *pos.shape, positions=pos, segment_ids=seg, window=window, prefix_len=prefix
+    )
 
     views, components = [], []
     for layer in range(cfg.num_layers):
@@ -132,11 +179,10 @@ def look(
         own: Any = params[f"layer_{layer}"]["attn"]
         seen: Any = here["attn"]
         q, k, v = (seen[name][0] for name in ("queries", "keys", "values"))
-        vis = self_visibility(batch, pos.shape[1], positions=pos, segment_ids=seg, window=choice.window)
+        vis = sees(pos, seg, choice.window)
         long = LongStream(plan.places, q, k, v, vis) if plan else None
         if plan:
-            at = {"positions": short(pos), "segment_ids": short(seg), "window": choice.window}
-            q, k, v, vis = short(q), short(k), short(v), self_visibility(batch, length, **at)
+            q, k, v, vis = short(q), short(k), short(v), sees(short(pos), short(seg), choice.window)
         views.append(
             AttentionView(
                 layer=layer,
@@ -149,7 +195,10 @@ def look(
                 values=v,
                 heads_out=short(seen["head_out"][0]),
                 output_kernel=own["o"]["kernel"].reshape(cfg.num_heads, cfg.v_dim, cfg.d_model),
+                output_bias=own["o"].get("bias"),
                 vis=vis,
+                inputs=short(seen["input"][0]) if "input" in seen else None,
+                surround=own.get("surround", {}),
                 extra=extra_arguments(cfg, choice.mechanism, (layer, cfg.num_layers))
                 | ({"rates": seen["rates"][0]} if "rates" in seen else {}),
                 long=long,

@@ -1,11 +1,31 @@
 """Attention mechanisms: one paper, one file; see `_protocol` for what each offers.
 
-names()      every registered name
-get(name)    the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
+names()              every registered name
+get(name)            the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
+register(mechanism)  one of your own, kept outside the library
+score_family(...)    builds a `Mechanism` from its row equation: score -> activation -> normaliser -> values
+recurrent_family(...) builds one of causal linear attention from its feature map and decay
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, Surround
-from jaxattn.mechanisms._registry import MixerChoice, get, names, parse_mixers, resolve_mixer
+from jaxattn.mechanisms._registry import (
+    MixerChoice,
+    get,
+    names,
+    parse_mixers,
+    register,
+    resolve_mixer,
+    unregister,
+)
+
+if TYPE_CHECKING:
+    from jaxattn.mechanisms._recurrent import recurrent_family
+    from jaxattn.mechanisms._template import score_family
 
 __all__ = [
     "Capabilities",
@@ -16,5 +36,17 @@ __all__ = [
     "get",
     "names",
     "parse_mixers",
+    "recurrent_family",
+    "register",
     "resolve_mixer",
+    "score_family",
+    "unregister",
 ]
+
+_FAMILIES = {"score_family": "_template", "recurrent_family": "_recurrent"}  # they bring the kernels with them
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FAMILIES:
+        return getattr(importlib.import_module(f"jaxattn.mechanisms.{_FAMILIES[name]}"), name)
+    raise AttributeError(f"module 'jaxattn.mechanisms' has no attribute {name!r}")

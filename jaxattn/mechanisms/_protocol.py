@@ -22,17 +22,29 @@ Further keyword arguments, only for mechanisms that ask for them:
 - `weights_of_queries`: ``queries`` of all tokens in weights, where a row depends on other rows' queries.
 A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
 it (`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
+
+Weights are checked by rebuilding the forward pass from them (`Mechanism.rebuild`):
+
+    o_i = Σ_j A_ij columns(v)_j + offset          columns: the constant slots' values, then the values
+
+A mechanism whose output is more than that says in `shows` what its rows are instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Float
 
-from jaxattn.errors import ConfigError
+from jaxattn import checks
+from jaxattn.errors import ConfigError, near, shown
+from jaxattn.types import Leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +69,18 @@ class Capabilities:
     depth: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class RowWeights:
     """Dense attention rows for analysis.
 
-    values: [B, H, T, P + S], what multiplies the values; rows need not sum to one nor be positive.
+    values: [B, H, T, P + S], what multiplies `Mechanism.columns`; rows need not sum to one nor be positive.
     scores: [B, H, T, P + S], the scaled scores before masking and activation.
     slots: P, constant keys (K/V bias) in front of the S real ones.
     """
 
-    values: Float[Array, "B H T PS"]
-    scores: Float[Array, "B H T PS"]
-    slots: int = 0
+    values: Leaf
+    scores: Leaf
+    slots: int = struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +91,16 @@ class Surround:
     rates (x, *, spec, params)    -> pytree of [B,T,H], passed to the mechanism as `rates`
     finish(o, x, *, spec, params) -> o [B,T,H,V], just before W_O (norms, gates)
     conv(spec) -> width of a causal depthwise convolution, followed by SiLU, on the projected q, k and v
+    adds: the same in words, for callers of the bare mechanism, who go without
+    variants: further settings that differ around the mechanism alone; conformance runs them inside the layer
     """
 
     init_params: Callable[..., dict[str, Any]]
     rates: Callable[..., Any] | None = None
     finish: Callable[..., Array] | None = None
     conv: Callable[[Any], int] = lambda spec: 0
+    adds: str = "what the paper's layer computes from its own input"
+    variants: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +114,10 @@ class Mechanism:
     rotary: "applied" (the layer rotates q and k), "none" (the mechanism has no use for RoPE) or "raw".
     advice(spec, context): what a comparison with this setting hangs on and what to try instead, "" where it hangs on
       nothing; context: the training context in tokens, None where nobody knows it.
+    columns(v, *, spec, params): [B, P+S, K, V], what the columns of `weights` multiply.
+    offset(spec, params): [H or 1, V], added to every row that is not padding; None adds nothing.
+    shows(spec): what the rows are, where weights and columns do not give the output; "" where they do.
+    slots: what the constant slots in front are, "learned" or "constant"; "" without any.
     """
 
     name: str
@@ -123,6 +143,36 @@ class Mechanism:
     weights_of_values: bool = False
     weights_of_queries: bool = False
     advice: Callable[[Any, int | None], str] = lambda spec, context: ""
+    columns: Callable[..., Array] = lambda v, *, spec, params: v
+    offset: Callable[[Any, dict[str, Any]], Array] | None = None
+    shows: Callable[[Any], str] = lambda spec: ""
+    slots: Literal["", "learned", "constant"] = ""
+
+    def rebuild(
+        self, rows: RowWeights, v: Array, live: Array, *, spec: Any, params: dict[str, Any] | None
+    ) -> Float[Array, "B T H V"]:
+        """The output that these rows stand for, in f32 or wider.
+
+        Args:
+          v: values [B,S,K,V] as the forward pass gets them, behind `gains`.
+          live: [B,T], which of the rows are no padding.
+
+        Raises:
+          NotImplementedError: the output is more than weights times values; the text says what the rows are.
+        """
+        if self.shows(spec):
+            raise NotImplementedError(f"the weights of {self.name} do not rebuild its output: {self.shows(spec)}.")
+        columns = self.columns(v, spec=spec, params=params or {})
+        if columns.shape[1] != rows.values.shape[-1]:
+            raise ConfigError(
+                f"the weights of {self.name} have {rows.values.shape[-1]} columns ({rows.slots} slots) but its "
+                f"`columns` are {columns.shape[1]}: make them the same keys."
+            )
+        columns = jnp.repeat(columns, rows.values.shape[1] // columns.shape[2], axis=2).astype(rows.values.dtype)
+        o = jnp.einsum("bhts,bshv->bthv", rows.values, columns)
+        if self.offset is None:
+            return o
+        return o + jnp.where(live[:, :, None, None], self.offset(spec, params or {}), 0.0)
 
     def apply_gains(
         self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict
@@ -147,16 +197,47 @@ class Mechanism:
         for field, value in fields.items():
             if field not in known:
                 have = ", ".join(known) or "none"
-                raise ConfigError(f"{self.name} has no option {field!r}; its options are: {have}.")
-            default = known[field].default
-            if isinstance(default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"{self.name}.{field} is {value!r} but must be True or False.")
-            if type(default) is str and not isinstance(value, str):
-                raise ConfigError(f"{self.name}.{field} is {value!r} but must be text.")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if type(default) in (int, float) and not number:
-                raise ConfigError(f"{self.name}.{field} is {value!r} but must be a number.")
+                raise ConfigError(
+                    f"{self.name} has no option {shown(field)}; {near(field, known)}its options are: {have}."
+                )
+            fields[field] = _typed(f"{self.name}.{field}", value, known[field].default)
         return self.spec(**fields)
+
+
+MOST = 2**31 - 1  # the largest whole number an option may have: JAX counts in int32
+
+
+def whole(value: Any) -> bool:
+    """Whether a value is a whole number, not True or False."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _typed(label: str, value: Any, default: Any) -> Any:
+    """An option's value in the type of its default; whole floats pass as whole numbers.
+
+    Raises:
+      ConfigError: it has another type, is not finite or beyond int32.
+    """
+    wrong = lambda kind: ConfigError(f"{label} is {shown(value)} but must be {kind}.")
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise wrong("True or False")
+    elif isinstance(default, str):
+        if not isinstance(value, str):
+            raise wrong("text")
+    elif isinstance(default, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong("a number")
+        if not abs(value) <= sys.float_info.max:  # nan, infinity, and whole numbers that no float holds
+            raise wrong("a finite number")
+        if isinstance(default, int):
+            if value != int(value):
+                raise wrong("a whole number")
+            if abs(value) > MOST:
+                raise wrong(f"at most {MOST} in size")
+        return type(default)(value)
+    return value
 
 
 def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool) -> None:
@@ -169,17 +250,7 @@ def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool)
       ConfigError: shapes that do not fit together, naming the axis and both sizes.
       NotImplementedError: a capability that is off.
     """
-    for label, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ConfigError(f"{label} has shape {x.shape} but must be [batch, length, heads, dim].")
-    if q.shape[-1] != k.shape[-1]:
-        raise ConfigError(f"the key dim of q is {q.shape[-1]} but that of k is {k.shape[-1]}; they must agree.")
-    if k.shape[:3] != v.shape[:3]:
-        raise ConfigError(f"k is {k.shape[:3]} and v is {v.shape[:3]} in [batch, length, heads]; make them equal.")
-    if q.shape[0] != k.shape[0]:
-        raise ConfigError(f"q has batch {q.shape[0]} but k has {k.shape[0]}; make them equal.")
-    if q.shape[2] % k.shape[2]:
-        raise ConfigError(f"num_heads {q.shape[2]} is not a multiple of num_kv_heads {k.shape[2]}.")
+    checks.heads(q, k, v, sure=True)
     used = {**used, "gqa": q.shape[2] != k.shape[2], "value_dim": v.shape[-1] != k.shape[-1]}
     for capability, needed in used.items():
         if needed and not getattr(mechanism.capabilities, capability):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
-from jaxattn.masks import PADDING, Visibility, visible
+from jaxattn.masks import PADDING, Visibility, live_rows, visible
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
 from jaxattn.rope import PositionBias
 from jaxattn.types import Leaf
@@ -141,9 +141,8 @@ def recurrent_family(
         depth: Depth = (0, 1),
     ) -> Array:
         refuse(causal_cross=q.shape[1] != k.shape[1])
-        a = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias, depth=depth).values
-        v_all = jnp.repeat(value_map(_exact(v), spec), q.shape[2] // v.shape[2], axis=2).astype(a.dtype)
-        return jnp.einsum("bhts,bshv->bthv", a, v_all).astype(v.dtype)
+        rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias, depth=depth)
+        return mechanism.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
 
     def scan(q, k, v, positions, segments, state: RecurrentState, spec, params, scale, depth, backend):
         """Outputs [B,T,H,V] and the state after the last token."""
@@ -246,7 +245,7 @@ def recurrent_family(
         inside = min(CHUNK, queries) * (key_dim + columns)
         return 2.0 * batch * heads * queries * (inside + 2 * key_dim * columns)
 
-    return Mechanism(
+    mechanism = Mechanism(
         name=name,
         title=title,
         arxiv=arxiv,
@@ -270,7 +269,9 @@ def recurrent_family(
             depth=depth,
         ),
         variants=variants,
+        columns=lambda v, *, spec, params: value_map(_exact(v), spec),
     )
+    return mechanism
 
 
 def elementwise(feature_map: FeatureMap) -> Features:

@@ -21,7 +21,7 @@ from pallas_kernels.flash.reference import dense_scores
 
 RowEquation = Callable[[Array, Array, Any], Array]  # (scores, visible, spec) -> A, all [B, H, T, P+S]
 FeatureMap = Callable[[Array, Array, Any, dict], tuple[Array, Array]]  # (q, k, spec, params) -> (q, k)
-Slots = Callable[[Any, dict, int, int], tuple[Array, Array]]  # (spec, params, D, V) -> [P,K,D], [P,K,V]
+Slots = Callable[[Any, dict, int], Array]  # (spec, params, D or V) -> [P, K or 1, D or V]
 OutputTerm = Callable[[Any, dict], Array]  # (spec, params) -> [H, V], added to every live row
 
 
@@ -35,28 +35,37 @@ def score_family(
     row_weights: RowEquation,
     score: Callable[[Any], Score],
     feature_map: FeatureMap | None = None,
-    slots: Slots | None = None,
+    slots: tuple[Slots, Slots] | None = None,
     output_term: OutputTerm | None = None,
     init_params: Callable[..., dict] | None = None,
     variants: tuple[Any, ...] = (),
     prefix_tokens: Callable[[Any], int] = lambda spec: 0,
     gains: Callable[..., tuple[Array | None, Array | None]] | None = None,
 ) -> Mechanism:
-    """Build the protocol's functions for one member of the family (see the module docstring)."""
+    """Build the protocol's functions for one member of the family (see the module docstring).
+
+    Args:
+      slots: keys and values of the constant slots.
+    """
 
     def featured(q: Array, k: Array, spec: Any, params: dict) -> tuple[Array, Array]:
         return feature_map(q, k, spec, params) if feature_map else (q, k)
 
-    def with_slots(k: Array, v: Any, vis: Visibility, spec: Any, params: dict) -> tuple[Array, Any, Visibility, int]:
-        """Put the constant keys in front; returns k, v, vis and the number of slots."""
-        if slots is None:
-            return k, v, vis, 0
-        k_slot, v_slot = slots(spec, params, k.shape[-1], k.shape[-1] if v is None else v.shape[-1])
-        front = lambda slot, x: jnp.concatenate(
-            [jnp.broadcast_to(slot.astype(x.dtype), (x.shape[0], slot.shape[0], *x.shape[2:])), x], axis=1
+    def front(slot: Array, x: Array) -> Array:
+        """A slot [P, K or 1, dim] in front of x [B, S, K, dim]."""
+        return jnp.concatenate(
+            [jnp.broadcast_to(slot.astype(x.dtype), (x.shape[0], slot.shape[0], *x.shape[2:])), x], 1
         )
-        count = k_slot.shape[0]
-        return front(k_slot, k), None if v is None else front(v_slot, v), vis.prepend_global(count), count
+
+    def with_key_slots(k: Array, vis: Visibility, spec: Any, params: dict) -> tuple[Array, Visibility, int]:
+        """Put the constant keys in front; returns k, vis and the number of slots."""
+        if slots is None:
+            return k, vis, 0
+        slot = slots[0](spec, params, k.shape[-1])
+        return front(slot, k), vis.prepend_global(slot.shape[0]), slot.shape[0]
+
+    def columns(v: Array, *, spec: Any, params: dict) -> Array:
+        return v if slots is None else front(slots[1](spec, params, v.shape[-1]), v)
 
     def finish(o: Array, vis: Visibility, spec: Any, params: dict) -> Array:
         if output_term is None:
@@ -77,7 +86,7 @@ def score_family(
         params = params or {}
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = featured(q, k, spec, params)
-        k, _, vis, count = with_slots(k, None, vis, spec, params)
+        k, vis, count = with_key_slots(k, vis, spec, params)
         s = dense_scores(q, k, vis, scale=scale, bias=bias)
         return RowWeights(row_weights(s, visible(vis)[:, None], spec), s, count)
 
@@ -92,12 +101,8 @@ def score_family(
         scale: float | None = None,
         bias: PositionBias | None = None,
     ) -> Array:
-        params = params or {}
-        a = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias)
-        _, v_all, _, _ = with_slots(k, v, vis, spec, params)
-        v_all = jnp.repeat(v_all, q.shape[2] // v.shape[2], axis=2).astype(jnp.float32)
-        o = jnp.einsum("bhts,bshv->bthv", a.values, v_all)
-        return finish(o, vis, spec, params).astype(v.dtype)
+        rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias)
+        return mechanism.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
 
     def forward(
         q: Array,
@@ -117,7 +122,8 @@ def score_family(
         return attend_featured(q, k, v, vis, spec, params, scale, bias, backend)
 
     def attend_featured(q, k, v, vis, spec, params, scale, bias, backend) -> Array:
-        k, v, wide, _ = with_slots(k, v, vis, spec, params)
+        k, wide, _ = with_key_slots(k, vis, spec, params)
+        v = columns(v, spec=spec, params=params)
         o = flash(q, k, v, wide, score(spec), scale=scale, bias=bias, backend=backend)
         return finish(o, vis, spec, params)
 
@@ -160,7 +166,7 @@ def score_family(
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
         return 2.0 * batch * heads * queries * keys * (key_dim + value_dim)
 
-    return Mechanism(
+    mechanism = Mechanism(
         name=name,
         title=title,
         arxiv=arxiv,
@@ -178,7 +184,11 @@ def score_family(
         gains=gains,
         # Factors of values need their positions, which only self-attention shares with the queries.
         capabilities=Capabilities(causal_cross=gains is None, noncausal_cross=gains is None),
+        columns=columns,
+        offset=output_term,
+        slots="learned" if slots else "",
     )
+    return mechanism
 
 
 def divide_rows(w: Array, z: Array) -> Array:

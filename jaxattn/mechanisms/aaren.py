@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
-from jaxattn.masks import PADDING, Visibility, visible
+from jaxattn.masks import PADDING, Visibility, live_rows, visible
 from jaxattn.mechanisms import softmax
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, check_call
 from jaxattn.rope import PositionBias
@@ -114,9 +114,8 @@ def reference(
     bias: PositionBias | None = None,
 ) -> Array:
     _check(q, k, v, vis, bias)
-    a = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias).values
-    v_all = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2).astype(a.dtype)
-    return jnp.einsum("bhts,bshv->bthv", a, v_all).astype(v.dtype)
+    rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias)
+    return MECHANISM.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
 
 
 def forward(

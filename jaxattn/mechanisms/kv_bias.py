@@ -64,11 +64,13 @@ def k_bias_params(key: Array, spec: KBiasSpec, *, heads: int, kv_heads: int, key
     return {"k": STD * jax.random.normal(key, (1 if spec.shared else kv_heads, dims))}
 
 
-def k_bias_slots(spec: KBiasSpec, params: dict, key_dim: int, value_dim: int) -> tuple[Array, Array]:
+def k_bias_key(spec: KBiasSpec, params: dict, key_dim: int) -> Array:
     k = params["k"]
-    k = jnp.pad(k, ((0, 0), (0, key_dim - k.shape[-1])))
-    v = jnp.zeros((k.shape[0], value_dim)).at[:, 0].set(spec.value_scale)
-    return k[None], v[None]
+    return jnp.pad(k, ((0, 0), (0, key_dim - k.shape[-1])))[None]
+
+
+def k_bias_value(spec: KBiasSpec, params: dict, value_dim: int) -> Array:
+    return jnp.zeros((1, 1, value_dim)).at[..., 0].set(spec.value_scale)
 
 
 def kv_bias_params(key: Array, spec: KVBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict:
@@ -78,10 +80,6 @@ def kv_bias_params(key: Array, spec: KVBiasSpec, *, heads: int, kv_heads: int, k
         "k": STD * jax.random.normal(k_key, (rows, key_dim)),
         "v": STD * jax.random.normal(v_key, (rows, value_dim)),
     }
-
-
-def kv_bias_slots(spec: KVBiasSpec, params: dict, key_dim: int, value_dim: int) -> tuple[Array, Array]:
-    return params["k"][None], params["v"][None]
 
 
 def v_bias_params(key: Array, spec: VBiasSpec, *, heads: int, kv_heads: int, key_dim: int, value_dim: int) -> dict:
@@ -113,7 +111,7 @@ K_BIAS = _biased(
     KBiasSpec,
     (KBiasSpec(shared=True), KBiasSpec(key_dims=1), KBiasSpec(value_scale=5.0)),
     init_params=k_bias_params,
-    slots=k_bias_slots,
+    slots=(k_bias_key, k_bias_value),
 )
 KV_BIAS = _biased(
     "kv_bias",
@@ -122,7 +120,7 @@ KV_BIAS = _biased(
     KVBiasSpec,
     (KVBiasSpec(shared=True),),
     init_params=kv_bias_params,
-    slots=kv_bias_slots,
+    slots=(lambda spec, params, dim: params["k"][None], lambda spec, params, dim: params["v"][None]),
 )
 V_BIAS = _biased(
     "v_bias",

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
-from jaxattn.masks import Visibility
+from jaxattn.masks import PADDING, Visibility
 from jaxattn.mechanisms import _landmark_cache as cache
 from jaxattn.mechanisms._landmark_retrieval import SELECT, longest_chunk, retrieval_step
 from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, check_call
-from jaxattn.rope import PositionBias, Rope
+from jaxattn.rope import PositionBias, Rope, rotate
 from pallas_kernels.grouped_softmax import grouped_softmax
 from pallas_kernels.grouped_softmax.reference import dense_rows, dense_scores
 
@@ -116,7 +116,14 @@ def _gated(k: Array, positions: Array, spec: Spec) -> Array:
 def _placed(q: Array, k: Array, vis: Visibility, spec: Spec, rope: Rope | None) -> tuple[Array, Array]:
     """Queries and keys as they meet: rotated at their positions."""
     k = _gated(k, vis.k_positions, spec)
-    return (q, k) if rope is None else (rope(q, vis.q_positions), rope(k, vis.k_positions))
+    if rope is None:
+        return q, k
+    # One table for both: where angles depend on the longest position (dynamic scaling), some rows do not know it.
+    join = lambda a, b: jnp.concatenate([a, b], axis=1)
+    live = join(vis.q_segments, vis.k_segments) != PADDING
+    tables = rope.tables(join(vis.q_positions, vis.k_positions), q.shape[-1], live)
+    cos, sin = (jnp.split(table, [q.shape[1]], axis=1) for table in tables)
+    return rotate(q, (cos[0], sin[0])), rotate(k, (cos[1], sin[1]))
 
 
 def weights(

@@ -11,10 +11,13 @@ weights returned for analysis therefore have that slot as their first column.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxattn.masks import Visibility, live_rows, visible
+from jaxattn.mechanisms import softmax
 from jaxattn.mechanisms._protocol import RowWeights
 from jaxattn.mechanisms._template import score_family
 from pallas_kernels import Score
@@ -43,13 +46,17 @@ _BASE = score_family(
 )
 
 
-def weights(q, k, vis, **options) -> RowWeights:
-    """Rows with the hidden slot in column 0; padding rows give it nothing."""
+def weights(q: Array, k: Array, vis: Visibility, **options: Any) -> RowWeights:
+    """Rows with the hidden slot in column 0: a softmax over the scores and its logit 0; padding gives it nothing."""
     base = _BASE.weights(q, k, vis, **options)
-    a = base.values
-    rest = jnp.where(vis.q_segments[:, None, :, None] != 0, 1.0 - jnp.sum(a, axis=-1, keepdims=True), 0.0)
-    front = lambda column, x: jnp.concatenate([column, x], axis=-1)
-    return RowWeights(front(rest, a), front(jnp.zeros_like(rest), base.scores), slots=1)
+    scores = jnp.pad(base.scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
+    see = jnp.concatenate([live_rows(vis)[:, :, None], visible(vis)], axis=-1)
+    return RowWeights(softmax.row_weights(scores, see[:, None], softmax.Spec()), scores, slots=1)
 
 
-MECHANISM = dataclasses.replace(_BASE, weights=weights)
+def columns(v: Array, *, spec: Spec, params: dict) -> Array:
+    """The slot's value is zero."""
+    return jnp.pad(v, ((0, 0), (1, 0), (0, 0), (0, 0)))
+
+
+MECHANISM = dataclasses.replace(_BASE, weights=weights, columns=columns, slots="constant")

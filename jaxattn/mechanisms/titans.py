@@ -64,7 +64,15 @@ from jaxattn.mechanisms._titans_parts import EPS
 from jaxattn.norms import rms_norm
 from jaxattn.rope import PositionBias, Rope
 
-FORMS = ("lmm", "mac", "mag", "mal", "mac_as_written")
+SHOWS = {  # what `weights` are, none of which gives the output when multiplied by values alone
+    "lmm": "row i says how much of what token j taught the memory is in output i, which also has the initial memory's "
+    "answer and takes off what the memory had answered before",
+    "mac": "they are the softmax rows inside a segment, a retrieval's weight added to its token's",
+    "mag": "they are the softmax rows of the windowed attention, whose output the memory gates",
+    "mal": "they are the softmax rows of the windowed attention over what the memory made of the tokens",
+    "mac_as_written": "this form has no causal rows",
+}
+FORMS = tuple(SHOWS)
 GATES = ("silu", "linear")
 RANGES = {
     "depth": (1, 4),
@@ -356,8 +364,20 @@ MECHANISM = Mechanism(
         Spec(form="mag", depth=3, width=1, chunk=5, attention_window=12, decay=False, read_after_write=False),
     ),
     rotary="raw",
-    surround=Surround(init_params=surround_params, rates=rates, finish=finish, conv=lambda spec: int(spec.conv)),
+    surround=Surround(
+        init_params=surround_params,
+        rates=rates,
+        finish=finish,
+        conv=lambda spec: int(spec.conv),
+        adds="the short convolution, the rates of every token and the gate",
+        variants=(
+            Spec(depth=1, gate="linear", conv=0, decay=False),
+            Spec(form="mal", depth=1, gate="linear", conv=2, momentum=False),
+        ),
+    ),
     weights_of_values=True,
     weights_of_queries=True,
     advice=advice,
+    shows=lambda spec: SHOWS[spec.form],
+    slots="learned",
 )

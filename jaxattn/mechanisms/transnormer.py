@@ -24,6 +24,7 @@ Deviations by choice:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -183,5 +184,15 @@ MECHANISM = dataclasses.replace(
         ),
     ),
     rotary="none",
-    surround=Surround(init_params=surround_params, finish=finish),
+    surround=Surround(
+        init_params=surround_params,
+        finish=finish,
+        adds="the norm over all heads and the gate",
+        # Every gate with every norm that the variants above do not have.
+        variants=tuple(
+            Spec(gate=gate, norm=norm)
+            for gate, norm in itertools.product(CHOICES["gate"], CHOICES["norm"])
+            if (gate, norm) not in (("linear", "srmsnorm"), ("sigmoid", "rmsnorm"), ("low_rank", "layernorm"))
+        ),
+    ),
 )

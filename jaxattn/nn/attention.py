@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxattn import checks
 from jaxattn.conv import empty_tail
-from jaxattn.masks import self_visibility
+from jaxattn.masks import PADDING, self_visibility
 from jaxattn.mechanisms import Mechanism
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.conv import DepthwiseConv, short_conv_state
@@ -37,7 +38,8 @@ class Attention(nn.Module):
     """One layer's token mixer. With a `state` it appends to it and attends to everything in it.
 
     Sows into the collection ``capture`` (only when it is mutable): `queries`, `keys`, `values` as the
-    mechanism sees them and `head_out` [B,T,H,V], the heads before W_O.
+    mechanism sees them, `head_out` [B,T,H,V], the heads before W_O, and where the mechanism's layer computes from its
+    own input, that `input` [B,T,E] and the `rates`.
     """
 
     cfg: ModelConfig
@@ -65,7 +67,7 @@ class Attention(nn.Module):
         if rope is not None and mechanism.rotary == "applied":
             tables = stream.rotary
             if dims["key_dim"] != cfg.head_dim:
-                tables = rope.tables(stream.positions, dims["key_dim"])
+                tables = rope.tables(stream.positions, dims["key_dim"], stream.segments != PADDING)
             q, k = rotate(q, tables), rotate(k, tables)
         table = None
         if cfg.position == "relative":
@@ -78,6 +80,7 @@ class Attention(nn.Module):
         around, surround = mechanism.surround, {}
         if around is not None:
             surround = self._owned("surround", lambda key: around.init_params(key, spec, d_model=cfg.d_model, **dims))
+            self.sow("capture", "input", x)
             if around.rates is not None:
                 extra["rates"] = around.rates(x, spec=spec, params=surround)
                 self.sow("capture", "rates", extra["rates"])
@@ -131,8 +134,11 @@ class Attention(nn.Module):
 
     def _owned(self, name: str, create: Callable[[Array], dict[str, Any]]) -> dict[str, Any]:
         """The parameter group `name`, left out of the tree where it is empty."""
-        owns = bool(jax.tree.leaves(jax.eval_shape(create, jax.random.key(0))))
-        return self.param(name, create) if owns else {}
+        wanted = jax.eval_shape(create, jax.random.key(0))
+        if self.has_variable("params", name):
+            owner = f"{self.cfg.mixer_text(self.layer)} (layer {self.layer})"
+            checks.parameters(owner, self.get_variable("params", name), wanted, "use the model they were made for")
+        return self.param(name, create) if wanted else {}
 
     def _depth(self, stream: Stream) -> tuple[Any, int]:
         above = 0 if stream.repetition is None else stream.repetition * self.cfg.period

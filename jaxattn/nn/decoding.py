@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from jaxattn import checks
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.conv import is_depthwise
 from jaxattn.nn.layers import ROWS
@@ -26,10 +27,13 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[st
     runs and `model.backend` is "auto", kernels lie turned to [out, in] in the collection `ROWS` and are gone from
     "params", but for a tied embedding, which is looked up too. What this function returned passes unchanged.
     """
-    if "params" in params:
+    if isinstance(params, Mapping) and "params" in params:
         return dict(params)
+    checks.variables({"params": params})
     dtype = jnp.dtype(model.dtype)
     given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
+    for path, x in given.items():
+        checks.leaf("/".join(map(str, path)), x)
     flat = {path: x.astype(dtype) if path[-1] in CAST else x for path, x in given.items()}
     if why_plain(model):
         return {"params": traverse_util.unflatten_dict(flat)}
@@ -37,7 +41,7 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[st
     turn = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
     rows = {path: turn(flat[path]) for path in products if usable(flat[path])}
     kept = {path: x for path, x in flat.items() if path not in rows}
-    if model.tie_embeddings and usable(flat[("embed",)]):
+    if model.tie_embeddings and ("embed",) in flat and usable(flat[("embed",)]):
         rows[("unembed",)] = flat[("embed",)]
     return {"params": traverse_util.unflatten_dict(kept), ROWS: traverse_util.unflatten_dict(rows)}
 

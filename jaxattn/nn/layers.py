@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxattn import checks
 from jaxattn.models.config import GATED, ModelConfig
 from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
@@ -48,7 +49,9 @@ class Linear(nn.Module):
         cfg, width = self.cfg, x.shape[-1]
         flat = x.reshape(-1, width).astype(cfg.dtype)
         if self.has_variable(ROWS, "kernel"):
-            y = gemv(flat, self.get_variable(ROWS, "kernel")).astype(cfg.dtype)
+            kernel = self.get_variable(ROWS, "kernel")
+            checks.shape("/".join((*self.path, "kernel")), kernel, (self.features, width))
+            y = gemv(flat, kernel).astype(cfg.dtype)
         else:
             init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
             y = linear(flat, self.param("kernel", init, (width, self.features), jnp.float32).astype(cfg.dtype))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import errors
 from jaxtyping import Array, Float, Int
 
+from jaxattn import checks
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, default_positions
 from jaxattn.models.config import ModelConfig
@@ -20,6 +24,15 @@ from jaxattn.nn.layers import ROWS, Norm, embedding_init, kernel_init
 from jaxattn.nn.stream import Edit, Stream
 from jaxattn.rope import sinusoid
 from pallas_kernels.linear.gemv import gemv
+
+# What Flax raises for parameters that do not belong to a module.
+FOREIGN = (
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+    errors.ScopeCollectionNotFound,
+    errors.ApplyScopeInvalidVariablesTypeError,
+    errors.ApplyScopeInvalidVariablesStructureError,
+)
 
 
 class _Period(nn.Module):
@@ -82,9 +95,25 @@ class Decoder(nn.Module):
         if cfg.norm_position != "post":
             self.final_norm = Norm(cfg)
         self.turned = self.get_variable(ROWS, "unembed") if self.has_variable(ROWS, "unembed") else None
+        if self.turned is not None:
+            checks.shape("unembed", self.turned, (cfg.vocab_size, cfg.d_model))
         if not cfg.tie_embeddings and self.turned is None:
             shape, init = (cfg.d_model, cfg.vocab_size), kernel_init(cfg, cfg.d_model)
             self.unembed_kernel = self.param("unembed", init, shape, jnp.float32)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Flax's `apply`.
+
+        Raises:
+          ConfigError: variables of another model, or of none; an input that does not fit.
+        """
+        checks.variables(variables)
+        try:
+            return super().apply(variables, *args, **kwargs)
+        except FOREIGN as error:
+            reason = str(error).split(" (https://")[0].rstrip(".")
+            raise ConfigError(f"the params are not those of this model: {reason}.") from error
 
     def __call__(
         self,
@@ -109,14 +138,13 @@ class Decoder(nn.Module):
         edits: tuple[Edit, ...] = (),
     ) -> Float[Array, "B T E"]:
         """The residual stream after the final norm; `unembedding` turns it into logits."""
-        batch, length = tokens.shape
         if self.landmark_every and any(edit.value is not None for edit in edits):
             raise ConfigError("edits with a value do not fit a model that inserts landmarks: leave edit.value None.")
-        stream = self._stream(batch, length, positions, segment_ids, prefix_len)
+        stream = self._stream(tokens, positions, segment_ids, prefix_len)
         x, stream, plan = self._embed(tokens, stream)
         front = self.cfg.prefix_tokens
         if front:
-            sink_stream = self._sink_stream(batch)
+            sink_stream = self._sink_stream(tokens.shape[0])
             x = jnp.concatenate([self._embed_sinks(sink_stream), x], axis=1)
             join = lambda a, b: jnp.concatenate([a, b], axis=1)
             stream = dataclasses.replace(
@@ -186,17 +214,27 @@ class Decoder(nn.Module):
         return self.logits(hidden[:, -1:])[:, 0], states
 
     def _advance(self, states: Any, tokens: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Any]:
-        batch, length = tokens.shape
-        stream = self._stream(batch, length, positions, segment_ids, None)
+        stream = self._stream(tokens, positions, segment_ids, None)
         x, stream, plan = self._embed(tokens, stream)
         x, states = self._blocks(x, stream, states, ())
         return self._finish(plan.shorten(x) if plan else x), states
 
-    def _stream(self, batch, length, positions, segment_ids, prefix_len) -> Stream:
-        front = self.cfg.prefix_tokens
-        pos = default_positions(batch, length) if positions is None else jnp.asarray(positions, jnp.int32)
-        seg = jnp.ones_like(pos) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-        return Stream(pos + front, seg, None if prefix_len is None else prefix_len + front)
+    def _stream(self, tokens: Any, positions: Any, segment_ids: Any, prefix_len: Any) -> Stream:
+        """Positions, segments and prefix of what was passed, checked."""
+        cfg = self.cfg
+        checks.tokens(tokens, cfg.vocab_size)
+        checks.ids("segment_ids", segment_ids, tokens.shape, "tokens")
+        seg = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        checks.ids("positions", positions, tokens.shape, "tokens", segments=seg)
+        checks.prefix_len(prefix_len, tokens.shape[0])
+        pos = default_positions(*tokens.shape) if positions is None else jnp.asarray(positions, jnp.int32)
+        if cfg.position == "learned":
+            last = (
+                tokens.shape[1] - 1 if positions is None else int(np.max(positions)) if checks.known(positions) else 0
+            )
+            if last >= cfg.max_positions:
+                raise ConfigError(f"position {last} is not among the {cfg.max_positions} learned ones of the model.")
+        return Stream(pos + cfg.prefix_tokens, seg, behind(cfg.prefix_tokens, prefix_len))
 
     def _sink_stream(self, batch: int) -> Stream:
         pos = default_positions(batch, self.cfg.prefix_tokens)
@@ -245,12 +283,24 @@ class Decoder(nn.Module):
         return x if self.cfg.norm_position == "post" else self.final_norm(x)
 
 
+def behind(front: int, prefix_len: Any) -> Any:
+    """`prefix_len` [B] where `front` sink tokens come first; a row without a prefix has none still."""
+    return None if prefix_len is None else jnp.where(prefix_len > 0, prefix_len + front, 0)
+
+
 def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Parameters of a `scan_layers` model for the same model unrolled."""
+    """Parameters of a `scan_layers` model for the same model unrolled.
+
+    Raises:
+      ConfigError: they are none.
+    """
+    if not isinstance(params, Mapping) or "layers" not in params:
+        raise ConfigError("the params have no 'layers': they are not those of a model with model.scan_layers=True.")
     rest = {k: v for k, v in params.items() if k != "layers"}
     for layer in range(cfg.num_layers):
-        group = params["layers"][f"layer_{layer % cfg.period}"]
-        rest[f"layer_{layer}"] = jax.tree.map(lambda x, i=layer // cfg.period: x[i], group)
+        group = params["layers"].get(f"layer_{layer % cfg.period}")
+        if group is not None:  # a layer of nothing owns nothing
+            rest[f"layer_{layer}"] = jax.tree.map(lambda x, i=layer // cfg.period: x[i], group)
     return rest
 
 
@@ -262,5 +312,6 @@ def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
             lambda *x: jnp.stack(x), *[params[f"layer_{j}"] for j in range(i, cfg.num_layers, cfg.period)]
         )
         for i in range(cfg.period)
+        if f"layer_{i}" in params
     }
     return rest

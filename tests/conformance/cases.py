@@ -1,7 +1,12 @@
-"""The matrix: every registered mechanism x its default and variant settings, and how to call it."""
+"""The matrix: every registered mechanism x its default and variant settings, and how to call it.
+
+Programs cost much and runs little, so all questions that differ in data alone are asked of one program a case, of
+the shape of `standard()`.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from typing import Any
@@ -9,9 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jaxattn.masks import Visibility, self_visibility
-from jaxattn.mechanisms import Mechanism, get, names
+from jaxattn.masks import PADDING, Visibility, self_visibility
+from jaxattn.mechanisms import Mechanism, RowWeights, get, names
+
+TRACES: collections.Counter[tuple[Case, str]] = collections.Counter()  # how often a program of a case was traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,40 +49,96 @@ class Case:
             )
             return jax.tree.map(away, params)
 
+    def params_for(self, q, k, v) -> dict[str, Any]:
+        return self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3])
+
     def forward(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
         """The forward, compiled: op by op these tests would take several times as long."""
-        params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        params = self.params_for(q, k, v) if params is None else params
         return self._compiled("forward", q, k, v, vis, params, **options)
 
     def reference(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
-        params = self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]) if params is None else params
+        params = self.params_for(q, k, v) if params is None else params
         return self._compiled("reference", q, k, v, vis, params, **options)
+
+    def rebuilt(self, q, k, v, vis: Visibility | None = None, params: Any = None, **options):
+        """(reference, the output rebuilt from the rows of `weights`, these rows); rebuilt None where they show else."""
+        params = self.params_for(q, k, v) if params is None else params
+        return self._compiled("rebuilt", q, k, v, vis, params, **options)
 
     def op_by_op(self, q, k, v):
         """The forward as a caller without `jax.jit` gets it."""
-        return self._run("forward", q, k, v, None, self.params(q.shape[2], k.shape[2], k.shape[3], v.shape[3]))
+        return self._run("forward", q, k, v, None, self.params_for(q, k, v))
 
     @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="backend")
     def _compiled(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
+        TRACES[self, which] += 1
         return self._run(which, q, k, v, vis, params, **options)
 
     def _run(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
         vis = self_visibility(*q.shape[:2]) if vis is None else vis
         q, v = self.gained(q, v, vis, params)
-        return getattr(self.mechanism, which)(q, k, v, vis, spec=self.spec, params=params, **options)
+        call = {"spec": self.spec, "params": params, **options}
+        if which != "rebuilt":
+            return getattr(self.mechanism, which)(q, k, v, vis, **call)
+        reference = self.mechanism.reference(q, k, v, vis, **call)
+        rows = self.rows(q, k, v, vis, **call)
+        if self.mechanism.shows(self.spec):
+            return reference, None, rows
+        live = vis.q_segments != PADDING
+        return reference, self.mechanism.rebuild(rows, v, live, spec=self.spec, params=params), rows
+
+    def rows(self, q, k, v, vis: Visibility, *, queries=None, **call) -> RowWeights:
+        """`weights` with all that this mechanism wants; `queries`: of all tokens, where q is a part of them."""
+        extra = {"v": v} if self.mechanism.weights_of_values else {}
+        extra |= {"queries": q if queries is None else queries} if self.mechanism.weights_of_queries else {}
+        return self.mechanism.weights(q, k, vis, **call, **extra)
 
     def gained(self, q, v, vis: Visibility, params: Any):
         """q and v behind the mechanism's factors per token, as its callers apply them."""
         return self.mechanism.apply_gains((q, v), q, v, vis.q_positions, spec=self.spec, params=params)
 
 
-CASES = [Case(get(n), spec) for n in names() for spec in (get(n).spec(), *get(n).variants)]
-DEFAULTS = [Case(get(n), get(n).spec()) for n in names()]
+def cases_of(name: str) -> list[Case]:
+    mechanism = get(name)
+    return [Case(mechanism, spec) for spec in (mechanism.spec(), *mechanism.variants)]
 
 
-def able(*capabilities: str) -> list[Case]:
-    """Default cases that can all of this; that the others refuse is asserted in test_transforms.py."""
-    return [case for case in DEFAULTS if all(getattr(case.mechanism.capabilities, c) for c in capabilities)]
+CASES = [case for name in names() for case in cases_of(name)]
+DEFAULTS = [cases_of(name)[0] for name in names()]
+
+# Members of the two families that run another member's code up to their equation: they are asked the questions that
+# cost a program of their own on one shape and in one way. Everybody else, a new mechanism too, is asked all of them.
+SHORT = (
+    "elu",
+    "identity",
+    "kernel_elu",
+    "kernel_linear",
+    "kernel_mlp",
+    "kv_bias",
+    "linear",
+    "softmax_off_by_one",
+    "sink_token",
+    "v_bias",
+)
+FULL = [case for case in DEFAULTS if case.mechanism.name not in SHORT]
+
+
+def grouped(cases: list[Case]) -> list[Any]:
+    """Test parameters that keep a mechanism on one worker of pytest-xdist: two would compile its programs twice."""
+    return [pytest.param(c, marks=pytest.mark.xdist_group(c.mechanism.name), id=str(c)) for c in cases]
+
+
+def crossed(pairs: list[tuple[Case, Any]]) -> list[Any]:
+    """As `grouped`, for cases with one more parameter, which is the end of the name."""
+    mark = lambda case: pytest.mark.xdist_group(case.mechanism.name)
+    return [pytest.param(case, x, marks=mark(case), id=f"{case}-{x}") for case, x in pairs]
+
+
+def able(*capabilities: str, among: list[Case] | None = None) -> list[Case]:
+    """Cases (default: one of every mechanism) that can all of this; that the others refuse is asserted elsewhere."""
+    cases = DEFAULTS if among is None else among
+    return [case for case in cases if all(getattr(case.mechanism.capabilities, c) for c in capabilities)]
 
 
 def inputs(length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, keys=None, dtype=jnp.float32, seed=0):
@@ -82,6 +146,29 @@ def inputs(length: int, *, batch=2, heads=4, kv_heads=2, dim=16, value_dim=16, k
     keys = length if keys is None else keys
     shapes = ((length, heads, dim), (keys, kv_heads, dim), (keys, kv_heads, value_dim))
     return tuple(jnp.asarray(normal(3 * seed + i, (batch, *shape)), dtype) for i, shape in enumerate(shapes))
+
+
+LENGTH = 150  # of `standard`: more than one block of any implementation
+SHORTER = 20  # of decoding, and of the first of several documents
+DIMS = {"batch": 3, "heads": 6, "kv_heads": 2, "dim": 20, "value_dim": 12}  # nothing divides anything
+
+
+def arrays(*args, **kwargs) -> tuple[np.ndarray, ...]:
+    """`inputs` for NumPy, in which changing them compiles nothing."""
+    return tuple(np.array(x) for x in inputs(*args, **kwargs))
+
+
+def standard(seed: int = 0, length: int = LENGTH) -> tuple[np.ndarray, ...]:
+    """q, k, v of the one shape of all questions that differ in data alone."""
+    return arrays(length, **DIMS, seed=seed)
+
+
+def seen(positions=None, segments=None, *, batch: int = 3, length: int = LENGTH) -> Visibility:
+    """Causal self-attention; always with arrays, so that one program serves all of them."""
+    positions = np.arange(length)[None].repeat(batch, 0) if positions is None else positions
+    segments = np.ones((batch, length)) if segments is None else segments
+    whole = lambda x: jnp.asarray(np.asarray(x, np.int32))
+    return self_visibility(batch, length, positions=whole(positions), segment_ids=whole(segments))
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -102,5 +189,5 @@ def packed(lengths: list[int], total: int, batch: int = 2):
     for i, n in enumerate(lengths):
         positions[at : at + n], segments[at : at + n] = np.arange(n), i + 1
         at += n
-    tile = lambda x: jnp.asarray(np.tile(x, (batch, 1)))
+    tile = lambda x: jnp.asarray(np.tile(x, (batch, 1)))  # tests/kernels call `.at` on them
     return tile(positions), tile(segments)

@@ -1,81 +1,87 @@
-"""Every mechanism inside its layer, with what it keeps around itself: causality, padding, gradients.
-
-Decoding and packing at this level are in tests/nn/test_decoder.py.
-"""
+"""Every mechanism, and every setting of what it keeps around itself, through the whole model."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from evals.measure import make_measure
-from jaxattn.analysis import look
-from jaxattn.mechanisms import names
+from jaxattn.mechanisms import Mechanism, get, names
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
-from tests.conformance.cases import normal
+from tests.conformance import model
+from tests.conformance.cases import FULL, SHORT
 
-SHORT = {"landmark": "landmark(block=4)"}  # a default block is longer than these sequences
-MIXERS = [*(SHORT.get(name, name) for name in names()), "conv"]
-
-
-def config(mixer):
-    return ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=(mixer,))
+BLOCK = 4  # a default block of landmarks is longer than these sequences
 
 
-@functools.cache
-def build(mixer):
-    cfg = config(mixer)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 14)), jnp.int32)
-    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
-    # Parameters that start at zero or one would hide mistakes.
-    params = jax.tree.map(lambda x: x + 0.1 * normal(x.size, x.shape), params)
-    return params, tokens, jax.jit(lambda p, *args: Decoder(cfg).apply({"params": p}, *args))
+def text_of(mechanism: Mechanism, spec: Any) -> str:
+    """A setting as `--attn` takes it."""
+    if mechanism.block(spec):
+        spec = dataclasses.replace(spec, block=BLOCK)
+    changed = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
+    options = ", ".join(f"{f.name}={getattr(spec, f.name)!r}" for f in changed)
+    return f"{mechanism.name}({options})" if options else mechanism.name
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_later_token_does_not_reach_the_past(mixer):
-    params, tokens, apply = build(mixer)
-    before, after = apply(params, tokens), apply(params, tokens.at[:, 9].set((tokens[:, 9] + 5) % 17))
-    np.testing.assert_array_equal(before[:, :9], after[:, :9])
-    assert not np.allclose(before[:, 9:], after[:, 9:])
+def settings(mechanism: Mechanism) -> list[tuple[str, ...]]:
+    """Layers of models: the default in both, and where something lies around the mechanism every setting of it."""
+    out = [(text_of(mechanism, mechanism.spec()),)]
+    if mechanism.surround is None and mechanism.gains is None:
+        return out
+    others = [*mechanism.variants, *(mechanism.surround.variants if mechanism.surround else ())]
+    texts = [text_of(mechanism, spec) for spec in others]
+    return out + [tuple(texts[i : i + 2]) for i in range(0, len(texts), 2)]
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_padding_on_either_side_changes_nothing_and_every_parameter_has_a_gradient(mixer):
-    params, tokens, apply = build(mixer)
-    segments = jnp.zeros((2, 14), jnp.int32).at[:, 3:12].set(1)
-    positions = jnp.clip(jnp.arange(14) - 3, 0)[None].repeat(2, 0)
-    alone = apply(params, tokens[:, 3:12])
-    np.testing.assert_allclose(apply(params, tokens, positions, segments)[:, 3:12], alone, atol=2e-4)
-
-    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(apply(p, tokens)))))(params)
-    idle = {
-        "aaren": "['q']",  # its query is learned; the layer's W_q stays unused
-        "transnormer": "['layer_1']['attn']['mechanism']['theta']",  # LRPE acts in layer 0 alone
-    }.get(mixer)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        name = jax.tree_util.keystr(path)
-        assert np.all(np.isfinite(leaf)), name
-        if not (idle and idle in name):
-            assert np.any(leaf), f"{name} has no gradient"
+def named(layers: tuple[str, ...]) -> str:
+    return "+".join(layers)
 
 
-@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "conv"])
-def test_weights_are_read_row_by_row_and_the_sink_study_can_measure_them(mixer):
+PAIRS = [SHORT[i : i + 2] for i in range(0, len(SHORT), 2)]  # one layer each: the rest of them is another's
+MODELS = {
+    named(layers): layers
+    for layers in [
+        *PAIRS,
+        *(layers for name in names() if name not in SHORT for layers in settings(get(name))),
+        ("conv",),
+    ]
+}
+every = pytest.mark.parametrize(
+    "cfg", [pytest.param(model.config(mixers=m), id=n, marks=pytest.mark.xdist_group(n)) for n, m in MODELS.items()]
+)
+
+
+@every
+@pytest.mark.parametrize("question", model.QUESTIONS, ids=lambda question: question.__name__)
+def test_layers(cfg, question):
+    question(cfg)
+
+
+def idle(cfg: ModelConfig) -> tuple[str, ...]:
+    """Parameters without a gradient, by design."""
+    parts = []
+    for layer in range(cfg.num_layers):
+        spec = cfg.mixer(layer).spec
+        if "aaren" in cfg.mixer_text(layer):
+            parts.append("['q']")  # its query is learned; the layer's W_q stays unused
+        if layer and getattr(spec, "lrpe", "") == "first":
+            parts.append(f"['layer_{layer}']['attn']['mechanism']['theta']")  # LRPE acts in layer 0 alone
+    return tuple(parts)
+
+
+@every
+def test_every_parameter_has_a_gradient(cfg):
+    model.every_parameter_has_a_gradient(cfg, idle(cfg))
+
+
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(text_of(c.mechanism, c.spec), marks=pytest.mark.xdist_group(str(c))) for c in FULL]
+)
+def test_the_sink_study_can_measure_them(mixer):
     """What training does every few steps: a mechanism that refuses a slice of rows cannot be trained."""
-    params, tokens, _ = build(mixer)
-    cfg = config(mixer)
-    for layer in look(cfg, params, tokens).attention:
-        whole = layer.weights()
-        part = layer.weights(5, 3)
-        assert np.any(whole.values[:, :, 5:8])
-        np.testing.assert_allclose(part.values, whole.values[:, :, 5:8], atol=1e-5)
-        assert part.slots == whole.slots
-        assert not np.any(np.triu(whole.values[0, 0, :, whole.slots :], 1)), "no weight on later tokens"
-    found = make_measure(cfg)(params, np.asarray(tokens))
+    cfg = model.config(mixers=(mixer,))
+    found = make_measure(cfg)(model.params_of(cfg), model.batch()[0])
     assert all(np.all(np.isfinite(x)) for x in found.values())

@@ -1,63 +1,88 @@
-"""Every mechanism: jit, vmap, no recompilation, and honest refusals."""
+"""Every mechanism through `attend`, by its capabilities and its backends; and the registry."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxattn
 from jaxattn.errors import ConfigError
-from jaxattn.masks import self_visibility
-from jaxattn.mechanisms import Capabilities, get, names, resolve_mixer
-from tests.conformance.cases import DEFAULTS, close, inputs
+from jaxattn.masks import Visibility, self_visibility
+from jaxattn.mechanisms import Capabilities, get, names, register, resolve_mixer, unregister
+from jaxattn.rope import Alibi, alibi_slopes
+from tests.conformance.cases import DEFAULTS, FULL, Case, close, grouped, inputs
 
-default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
-
-
-@default
-def test_jit_and_vmap_change_nothing(case):
-    q, k, v = inputs(40)
-    plain = case.op_by_op(q, k, v)
-    close(jax.jit(case.forward)(q, k, v), plain, rtol=1e-5)
-    one = lambda q, k, v: case.forward(q[None], k[None], v[None])[0]
-    close(jax.vmap(one)(q, k, v), plain, rtol=1e-5)
+default = pytest.mark.parametrize("case", grouped(DEFAULTS))
 
 
-@default
-def test_second_call_does_not_recompile(case):
-    traces = 0
+@pytest.fixture
+def recorded():
+    """A mechanism that remembers what its forward is called with, under a name of its own."""
+    calls = {}
 
-    @jax.jit
-    def run(q, k, v, segments):
-        nonlocal traces
-        traces += 1
-        return case.forward(q, k, v, self_visibility(2, 24, segment_ids=segments))
+    def forward(*args, **kwargs):
+        calls["args"], calls["kwargs"] = args, kwargs
+        q, _, v, _ = args
+        return jnp.zeros((*q.shape[:3], v.shape[-1]))
 
-    for seed in (0, 1):
-        run(*inputs(24, seed=seed), jnp.full((2, 24), seed + 1, jnp.int32))
-    assert traces == 1
+    def put(case: Case):
+        register(dataclasses.replace(case.mechanism, name="recorded", forward=forward))
+        return calls
+
+    yield put
+    unregister("recorded")
 
 
 @default
-def test_repeated_calls_are_bitwise_equal(case):
-    q, k, v = inputs(140)
-    run = jax.jit(case.forward)
-    assert (run(q, k, v) == run(q, k, v)).all()
+def test_attend_passes_everything_on(case, recorded):
+    """Its arguments are the mechanism's: positions, segments, gains, options, scale and bias."""
+    calls, can = recorded(case), case.mechanism.capabilities
+    q, k, v = inputs(10)
+    params = case.params(4, 2, 16, 16)
+    positions = jnp.arange(10)[None].repeat(2, 0) % 5
+    segments = jnp.asarray([[1] * 5 + [2] * 5] * 2)
+    more = {"window": 4} if can.window else {}
+    more |= {"prefix_len": jnp.array([2, 0])} if can.prefix else {}
+    bias = Alibi(alibi_slopes(4)) if can.position_bias else None
+    call = {"positions": positions, "segment_ids": segments, "bias": bias, "scale": 0.3, "backend": "xla", **more}
+    jaxattn.attend("recorded", q, k, v, params=params or None, core=True, **call)
+    vis = self_visibility(2, 10, positions=positions, segment_ids=segments, **more)
+    (found_q, found_k, found_v, found_vis), kwargs = calls["args"], calls["kwargs"]
+    wanted_q, wanted_v = case.gained(q, v, vis, params)
+    jax.tree.map(np.testing.assert_array_equal, (found_q, found_k, found_v), (wanted_q, k, wanted_v))
+    jax.tree.map(np.testing.assert_array_equal, found_vis, vis)
+    assert dataclasses.astuple(found_vis)[5:] == dataclasses.astuple(vis)[5:]
+    assert (kwargs["spec"], kwargs["scale"], kwargs["bias"], kwargs["backend"]) == (case.spec, 0.3, bias, "xla")
+    assert kwargs["params"] is (params or None)
 
 
-@default
+def test_attend_across_two_sequences(recorded):
+    """Keys with positions and segments of their own; else the queries' where there are as many."""
+    calls = recorded(DEFAULTS[names().index("softmax")])
+    q, k, v = inputs(6, keys=9)
+    place = lambda n, by: jnp.arange(n)[None].repeat(2, 0) * by
+    own = {"kv_positions": place(9, 2), "kv_segment_ids": jnp.full((2, 9), 3), "segment_ids": jnp.full((2, 6), 3)}
+    jaxattn.attend("recorded", q, k, v, causal=False, positions=place(6, 5), **own)
+    vis: Visibility = calls["args"][3]
+    found = (vis.q_positions, vis.k_positions, vis.q_segments, vis.k_segments)
+    expected = (place(6, 5), own["kv_positions"], own["segment_ids"], own["kv_segment_ids"])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not vis.causal
+    q, k, v = inputs(6)
+    jaxattn.attend("recorded", q, k, v, positions=place(6, 5), kv_segment_ids=jnp.ones((2, 6), jnp.int32))
+    np.testing.assert_array_equal(calls["args"][3].k_positions, place(6, 5))
+
+
+@pytest.mark.parametrize("case", grouped(FULL))
 def test_attend_is_the_mechanism(case):
     q, k, v = inputs(30)
     params = case.params(4, 2, 16, 16)
-    o = jaxattn.attend(case.mechanism.name, q, k, v, params=params or None)
+    o = jax.jit(lambda *x: jaxattn.attend(case.mechanism.name, *x, params=params or None, core=True))(q, k, v)
     close(o, case.reference(q, k, v, None, params))
-    if params:
-        with pytest.raises(ConfigError, match="owns parameters"):
-            jaxattn.attend(case.mechanism.name, q, k, v)
 
 
 CAPABILITY_CALLS = {
@@ -74,64 +99,76 @@ CAPABILITY_CALLS = {
 }
 
 
+CALLED = ("noncausal_self", "window", "prefix", "position_bias")  # what a forward can be asked without attend
+
+
 @default
-@pytest.mark.parametrize("capability", CAPABILITY_CALLS)
-def test_a_capability_works_or_raises(case, capability, monkeypatch):
-    """What is declared on runs; what is declared off raises, and the refusal itself works."""
+def test_a_capability_works_or_raises(case):
+    """What is declared is computed; what is declared off raises, in `attend` and in the mechanism itself."""
     assert set(CAPABILITY_CALLS) == {f.name for f in dataclasses.fields(Capabilities)} - {"state", "depth"}
+    for capability in CAPABILITY_CALLS:
+        wanted = dict(CAPABILITY_CALLS[capability])
+        q, k, v = inputs(10, heads=4, kv_heads=wanted.pop("kv_heads", 4), value_dim=wanted.pop("value_dim", 16))
+        arguments = {
+            "kv_positions": jnp.arange(10)[None].repeat(2, 0),
+            "segment_ids": jnp.ones((2, 10), jnp.int32),
+            "prefix_len": jnp.array([3, 3]),
+            "bias": Alibi(alibi_slopes(4)),
+        }
+        wanted |= {name: arguments[name] for name in wanted if name in arguments}
+        params = case.params(4, k.shape[2], 16, v.shape[3]) or None
+        name = case.mechanism.name
+        call = lambda q, k, v, w=wanted, p=params, n=name: jaxattn.attend(n, q, k, v, params=p, core=True, **w)
+        if getattr(case.mechanism.capabilities, capability):
+            assert jax.eval_shape(call, q, k, v).shape == (2, 10, 4, v.shape[3]), capability
+            continue
+        with pytest.raises(NotImplementedError, match=f"{name} .*{capability}"):
+            call(q, k, v)
+        if capability in CALLED:
+            bias = wanted.pop("bias", None)
+            with pytest.raises(NotImplementedError, match=capability):
+                case.reference(q, k, v, self_visibility(2, 10, **wanted), params, bias=bias)
+            with pytest.raises(NotImplementedError, match=capability):
+                case.forward(q, k, v, self_visibility(2, 10, **wanted), params, bias=bias)
+
+
+@pytest.mark.parametrize("capability", CAPABILITY_CALLS)
+def test_a_capability_that_is_switched_off_raises(capability):
+    """The refusal itself, whose like no mechanism of today may need."""
+    off = dataclasses.replace(get("softmax"), name="lame", capabilities=Capabilities(**{capability: False}))
+    register(off)
+    case = Case(off, off.spec())
+    try:
+        with pytest.raises(NotImplementedError, match=f"lame does not support {capability}"):
+            _use(case, capability)
+    finally:
+        unregister("lame")
+
+
+def _use(case, capability):
     wanted = dict(CAPABILITY_CALLS[capability])
     q, k, v = inputs(10, heads=4, kv_heads=wanted.pop("kv_heads", 4), value_dim=wanted.pop("value_dim", 16))
-    ids = jnp.ones((2, 10), jnp.int32)
-    positions = jnp.arange(10)[None].repeat(2, 0)
-    if wanted.get("kv_positions"):
-        wanted["kv_positions"] = positions
-    if wanted.get("segment_ids"):
-        wanted["segment_ids"] = ids
-    if wanted.get("prefix_len"):
+    if "kv_positions" in wanted:
+        wanted["kv_positions"] = jnp.arange(10)[None].repeat(2, 0)
+    if "segment_ids" in wanted:
+        wanted["segment_ids"] = jnp.ones((2, 10), jnp.int32)
+    if "prefix_len" in wanted:
         wanted["prefix_len"] = jnp.array([3, 3])
-    if wanted.get("bias"):
-        wanted["bias"] = lambda a, b: jnp.zeros((1, 1, a.shape[1], b.shape[1]))
-    params = case.params(4, k.shape[2], 16, v.shape[3]) or None
-    call = lambda: jaxattn.attend(case.mechanism.name, q, k, v, params=params, **wanted)
-    if getattr(case.mechanism.capabilities, capability):
-        assert call().shape == (2, 10, 4, v.shape[3])
-    else:
-        with pytest.raises(NotImplementedError, match=f"{case.mechanism.name} .*{capability}"):
-            call()
-    off = dataclasses.replace(
-        case.mechanism, capabilities=dataclasses.replace(case.mechanism.capabilities, **{capability: False})
-    )
-    monkeypatch.setattr("jaxattn._attend.get", lambda name: off)
-    with pytest.raises(NotImplementedError, match=capability):
-        call()
+    if "bias" in wanted:
+        wanted["bias"] = Alibi(alibi_slopes(4))
+    return jaxattn.attend(case.mechanism.name, q, k, v, **wanted)
 
 
 @default
 def test_named_backends_never_fall_back(case):
     q, k, v = inputs(10)
     params = case.params(4, 2, 16, 16)
-    close(case.forward(q, k, v, None, params, backend="reference"), case.forward(q, k, v, None, params))
     with pytest.raises(NotImplementedError, match=r"no 'tpu' backend|'tpu' was asked for but"):
         case.forward(q, k, v, None, params, backend="tpu")
     with pytest.raises(ConfigError, match="'fast' is not known"):
         case.forward(q, k, v, None, params, backend="fast")
-
-
-def test_bad_calls_name_the_field_and_the_value():
-    attend = inspect.unwrap(jaxattn.attend)  # as users call it, without the tests' shape checker
-    q, k, v = inputs(10)
-    with pytest.raises(ConfigError, match="did you mean 'sigmoid'"):
-        attend("sigmod", q, k, v)
-    with pytest.raises(ConfigError, match="no option 'biass'"):
-        attend("sigmoid", q, k, v, biass=1)
-    with pytest.raises(ConfigError, match="num_heads 4 is not a multiple of num_kv_heads 3"):
-        attend("softmax", q, k[:, :, :1].repeat(3, 2), v[:, :, :1].repeat(3, 2))
-    with pytest.raises(ConfigError, match="key dim of q is 16 but that of k is 8"):
-        attend("softmax", q, k[..., :8], v)
-    with pytest.raises(ConfigError, match="window is 0"):
-        attend("softmax", q, k, v, window=0)
-    with pytest.raises(ConfigError, match=r"k is .* and v is"):
-        attend("softmax", q, k, v[:, :5])
+    if case in FULL:
+        close(case.forward(q, k, v, None, params, backend="reference"), case.forward(q, k, v, None, params))
 
 
 def test_registry_lists_every_mechanism_once():

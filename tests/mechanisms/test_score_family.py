@@ -64,6 +64,26 @@ def test_off_by_one_row_and_its_slot():
     assert a.slots == 1
 
 
+@pytest.mark.parametrize("name", ["softmax_off_by_one", "k_bias", "kv_bias"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_weights_of_slots_are_exact(name, size):
+    """Also where one minus the other weights is nothing but rounding: each weight to a part in 10^4 of itself."""
+    q, k, _ = (np.asarray(x) for x in qkv())
+    q = q * size
+    params = get(name).init_params(jax.random.key(0), get(name).spec(), heads=2, kv_heads=2, key_dim=4, value_dim=4)
+    slot = np.asarray(params["k"], np.float64) if "k" in params else np.zeros((2, 4))
+    keys = np.concatenate([slot[None, None], k.astype(np.float64)], axis=1)
+    s = np.einsum("bthd,bshd->bhts", q.astype(np.float64), keys) / 2
+    s = np.where(np.tri(9, 10, 1, dtype=bool), s, -np.inf)
+    exact = np.exp(s - s.max(-1, keepdims=True))
+    exact /= exact.sum(-1, keepdims=True)
+    found = np.asarray(rows(name, q, k, params).values)
+    assert found.min() >= 0
+    assert exact[..., 0].min() < (1e-7 if size == 30.0 else 1)
+    np.testing.assert_allclose(found, exact, rtol=1e-4)
+    np.testing.assert_allclose(found.sum(-1), 1.0, atol=1e-6)
+
+
 def test_kernel_elu_row():
     phi = lambda x: np.where(x > 0, x + 1, np.exp(x))
     w = phi(np.asarray(Q)[0, 2, 0]) @ phi(np.asarray(K)[0, :, 0]).T / 2

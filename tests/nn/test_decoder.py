@@ -3,105 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn.analysis import look
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, Edit, stack_layers, unstack_layers
+from jaxattn.rope import RopeScaling
+from tests.conformance import model
+from tests.conformance.cases import close
+from tests.conformance.model import BASE, QUESTIONS, apply, config
 
-BASE = {
-    "vocab_size": 17,
-    "num_layers": 2,
-    "d_model": 16,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "max_positions": 40,
-}
 VARIANTS = {
     "plain": {},
     "post": {"norm_position": "post", "norm": "layernorm"},
     "hybrid": {"norm_position": "hybrid", "qk_norm": True},
     "widths": {"key_dim": 6, "value_dim": 10, "use_bias": True},
-    "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu")},
+    "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu"), "attention_bias": "qkvo"},
     "no-mlp": {"mlps": ("none",), "mixers": ("softmax", "none")},
     "conv": {"mixers": ("conv", "softmax", "conv(width=5)"), "num_layers": 3},
     "srmsnorm-sglu": {"norm": "srmsnorm", "mlps": ("sglu",), "scale_embeddings": True},
     "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
-    "tnl-scanned": {
-        "mixers": ("transnormer",),
-        "norm": "srmsnorm",
-        "mlps": ("sglu",),
-        "scale_embeddings": True,
-        "position": "nope",
-        "scan_layers": True,
-    },
     "based-hybrid": {"mixers": ("conv", "based(feature_dim=6)", "softmax(window=5)"), "num_layers": 3},
+    "slots-and-sinks": {"mixers": ("sink_token(tokens=2)", "kv_bias", "softmax(window=3)"), "num_layers": 3},
+    "landmarks-for-all": {
+        "mixers": ("landmark(block=3)", "k_bias", "lightning", "transnormer", "aaren", "titans(form=mag, depth=1)"),
+        "num_layers": 6,
+    },
     **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
-    **{name: {"mixers": (name,)} for name in names()},
+    "alibi-and-sinks": {"position": "alibi", "mixers": ("sink_token", "softplus")},
 }
+TNL = {
+    "mixers": ("transnormer",),
+    "norm": "srmsnorm",
+    "mlps": ("sglu",),
+    "scale_embeddings": True,
+    "position": "nope",
+    "scan_layers": True,
+}
+CASES = [
+    pytest.param(question, config(**fields), id=f"{name}-{question.__name__}", marks=pytest.mark.xdist_group(name))
+    for name, fields in (VARIANTS | {"tnl-scanned": TNL}).items()
+    for question in QUESTIONS
+    if not ("scan_layers" in fields and question is model.scanned_layers_are_the_unrolled_ones)
+]
 
 
-def build(**fields):
-    return _build(tuple(fields.items()))
+@pytest.mark.parametrize(("question", "cfg"), CASES)
+def test_every_kind_of_decoder(question, cfg):
+    """What every mechanism is asked inside its layer, of the options that lie around it."""
+    question(cfg)
 
 
-@functools.cache  # several tests ask for the same model
-def _build(fields):
-    cfg = ModelConfig(**(BASE | dict(fields)))
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 12)), jnp.int32)
-    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
-    return cfg, jax.tree.map(nudged, params), tokens
+@pytest.mark.parametrize("mixer", ["softmax", "landmark(block=3)", "titans(form=mag, depth=1)"])
+def test_weights_of_some_rows_where_rotation_depends_on_the_longest_position(mixer):
+    """Angles are those of the whole text, whichever rows are asked for."""
+    scaling = RopeScaling("dynamic", factor=2.0, original_length=8)
+    model.weights_rebuild_every_layer(config(mixers=(mixer,), rope_scaling=scaling))
 
 
-def nudged(x):
-    """Parameters that start at zero or one would hide mistakes."""
-    return x + 0.1 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
+@pytest.mark.parametrize("name", ["landmarks-for-all", "slots-and-sinks", "alibi-and-sinks"])
+def test_weights_of_a_prefix_lm_rebuild_it(name):
+    """Where a mechanism can look ahead into a prefix; sink tokens in front count before it."""
+    cfg = config(**VARIANTS[name])
+    prefix = np.array([4, 0, 0, 2, 0], np.int32)
 
+    @jax.jit
+    def call(params, *inputs):
+        view = look(cfg, params, *inputs)
+        return view.logits, [(layer.rebuild(), layer.heads_out, layer.weights()) for layer in view.attention]
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
-def apply(cfg, params, *args, **kwargs):
-    """Compiled: op by op these tests would take several times as long."""
-    return Decoder(cfg).apply({"params": params}, *args, **kwargs)
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_decoding_equals_the_forward_pass(fields):
-    cfg, params, tokens = build(**fields)
-    logits = apply(cfg, params, tokens)
-    assert logits.shape == (2, 12, 17)
-    assert logits.dtype == jnp.float32
-    states = Decoder(cfg).apply({"params": params}, 2, 15, method="start")
-    outputs, at = [], 0
-    for n in (5, 4, 1, 1, 1):
-        positions = jnp.arange(at, at + n)[None].repeat(2, 0)
-        out, states = apply(cfg, params, states, tokens[:, at : at + n], positions, method="step")
-        outputs.append(out)
-        at += n
-    np.testing.assert_allclose(jnp.concatenate(outputs, 1), logits, atol=2e-4)
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_packed_documents_equal_separate_ones(fields):
-    """Also with sink tokens in front: one copy serves every document of the row."""
-    cfg, params, tokens = build(**fields)
-    cut = 5
-    positions = jnp.concatenate([jnp.arange(cut), jnp.arange(12 - cut)])[None].repeat(2, 0)
-    segments = jnp.array([1] * cut + [2] * (12 - cut))[None].repeat(2, 0)
-    together = apply(cfg, params, tokens, positions, segments)
-    np.testing.assert_allclose(together[:, :cut], apply(cfg, params, tokens[:, :cut]), atol=2e-4)
-    np.testing.assert_allclose(together[:, cut:], apply(cfg, params, tokens[:, cut:]), atol=2e-4)
+    if name == "landmarks-for-all":
+        with pytest.raises(NotImplementedError, match="landmark does not support prefix"):
+            call(model.params_of(cfg), *model.batch(), prefix)
+        return
+    logits, layers = call(model.params_of(cfg), *model.batch(), prefix)
+    for rebuilt, heads, rows in layers:
+        close(rebuilt, heads)
+        ahead = np.asarray(rows.values)[0, 0, cfg.prefix_tokens, cfg.prefix_tokens + rows.slots :]
+        assert np.any(ahead[1:4])
+        assert not np.any(ahead[4:])
+    np.testing.assert_allclose(logits[1, :9], model.viewed(cfg)[0][1, :9], atol=2e-4)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("mixers", [("softmax",), ("sigmoid", "k_bias(shared=True)", "none")])
 def test_scanned_layers_are_the_unrolled_ones(mixers, remat):
-    cfg, params, tokens = build(num_layers=6, mixers=mixers, scan_layers=True, remat=remat)
+    cfg = config(num_layers=6, mixers=mixers, scan_layers=True, remat=remat)
+    params, tokens = model.params_of(cfg), model.batch()[0]
     flat_cfg = dataclasses.replace(cfg, scan_layers=False, remat=False)
     flat = unstack_layers(params, cfg)
     loss = lambda c: lambda p: jnp.sum(jnp.sin(apply(c, p, tokens)))

@@ -16,6 +16,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, Edit, Stream, logits_in_chunks, stack_layers, unstack_layers
 from jaxattn.nn.insertion import insert, insertion_block, landmark_labels
+from tests.conformance import model
 
 BASE = {
     "vocab_size": 17,
@@ -30,10 +31,8 @@ BASE = {
 
 def build(**fields):
     cfg = ModelConfig(**(BASE | fields))
-    tokens = jax.random.randint(jax.random.key(1), (2, 14), 0, 17)
-    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    return cfg, params, tokens
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 14)), jnp.int32)
+    return cfg, jax.tree.map(jnp.asarray, model.params_of(cfg)), tokens
 
 
 @partial(jax.jit, static_argnames=("cfg", "method"))
@@ -112,28 +111,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_decoding_equals_the_forward_pass(fields):
-    """Room for exactly the tokens, with pieces that end anywhere in a block."""
-    cfg, params, tokens = build(**fields)
-    logits = apply(cfg, params, tokens)
-    assert logits.shape == (2, 14, 17)
-    states, outputs, at = start(cfg, params, 14), [], 0
-    for n in (5, 5, 1, 1, 1, 1):
-        positions = jnp.arange(at, at + n)[None].repeat(2, 0)
-        out, states = apply(cfg, params, states, tokens[:, at : at + n], positions, method="step")
-        outputs.append(out)
-        at += n
-    np.testing.assert_allclose(jnp.concatenate(outputs, 1), logits, atol=2e-4)
-
-
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_packed_documents_equal_separate_ones(fields):
-    cfg, params, tokens = build(**fields)
-    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7), jnp.zeros(2, int)])[None].repeat(2, 0)
-    segments = jnp.array([1] * 5 + [2] * 7 + [0] * 2)[None].repeat(2, 0)
-    together = apply(cfg, params, tokens, positions, segments)
-    np.testing.assert_allclose(together[:, :5], apply(cfg, params, tokens[:, :5]), atol=2e-4)
-    np.testing.assert_allclose(together[:, 5:12], apply(cfg, params, tokens[:, 5:12]), atol=2e-4)
+@pytest.mark.parametrize(
+    "question",
+    [
+        model.a_later_token_does_not_reach_the_past,
+        model.packed_documents_equal_separate_ones,
+        model.padding_on_either_side_changes_nothing,
+        model.weights_rebuild_every_layer,
+        model.decoding_equals_the_forward_pass,
+    ],
+    ids=lambda question: question.__name__,
+)
+def test_models_with_landmarks_are_asked_what_all_are(question, fields):
+    question(ModelConfig(**(BASE | fields)))
 
 
 def test_capacity_is_counted_in_tokens():
