@@ -170,7 +170,7 @@ class Engine:
         ticket, chunks = self._reading
         if (cursor := next(chunks)) is not None:
             slot = self._owners.index(None)
-            how = {name: jnp.asarray(x) for name, x in device.knobs(ticket.how).items()}
+            how = {name: jnp.asarray(x) for name, x in ticket.how.knobs().items()}
             self._slots = device.insert(self._slots, jnp.int32(slot), cursor, how)
             self._owners[slot], self._reading = ticket, None
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array
 
@@ -31,13 +30,7 @@ class Slots:
     logits: Leaf  # [S, N] of the next token
     positions: Leaf  # [S] of the next token
     keys: Leaf  # [S] PRNG keys
-    knobs: Leaf  # {"temperature", "top_k", "top_p", "min_p"} -> [S]
-
-
-def knobs(how: Sampling) -> dict[str, np.ndarray]:
-    """The sampling options of one row as arrays."""
-    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-    return {name: np.asarray(getattr(how, name), kind) for name, kind in kinds.items()}
+    knobs: Leaf  # `Sampling.knobs`, each [S]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -50,7 +43,7 @@ def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
         logits=jnp.zeros((count, model.vocab_size), jnp.float32),
         positions=jnp.zeros(count, jnp.int32),
         keys=jax.random.split(jax.random.key(0), count),
-        knobs={name: many(x) for name, x in knobs(Sampling()).items()},
+        knobs={name: many(x) for name, x in Sampling().knobs().items()},
     )
 
 

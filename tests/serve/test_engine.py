@@ -13,7 +13,7 @@ import jaxattn
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from jaxattn.sampling import Sampling, sample, sample_rows
+from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
 from jaxattn.serving.engine import Engine, QueueFull, Stopped
 
@@ -112,22 +112,6 @@ def test_every_row_has_its_own_sampling_and_seed(running):
             temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p,
         )  # fmt: skip
         assert inbox.wait() == alone.tokens[0].tolist(), how
-
-
-@pytest.mark.parametrize(
-    "how",
-    [GREEDY, Sampling(0.7), Sampling(1.3, top_k=4), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.3),
-     Sampling(2.0, top_k=9, top_p=0.9, min_p=0.05), Sampling(1.0, top_k=999, top_p=0.01)],
-)  # fmt: skip
-def test_rows_with_options_of_their_own_are_sampled_as_rows_with_one(how):
-    logits = 3 * jax.random.normal(jax.random.key(0), (200, 31))
-    keys = jax.random.split(jax.random.key(1), 200)
-    rows = {name: jnp.broadcast_to(x, 200) for name, x in device.knobs(how).items()}
-    np.testing.assert_array_equal(sample_rows(logits, keys, **rows), sample(logits, keys, how))
-    mixed = {name: x.at[::2].set(device.knobs(GREEDY)[name]) for name, x in rows.items()}
-    found = sample_rows(logits, keys, **mixed)
-    np.testing.assert_array_equal(found[1::2], sample(logits, keys, how)[1::2])
-    np.testing.assert_array_equal(found[::2], jnp.argmax(logits, -1)[::2])
 
 
 def test_a_stop_token_ends_a_row_and_is_its_last(running):
