@@ -24,7 +24,7 @@ class KVCache:
     head_values: Leaf  # [B, K, S, V]
     positions: Leaf  # [B, S]
     segments: Leaf  # [B, S]
-    length: Leaf  # [], tokens written so far
+    length: Leaf  # [], tokens written so far that take room
     dtype: str = struct.field(pytree_node=False)  # of keys and values
 
     @property
@@ -64,7 +64,7 @@ def _floats(x: Array, dtype: str) -> Array:
 
 
 def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KVCache:
-    """Write T tokens behind those already there.
+    """Write T tokens behind those already there. A piece of nothing but padding takes no room.
 
     A write past the capacity is refused where the length is known (outside jit); inside jit the caller
     reads `overflow` and poisons its output, because a silent clamp would overwrite the newest tokens.
@@ -80,6 +80,7 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
             f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
             "raise the capacity."
         )
+    live = jnp.any(segment_ids != PADDING)
     put = lambda old, new, axis=1: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis)
     turn = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(cache.dtype))
     return KVCache(
@@ -87,7 +88,7 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
         head_values=put(cache.head_values, turn(v), axis=2),
         positions=put(cache.positions, positions),
         segments=put(cache.segments, segment_ids),
-        length=cache.length + count,
+        length=cache.length + jnp.where(live, count, 0),
         dtype=cache.dtype,
     )
 

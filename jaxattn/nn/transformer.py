@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn import checks
 from jaxattn.errors import ConfigError
-from jaxattn.masks import GLOBAL, default_positions
+from jaxattn.masks import GLOBAL, PADDING, default_positions
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.attention import layer_state
 from jaxattn.nn.block import Block
 from jaxattn.nn.insertion import Insertion, insert, insertion_block
 from jaxattn.nn.layers import ROWS, Norm, embedding_init, kernel_init
+from jaxattn.nn.lookup import lookup
 from jaxattn.nn.stream import Edit, Stream
 from jaxattn.rope import sinusoid
 from pallas_kernels.linear.gemv import gemv
@@ -216,6 +217,7 @@ class Decoder(nn.Module):
     def _advance(self, states: Any, tokens: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Any]:
         stream = self._stream(tokens, positions, segment_ids, None)
         x, stream, plan = self._embed(tokens, stream)
+        x = jnp.where((stream.segments == PADDING)[..., None], 0, x)  # products of zeros cost nothing
         x, states = self._blocks(x, stream, states, ())
         return self._finish(plan.shorten(x) if plan else x), states
 
@@ -242,7 +244,7 @@ class Decoder(nn.Module):
 
     def _embed(self, tokens: Array, stream: Stream) -> tuple[Array, Stream, Insertion | None]:
         """The embedded stream, with landmarks where the model inserts them, and what undoes the insertion."""
-        x, positions, plan = jnp.take(self.embed, tokens, axis=0), stream.positions, None
+        x, positions, plan = lookup(self.embed, tokens), stream.positions, None
         if self.landmark_every:
             plan = insert(positions, stream.segments, self.landmark_every)
             x, positions = plan.lengthen(x, self.landmark[0]), plan.ordinary

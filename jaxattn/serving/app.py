@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 from jaxattn.errors import UserError
 from jaxattn.serving.asks import ApiError, Ask, parse
-from jaxattn.serving.engine import Engine, QueueFull, Stopped
+from jaxattn.serving.engine import Engine
+from jaxattn.serving.ticket import QueueFull, Stopped
 from jaxattn.text import Loaded
 from jaxattn.text_stream import TextStream
 

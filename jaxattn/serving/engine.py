@@ -1,62 +1,39 @@
 """The scheduler: requests wait in a queue, take a free slot when there is one, and decode beside the others.
 
-One thread owns the device. A turn of it reads at most one chunk of a new prompt and then decodes a block of tokens in
-every slot, so a long prompt does not stall those who are reading their answers.
+One thread owns the device. A turn of it reads at most one piece of a new prompt and then decodes a block of tokens of
+every sequence, so a long prompt does not stall those who are reading their answers. A sequence without neighbours
+decodes outside the slots, as fast as `jaxattn.generate`; it moves into one when another prompt is read.
+
+Whatever goes wrong with a request ends that request: the thread lives as long as the server.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn._generate import Cursor, left_aligned, prefill_chunks, room_for
-from jaxattn.errors import ConfigError, UserError
+from jaxattn._generate import Cursor, left_aligned, prefill_chunks
+from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
+from jaxattn.serving.ticket import Deliver, QueueFull, Stopped, Ticket, arrays, key_of, sentence
 
 log = logging.getLogger("jaxattn")
 
 BLOCK = 8  # tokens decoded between two looks at the queue
 READ = 128  # tokens of a prompt that are read between two turns of the others
-
-Deliver = Callable[[list[int], str | None], None]
-"""Called from the engine's thread with new tokens, and at the end with "stop", "length" or "error"."""
-
-
-class QueueFull(UserError):
-    """As many requests wait as may."""
-
-
-class Stopped(UserError):
-    """The engine does not run (any more)."""
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """A request on its way."""
-
-    ids: Sequence[int]
-    most: int
-    how: Sampling
-    seed: int
-    stop: frozenset[int]
-    deliver: Deliver
-    made: int = 0
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """Nobody waits for the rest: its slot is free at the engine's next turn."""
-        self.cancelled = True
+FAR = 32  # tokens that are worth a move out of a slot
+UNIT = 64  # the room of a slot is a multiple of this
 
 
 class Engine:
@@ -66,13 +43,15 @@ class Engine:
         for name, value in (("slots", slots), ("context", context), ("queue", queue), ("block", block)):
             if value < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1.")
-        if model.position_limit and context > model.position_limit:
-            raise ConfigError(f"context is {context} but the model knows {model.position_limit} positions; lower it.")
+        limit = model.position_limit
+        if limit and context > limit:
+            raise ConfigError(f"context is {context} but the model knows {limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = room_for(context + READ + block)
-        self._slots = device.empty(model, slots, self._room, self._variables)
+        self._room = -(-(context + READ + block) // UNIT) * UNIT
         self._owners: list[Ticket | None] = [None] * slots
+        self._slots = self._empty()
+        self._alone: tuple[Ticket, Cursor] | None = None
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._reading: tuple[Ticket, Iterator[Cursor | None]] | None = None
         self._changed = threading.Condition()
@@ -92,13 +71,28 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
+    def warm_up(self) -> None:
+        """Compile and run the programs, so that nobody waits for that later; before `start`."""
+        knobs = arrays(Sampling())
+        *_, cursor = self._prompt((0,) * min(READ, self.context), jax.random.key(0))
+        assert cursor is not None
+        _, _, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, knobs)
+        if self._slots is not None:
+            self._slots = device.insert(self._slots, jnp.int32(0), cursor, knobs)
+            nobody = jnp.zeros(len(self._owners), bool)
+            _, _, self._slots = device.decode(self._model, self._block, self._variables, self._slots, nobody)
+            jax.block_until_ready(device.extract(self._slots, jnp.int32(0)))
+
     def submit(
         self, ids: Sequence[int], most: int, how: Sampling, seed: int, stop: Sequence[int], deliver: Deliver
     ) -> Ticket:
         """Queue a prompt of token ids that asks for at most `most` new ones.
 
+        Args:
+          seed: 64 bits; from 0 to 2^32 - 1 a request draws what `jaxattn.generate` with `jax.random.key(seed)` does.
+
         Raises:
-          ConfigError: an empty prompt, or more tokens than the context holds.
+          ConfigError: an empty prompt, tokens that the model does not have, or more than the context holds.
           QueueFull: too many wait already.
           Stopped: the engine has ended.
         """
@@ -109,7 +103,10 @@ class Engine:
                 f"{len(ids)} prompt tokens and {most} new ones exceed the context of {self.context} tokens; "
                 "shorten the prompt or ask for fewer."
             )
-        ticket = Ticket(tuple(ids), most, how, seed, frozenset(stop), deliver)
+        for token in ids:
+            if not 0 <= token < self._model.vocab_size:
+                raise ConfigError(f"token {token} of the prompt is not in 0..{self._model.vocab_size - 1}.")
+        ticket = Ticket(tuple(ids), most, arrays(how), key_of(seed), frozenset(stop), deliver)
         with self._changed:
             if self._stop or self.failure:
                 raise Stopped(f"the engine has stopped{f' ({self.failure})' if self.failure else ''}.")
@@ -123,7 +120,8 @@ class Engine:
     def load(self) -> dict[str, int]:
         """How many requests wait, and how many slots are taken."""
         with self._changed:
-            busy = sum(owner is not None for owner in self._owners) + (self._reading is not None)
+            busy = sum(owner is not None for owner in self._owners)
+            busy += (self._reading is not None) + (self._alone is not None)
             return {"waiting": len(self._waiting), "busy": busy, "slots": len(self._owners)}
 
     # ------------------------------------------------------------------------------------------ the one thread
@@ -131,78 +129,137 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
+                self._leave()
                 self._read()
                 self._decode()
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # nothing is left to serve with
+            self.failure = sentence(error)
             log.exception("the engine stopped")
         finally:
             with self._changed:
                 self._stop = True
-                left = [t for t in (*self._owners, *self._waiting, self._reading and self._reading[0]) if t]
+                left = [owner for owner in (*self._owners, *self._waiting) if owner]
+                left += [taken[0] for taken in (self._reading, self._alone) if taken]
                 self._waiting.clear()
                 self._owners = [None for _ in self._owners]
-                self._reading = None
+                self._reading = self._alone = None
             for ticket in left:
-                self._tell(ticket, [], "error")
+                ticket.fail(f"the engine has stopped ({self.failure or 'shutdown'})")
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
-        idle = lambda: not (self._waiting or self._reading or any(self._owners))
+        idle = lambda: not (self._waiting or self._reading or self._alone or any(self._owners))
         with self._changed:
             while idle() and not self._stop:
                 self._changed.wait()
             return not self._stop
 
-    def _read(self) -> None:
-        """Free the slots nobody waits for; one chunk of the next prompt; at its end, into a slot with it."""
+    def _leave(self) -> None:
+        """Free what nobody waits for."""
         self._owners = [None if owner and owner.cancelled else owner for owner in self._owners]
+        if self._alone and self._alone[0].cancelled:
+            self._alone = None
         if self._reading and self._reading[0].cancelled:
             self._reading = None
-        if self._reading is None and None in self._owners:
+
+    def _read(self) -> None:
+        """One piece of the next prompt, if there is a slot for it."""
+        if self._reading is None and self._owners.count(None) > (self._alone is not None):
             with self._changed:
                 self._forget_cancelled()
                 if self._waiting:
                     ticket = self._waiting.popleft()
-                    self._reading = (ticket, self._prompt(ticket))
+                    self._reading = (ticket, self._prompt(ticket.ids, ticket.key))
         if self._reading is None:
             return
-        ticket, chunks = self._reading
-        if (cursor := next(chunks)) is not None:
-            slot = self._owners.index(None)
-            how = {name: jnp.asarray(x) for name, x in device.knobs(ticket.how).items()}
-            self._slots = device.insert(self._slots, jnp.int32(slot), cursor, how)
-            self._owners[slot], self._reading = ticket, None
+        if self._alone:
+            alone, self._alone = self._alone, None
+            self._seat(*alone)
+        ticket, pieces = self._reading
+        try:
+            cursor = next(pieces)
+        except Exception as error:  # whatever this prompt does to the model
+            log.exception("a prompt could not be read")
+            self._reading = None
+            ticket.fail(f"the prompt could not be read ({sentence(error)})")
+            return
+        if cursor is not None:
+            self._reading = None
+            if any(self._owners):
+                self._seat(ticket, cursor)
+            else:
+                self._alone = (ticket, cursor)
 
     def _forget_cancelled(self) -> None:
         self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
-    def _prompt(self, ticket: Ticket) -> Iterator[Cursor | None]:
-        tokens, live = left_aligned(np.asarray(ticket.ids, np.int32)[None], None)
-        keys = jax.random.split(jax.random.key(ticket.seed), 1)
-        return prefill_chunks(self._model, self._variables, tokens, live, self._room, keys, READ)
+    def _prompt(self, ids: tuple[int, ...], key: Any) -> Iterator[Cursor | None]:
+        tokens, live = left_aligned(np.asarray(ids, np.int32)[None], None)
+        return prefill_chunks(self._model, self._variables, tokens, live, self._room, jax.random.split(key, 1), READ)
+
+    def _seat(self, ticket: Ticket, cursor: Cursor) -> None:
+        """Into a free slot."""
+        slot = self._owners.index(None)
+        self._owners[slot] = ticket
+        with self._anew():
+            self._slots = device.insert(self._slots, jnp.int32(slot), cursor, ticket.knobs)
 
     def _decode(self) -> None:
-        owners = list(self._owners)
-        if not any(owners):
-            return
-        live = jnp.asarray([owner is not None for owner in owners])
-        tokens, self._slots = device.decode(self._model, self._block, self._variables, self._slots, live)
-        for slot, (owner, row) in enumerate(zip(owners, np.asarray(tokens).tolist(), strict=True)):
-            if owner is None:
-                continue
-            row = row[: owner.most - owner.made]
-            end = next((i + 1 for i, token in enumerate(row) if token in owner.stop), None)
-            row = row[:end]
-            owner.made += len(row)
-            reason = "stop" if end else "length" if owner.made == owner.most else None
-            if not owner.cancelled:
-                self._tell(owner, row, reason)
-            if reason:
-                self._owners[slot] = None
+        """A block of tokens for everybody."""
+        seated = [slot for slot, owner in enumerate(self._owners) if owner]
+        if len(seated) == 1 and not self._reading and not self._waiting and self._has_far_to_go(seated[0]):
+            self._leave_alone(seated[0])
+        elif seated:
+            self._decode_slots()
+        if self._alone:
+            self._decode_alone(*self._alone)
 
-    def _tell(self, ticket: Ticket, tokens: list[int], reason: str | None) -> None:
+    def _has_far_to_go(self, slot: int) -> bool:
+        owner = self._owners[slot]
+        return owner is not None and owner.most - owner.made > FAR
+
+    def _leave_alone(self, slot: int) -> None:
+        """Out of its slot: it has no neighbours any more."""
+        ticket = self._owners[slot]
+        assert ticket is not None
+        with self._anew():
+            self._alone = (ticket, device.extract(self._slots, jnp.int32(slot)))
+            self._owners[slot] = None
+
+    def _decode_slots(self) -> None:
+        live = jnp.asarray([owner is not None for owner in self._owners])
+        with self._anew():
+            tokens, fine, self._slots = device.decode(self._model, self._block, self._variables, self._slots, live)
+            for slot, found in enumerate(zip(np.asarray(tokens).tolist(), np.asarray(fine).tolist(), strict=True)):
+                owner = self._owners[slot]
+                if owner and owner.take(*found):
+                    self._owners[slot] = None
+
+    def _decode_alone(self, ticket: Ticket, cursor: Cursor) -> None:
+        self._alone = None
         try:
-            ticket.deliver(tokens, reason)
-        except RuntimeError:  # the caller's event loop is closed: it has gone
-            ticket.cancel()
+            tokens, fine, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, ticket.knobs)
+            if not ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0])):
+                self._alone = (ticket, cursor)
+        except Exception as error:  # whatever this sequence does to the model
+            log.exception("a block of tokens failed")
+            ticket.fail(sentence(error))
+
+    @contextlib.contextmanager
+    def _anew(self) -> Iterator[None]:
+        """Whatever fails in here may be anybody's fault and leaves the slots unknown: all who are in them end."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("the slots are made anew")
+            ended = [owner for owner in self._owners if owner]
+            self._owners = [None] * len(self._owners)
+            self._slots = None
+            for owner in ended:
+                owner.fail(sentence(error))
+            self._slots = self._empty()
+
+    def _empty(self) -> device.Slots | None:
+        """Free slots; none where every sequence is alone."""
+        count = len(self._owners)
+        return device.empty(self._model, count, self._room, self._variables) if count > 1 else None

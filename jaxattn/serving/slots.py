@@ -2,7 +2,8 @@
 
 A slot is a decode state of batch 1, and `vmap` runs the model over slots. So every mechanism serves, whatever its
 state is, and each slot counts its own tokens: one may end and another begin while its neighbours go on. A row's
-numbers do not depend on what the other slots hold.
+numbers do not depend on what the other slots hold, and a slot that is not live costs next to nothing on a CPU, where
+rows of zeros are not multiplied (`pallas_kernels.linear.gemv`). A sequence without neighbours decodes without slots.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array
 
@@ -21,6 +21,8 @@ from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling, sample_rows
 from jaxattn.types import Leaf
+
+Knobs = dict[str, Array]  # `Sampling.knobs`
 
 
 @struct.dataclass
@@ -31,13 +33,7 @@ class Slots:
     logits: Leaf  # [S, N] of the next token
     positions: Leaf  # [S] of the next token
     keys: Leaf  # [S] PRNG keys
-    knobs: Leaf  # {"temperature", "top_k", "top_p", "min_p"} -> [S]
-
-
-def knobs(how: Sampling) -> dict[str, np.ndarray]:
-    """The sampling options of one row as arrays."""
-    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-    return {name: np.asarray(getattr(how, name), kind) for name, kind in kinds.items()}
+    knobs: Leaf  # `Sampling.knobs`, each [S]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -50,26 +46,39 @@ def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
         logits=jnp.zeros((count, model.vocab_size), jnp.float32),
         positions=jnp.zeros(count, jnp.int32),
         keys=jax.random.split(jax.random.key(0), count),
-        knobs={name: many(x) for name, x in knobs(Sampling()).items()},
+        knobs={name: many(x) for name, x in Sampling().knobs().items()},
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, slot: Array, cursor: Cursor, how: dict[str, Array]) -> Slots:
-    """The prompt behind `cursor` (batch 1) takes over a slot."""
+def insert(slots: Slots, slot: Array, cursor: Cursor, knobs: Knobs) -> Slots:
+    """The sequence behind `cursor` (batch 1) takes over a slot."""
     put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), slot, 0)
     return Slots(
         states=jax.tree.map(put, slots.states, cursor.states),
         logits=put(slots.logits, cursor.logits[0]),
         positions=put(slots.positions, cursor.positions[0]),
         keys=slots.keys.at[slot].set(cursor.keys[0]),
-        knobs=jax.tree.map(put, slots.knobs, how),
+        knobs=jax.tree.map(put, slots.knobs, knobs),
+    )
+
+
+@jax.jit
+def extract(slots: Slots, slot: Array) -> Cursor:
+    """The sequence of a slot by itself (batch 1)."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+    one = lambda x: take(x)[None]
+    return Cursor(
+        jax.tree.map(take, slots.states), one(slots.logits), one(slots.positions), jnp.zeros(1, bool), one(slots.keys)
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: Array) -> tuple[Array, Slots]:
-    """`count` tokens of every slot [S, count]; those of slots that are not `live` mean nothing."""
+def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: Array) -> tuple[Array, Array, Slots]:
+    """`count` tokens of every slot [S, count], whether its logits are still numbers [S], and the slots behind them.
+
+    What is said of slots that are not `live` [S] means nothing.
+    """
 
     def one(state: Any, token: Array, position: Array, live: Array) -> tuple[Array, Any]:
         place = lambda x: x.reshape(1, 1)
@@ -80,9 +89,33 @@ def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: A
 
     def step(slots: Slots, _: None) -> tuple[Slots, Array]:
         split = jax.vmap(lambda k: jax.random.split(k, 2))(slots.keys)
-        token = sample_rows(slots.logits, split[:, 1], **slots.knobs)
+        knobs = slots.knobs | {"temperature": jnp.where(live, slots.knobs["temperature"], 0)}  # nobody draws in vain
+        token = sample_rows(slots.logits, split[:, 1], **knobs)
         logits, states = jax.vmap(one)(slots.states, token, slots.positions, live)
         return Slots(states, logits, slots.positions + live, split[:, 0], slots.knobs), token
 
     slots, tokens = jax.lax.scan(step, slots, None, length=count)
-    return tokens.T, slots
+    return tokens.T, numbers(slots.logits), slots
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode_alone(
+    model: ModelConfig, count: int, variables: Any, cursor: Cursor, knobs: Knobs
+) -> tuple[Array, Array, Cursor]:
+    """`decode` for one sequence without slots: tokens [1, count], whether its logits are numbers [1], the cursor."""
+
+    def step(cursor: Cursor, _: None) -> tuple[Cursor, Array]:
+        split = jax.vmap(lambda k: jax.random.split(k, 2))(cursor.keys)
+        token = sample_rows(cursor.logits, split[:, 1], **{name: x[None] for name, x in knobs.items()})
+        out: Any = Decoder(model).apply(
+            variables, cursor.states, token[:, None], cursor.positions[:, None], method="step"
+        )
+        return Cursor(out[1], out[0][:, 0], cursor.positions + 1, cursor.done, split[:, 0]), token
+
+    cursor, tokens = jax.lax.scan(step, cursor, None, length=count)
+    return tokens.T, numbers(cursor.logits), cursor
+
+
+def numbers(logits: Array) -> Array:
+    """Whether rows of logits [B, N] hold a largest number, as any row does that the model is sure to have computed."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))

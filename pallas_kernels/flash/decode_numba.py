@@ -50,7 +50,7 @@ def attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
         n, h, g = item // (heads * group), item // group % heads, item % group
         scores, places = np.empty(keys, np.float32), np.empty(keys, np.int32)
         count, top = 0, np.float32(-np.inf)
-        for s in range(keys):
+        for s in range(keys if q_segments[n] else 0):  # padding sees nothing
             if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
                 score = dot(q[n, h, g], k[n, h, s])
                 scores[count], places[count] = score, s

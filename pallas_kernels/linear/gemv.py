@@ -1,7 +1,8 @@
 """A few rows times a matrix on a CPU: what decoding does, bound by how fast the weights are read.
 
 A matrix lies as [out, in] and every output is one dot product over contiguous weights, f32 or bf16, shared among
-threads. Sums are f32 in an order of their own, so results equal XLA's to rounding only.
+threads. Sums are f32 in an order of their own, so results equal XLA's to rounding only. Rows of zeros are not computed:
+sequences that decode together are often fewer than the rows they have.
 """
 
 from __future__ import annotations

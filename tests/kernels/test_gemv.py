@@ -38,6 +38,18 @@ def test_it_is_the_product_with_rows_of_weights(rows, d_in, d_out, dtype):
 
 
 @needs_numba
+@pytest.mark.parametrize("live", [[], [2], [0, 7], [1, 2, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_rows_of_zeros_are_zeros_and_leave_the_others_alone(live):
+    """What stood in the result's memory is gone; numbers that XLA flushes to zero count as zero."""
+    x, w = operands(8, 70, 37, jnp.float32)
+    dead = jnp.full((8, 70), 1e-40).at[::2].set(-0.0)
+    kept = jnp.isin(jnp.arange(8), jnp.asarray(live, jnp.int32))[:, None]
+    y = jax.jit(gemv)(jnp.where(kept, x, dead), w)
+    np.testing.assert_allclose(y, np.where(kept, np.asarray(x) @ np.asarray(w).T, 0), atol=1e-4)
+    assert not np.any(np.asarray(y)[~np.asarray(kept)[:, 0]])
+
+
+@needs_numba
 def test_a_batch_of_rows_reads_the_weights_once():
     x, w = operands(4, 24, 10, jnp.float32)
     each = jax.vmap(gemv, in_axes=(0, None))

@@ -13,9 +13,10 @@ import jaxattn
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from jaxattn.sampling import Sampling, sample, sample_rows
+from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
-from jaxattn.serving.engine import Engine, QueueFull, Stopped
+from jaxattn.serving.engine import Engine
+from jaxattn.serving.ticket import QueueFull, Stopped
 
 GREEDY = Sampling()
 MECHANISMS = ["softmax", "softmax(window=7)", "landmark(block=5)", "based", "titans(depth=1)", "sink_token", "aaren"]
@@ -114,22 +115,6 @@ def test_every_row_has_its_own_sampling_and_seed(running):
         assert inbox.wait() == alone.tokens[0].tolist(), how
 
 
-@pytest.mark.parametrize(
-    "how",
-    [GREEDY, Sampling(0.7), Sampling(1.3, top_k=4), Sampling(1.0, top_p=0.6), Sampling(1.0, min_p=0.3),
-     Sampling(2.0, top_k=9, top_p=0.9, min_p=0.05), Sampling(1.0, top_k=999, top_p=0.01)],
-)  # fmt: skip
-def test_rows_with_options_of_their_own_are_sampled_as_rows_with_one(how):
-    logits = 3 * jax.random.normal(jax.random.key(0), (200, 31))
-    keys = jax.random.split(jax.random.key(1), 200)
-    rows = {name: jnp.broadcast_to(x, 200) for name, x in device.knobs(how).items()}
-    np.testing.assert_array_equal(sample_rows(logits, keys, **rows), sample(logits, keys, how))
-    mixed = {name: x.at[::2].set(device.knobs(GREEDY)[name]) for name, x in rows.items()}
-    found = sample_rows(logits, keys, **mixed)
-    np.testing.assert_array_equal(found[1::2], sample(logits, keys, how)[1::2])
-    np.testing.assert_array_equal(found[::2], jnp.argmax(logits, -1)[::2])
-
-
 def test_a_stop_token_ends_a_row_and_is_its_last(running):
     model, params = model_of("softmax")
     alone = jaxattn.generate(model, params, np.asarray([[7, 8, 9]]), max_new_tokens=30).tokens[0].tolist()
@@ -179,18 +164,6 @@ def test_impossible_engines_are_refused():
     for more, words in (({"slots": 0}, "slots is 0"), ({"context": 33}, "knows 32 positions")):
         with pytest.raises(ConfigError, match=words):
             Engine(model, params, **({"slots": 1, "context": 8, "queue": 1} | more))
-
-
-def test_an_engine_that_breaks_tells_everybody(running, monkeypatch):
-    engine = running(*model_of("softmax"), slots=1)
-    monkeypatch.setattr(device, "decode", lambda *args: 1 / 0)
-    taken, waiting = ask(engine, [1], 5), ask(engine, [1], 5)
-    taken.wait()
-    waiting.wait()
-    assert (taken.reason, waiting.reason) == ("error", "error")
-    assert "ZeroDivisionError" in engine.failure
-    with pytest.raises(Stopped, match="ZeroDivisionError"):
-        ask(engine, [1], 5)
 
 
 def test_closing_tells_those_who_wait():

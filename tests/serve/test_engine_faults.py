@@ -1,0 +1,182 @@
+"""A request that goes wrong ends alone: whatever it does to the model, the others and the engine go on."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from jaxattn.errors import ConfigError
+from jaxattn.sampling import Sampling
+from jaxattn.serving import engine as engine_module
+from jaxattn.serving import slots as device
+from jaxattn.serving.engine import Engine
+from jaxattn.serving.ticket import Stopped
+from tests.serve.test_engine import GREEDY, ask, model_of
+
+MODEL, PARAMS = model_of("softmax")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    found = Engine(MODEL, PARAMS, slots=3, context=256, queue=64, block=4)
+    found.start()
+    yield found
+    found.close()
+
+
+def alone(ids, most, params=PARAMS):
+    return jaxattn.generate(MODEL, params, np.asarray([ids]), max_new_tokens=most).tokens[0].tolist()
+
+
+def well(engine):
+    """The engine answers, and all its slots are free again."""
+    assert ask(engine, [3, 4], 6).wait() == alone([3, 4], 6)
+    assert not engine.failure
+    assert engine.load() == {"waiting": 0, "busy": 0, "slots": 3}
+
+
+def failing(function, when):
+    """`function`, which raises where `when` says so of its arguments, once."""
+    left = [1]
+
+    def call(*args, **more):
+        if left[0] and when(*args, **more):
+            left[0] = 0
+            raise OverflowError("Python integer 2147483648 out of bounds for int32\nand more" + "x" * 5000)
+        return function(*args, **more)
+
+    return call
+
+
+def test_a_sequence_alone_that_fails_ends_alone(engine, monkeypatch):
+    monkeypatch.setattr(device, "decode_alone", failing(device.decode_alone, lambda *args: True))
+    inbox = ask(engine, [1], 5)
+    inbox.wait()
+    assert inbox.reason == "error"
+    assert inbox.ticket.failure.startswith("OverflowError: Python integer 2147483648 out of bounds for int32 and more")
+    assert len(inbox.ticket.failure) <= 200
+    well(engine)
+
+
+def test_a_prompt_that_fails_ends_alone_and_its_neighbours_go_on(engine, monkeypatch):
+    """Also one that fails at its second piece."""
+    neighbours = [ask(engine, [i], 120) for i in (1, 2)]
+    assert all(inbox.first.wait(60) for inbox in neighbours)
+    read = engine_module.prefill_chunks
+
+    def broken(model, variables, tokens, *rest):
+        if tokens.shape[1] < 140:
+            return read(model, variables, tokens, *rest)
+        pieces = read(model, variables, tokens, *rest)
+        return (piece if i == 0 else 1 / 0 for i, piece in enumerate(pieces))
+
+    monkeypatch.setattr(engine_module, "prefill_chunks", broken)
+    bad, good = ask(engine, [5] * 140, 5), ask(engine, [7], 5)
+    bad.wait()
+    assert bad.reason == "error"
+    assert bad.ticket.failure == "the prompt could not be read (ZeroDivisionError: division by zero)"
+    assert good.wait() == alone([7], 5)
+    assert [inbox.wait() for inbox in neighbours] == [alone([i], 120) for i in (1, 2)]
+    well(engine)
+
+
+@pytest.mark.parametrize("place", ["insert", "decode", "extract"])
+def test_when_the_slots_fail_those_in_them_end_and_the_next_are_served(engine, monkeypatch, place):
+    monkeypatch.setattr(device, place, failing(getattr(device, place), lambda *args: True))
+    first, second = ask(engine, [1], 200), ask(engine, [2], 5)
+    assert first.done.wait(60)
+    assert second.done.wait(60)
+    assert first.reason == "error"
+    well(engine)
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone():
+    """Token 7 makes everything behind it NaN."""
+    params = {**PARAMS, "embed": PARAMS["embed"].at[7].set(jnp.nan)}
+    found = Engine(MODEL, params, slots=3, context=256, queue=64, block=4)
+    found.start()
+    try:
+        ids = next([i] for i in range(8, 41) if 7 not in alone([i], 150, params))
+        neighbour = ask(found, ids, 150)
+        assert neighbour.first.wait(60)
+        bad, other = ask(found, [1, 7, 2], 20), ask(found, [*ids], 20, Sampling(0.0, 3))
+        for inbox in (bad, other, neighbour):
+            inbox.wait()
+        assert bad.reason == "error"
+        assert "no numbers" in bad.ticket.failure
+        assert not bad.tokens
+        assert neighbour.tokens == alone(ids, 150, params)
+        assert other.tokens == neighbour.tokens[:20]
+        lone = ask(found, [7], 5)
+        lone.wait()
+        assert lone.reason == "error"
+        assert ask(found, ids, 5).wait() == neighbour.tokens[:5]
+    finally:
+        found.close()
+
+
+def test_whoever_cannot_be_told_is_let_go(engine):
+    def deaf(tokens, reason):
+        raise RuntimeError("Event loop is closed")
+
+    for count in (1, 2):
+        tickets = [engine.submit([1], 200, GREEDY, 0, (), deaf) for _ in range(count)]
+        deadline = time.monotonic() + 30
+        while not all(ticket.cancelled for ticket in tickets):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        well(engine)
+
+
+@pytest.mark.parametrize(
+    ("ids", "seed", "words"),
+    [([41], 0, "token 41"), ([-1], 0, "token -1"), ([1 << 40], 0, "token 10995"), ([1], 1 << 63, "seed is 9223"),
+     ([1], -(1 << 63) - 1, "seed is -922")],
+)  # fmt: skip
+def test_what_the_device_cannot_hold_is_refused_before_it_gets_there(engine, ids, seed, words):
+    with pytest.raises(ConfigError, match=words):
+        ask(engine, ids, 3, seed=seed)
+    well(engine)
+
+
+def test_every_seed_of_64_bits_draws_its_own(engine):
+    hot = Sampling(5.0)
+    seeds = [0, 1, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, -1, -(1 << 63), (1 << 63) - 1]
+    drawn = [tuple(ask(engine, [1], 24, hot, seed).wait()) for seed in seeds]
+    assert len(set(drawn)) == len(seeds)
+    own = jaxattn.generate(
+        MODEL, PARAMS, np.asarray([[1]]), max_new_tokens=24, key=jax.random.key((1 << 32) - 1), temperature=5.0
+    )
+    assert own.tokens[0].tolist() == list(drawn[2])
+
+
+def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch):
+    found = Engine(MODEL, PARAMS, slots=2, context=256, queue=64, block=4)
+    monkeypatch.setattr(device, "decode", lambda *args: 1 / 0)
+    monkeypatch.setattr(device, "empty", lambda *args: [][0])  # no memory for new slots either
+    found.start()
+    inboxes = [ask(found, [1], 200) for _ in range(3)]
+    for inbox in inboxes:
+        inbox.wait()
+    assert [inbox.reason for inbox in inboxes] == ["error"] * 3
+    assert "IndexError" in found.failure
+    with pytest.raises(Stopped, match="IndexError"):
+        ask(found, [1], 5)
+
+
+def test_it_can_be_warmed_up_before_it_starts():
+    found = Engine(MODEL, PARAMS, slots=3, context=64, queue=4, block=4)
+    found.warm_up()
+    compiled = device.decode._cache_size(), device.decode_alone._cache_size(), device.insert._cache_size()
+    found.start()
+    try:
+        inboxes = [ask(found, [i], 40) for i in (1, 2, 3)]
+        assert [inbox.wait() for inbox in inboxes] == [alone([i], 40) for i in (1, 2, 3)]
+    finally:
+        found.close()
+    assert compiled == (device.decode._cache_size(), device.decode_alone._cache_size(), device.insert._cache_size())
