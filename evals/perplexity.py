@@ -12,25 +12,20 @@ per byte of the text.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from evals.length import make_losses
-from evals.trained import retrieves, write_result
+from evals.length import window_losses
+from evals.trained import write_result
 from jaxattn.errors import ConfigError, DataError, run_cli
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
 from jaxattn.text import Loaded, load
-from train.objective import token_losses
 
 BATCH = 4  # windows at once
 
@@ -56,26 +51,6 @@ def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
             return
 
 
-_reader = functools.cache(make_losses)  # one program a model, also for many short texts
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _losses_by_steps(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
-    """-log p [b, T] of tokens[:, 1:] given those before, one token at a time through the decode state."""
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
-    decoder, variables = Decoder(model), {"params": params}
-
-    def one(states: Any, at: Any) -> tuple[Any, Any]:
-        token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
-        position = jnp.full((batch, 1), at, jnp.int32)
-        live = (at < lengths[:, None] - 1).astype(jnp.int32)
-        out: Any = decoder.apply(variables, states, token, position, live, method="step")
-        return out[1], token_losses(out[0], jax.lax.dynamic_slice_in_dim(tokens, at + 1, 1, 1))[:, 0]
-
-    states = decoder.apply(variables, batch, length, method="start")
-    return jax.lax.scan(one, states, jnp.arange(length))[1].T
-
-
 def losses(
     model: ModelConfig,
     params: Any,
@@ -99,14 +74,12 @@ def losses(
     if by_steps and stride != context:
         raise ConfigError(f"--stride is {stride} but --token-by-token reads separate pieces: leave it at {context}.")
     found, cut = [], list(windows(np.asarray(ids, np.int32), context, stride))
-    read = _reader(model, retrieves(model))
     groups = range(0, len(cut), BATCH)
     for i in track(groups, "reading", transient=True) if show else groups:
         group = cut[i : i + BATCH]
         filled = group + [group[0]] * (BATCH - len(group))  # one shape
-        tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length for w in filled])
-        out = _losses_by_steps(model, params, tokens, lengths) if by_steps else read(params, tokens)
-        out = np.asarray(out, np.float64)
+        tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length - 1 for w in filled])
+        out = window_losses(model, params, tokens, lengths, piece=1 if by_steps else None).astype(np.float64)
         found += [row[w.first : w.length - 1] for row, w in zip(out, group, strict=False)]
     return np.concatenate(found)
 

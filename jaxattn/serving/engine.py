@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn._generate import Cursor, left_aligned, prefill_chunks, room_for
+from jaxattn._generate import Cursor, prefill_chunks, room_for
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.reader import most_padding
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
 
@@ -70,7 +71,7 @@ class Engine:
             raise ConfigError(f"context is {context} but the model knows {model.position_limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = room_for(context + READ + block)
+        self._room = room_for(context + most_padding(model, context, READ) + block)
         self._slots = device.empty(model, slots, self._room, self._variables)
         self._owners: list[Ticket | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -178,9 +179,9 @@ class Engine:
         self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def _prompt(self, ticket: Ticket) -> Iterator[Cursor | None]:
-        tokens, live = left_aligned(np.asarray(ticket.ids, np.int32)[None], None)
+        tokens, length = np.asarray(ticket.ids, np.int32)[None], np.array([len(ticket.ids)])
         keys = jax.random.split(jax.random.key(ticket.seed), 1)
-        return prefill_chunks(self._model, self._variables, tokens, live, self._room, keys, READ)
+        return prefill_chunks(self._model, self._variables, tokens, length, self._room, keys, READ)
 
     def _decode(self) -> None:
         owners = list(self._owners)

@@ -35,7 +35,7 @@ def ours(dtype: str, files: dict[str, str], room: int) -> Answer:
         tokens, key = np.asarray([prompt], np.int32), jax.random.split(jax.random.key(0), 1)
         start = time.perf_counter()
         space = generation.room_for(room + generation.BLOCK)
-        cursor = generation.prefill(model, loaded.params, tokens, np.ones_like(tokens, bool), space, key)
+        cursor = generation.prefill(model, loaded.params, tokens, np.array([len(prompt)]), space, key)
         jax.block_until_ready(cursor)
         middle = time.perf_counter()
         made: list[int] = []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn import _generate
+from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
@@ -54,8 +54,9 @@ def greedy_by_forward(cfg, params, prompt, count):
 
 
 @pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
-def test_greedy_tokens_are_those_of_the_forward_pass(mixers):
-    """Rows of different lengths together, each as if alone."""
+def test_greedy_tokens_are_those_of_the_forward_pass(mixers, monkeypatch):
+    """Rows of different lengths together, read in pieces with padding between them, each as if alone."""
+    monkeypatch.setattr(_generate, "CHUNK", 4)
     cfg, params = build(mixers)
     lengths = [9, 4, 1]
     made = jaxattn.generate(cfg, params, PROMPTS, lengths=lengths, max_new_tokens=6)
@@ -75,10 +76,10 @@ def test_prompts_longer_than_a_chunk_are_read_in_pieces(monkeypatch):
 def test_a_second_prompt_compiles_nothing():
     cfg, params = build(("softmax",))
     jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=5)
-    before = _generate._prefill_chunk._cache_size(), _generate.decode_block._cache_size()
+    before = reader._read_piece._cache_size(), _generate.decode_block._cache_size()
     other = np.concatenate([PROMPTS[:, ::-1], PROMPTS[:, :2]], 1)
     jaxattn.generate(cfg, params, other, lengths=[11, 3, 7], max_new_tokens=7)
-    assert (_generate._prefill_chunk._cache_size(), _generate.decode_block._cache_size()) == before
+    assert (reader._read_piece._cache_size(), _generate.decode_block._cache_size()) == before
 
 
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
