@@ -1,9 +1,9 @@
 """`python -m evals.length RUN_DIR [--lengths 256,512,1024] [--attn=...] [--json OUT]`: loss beyond the training length.
 
 The same held-out text is read in windows of every length: n sequences of the longest length L, cut into L / l
-windows for each l. So every length is scored on the same tokens, and only the context differs. Reported per length:
-the mean loss, the mean over the last quarter of the window (where the context is longest), and the loss by position.
-Writes length.json and plots/length.png into the run directory.
+windows for each l, each with the start token in front if the tokenizer begins texts with one. So every length is
+scored on the same tokens, and only the context differs. Reported per length: the mean loss, the mean over the last
+quarter of the window (where the context is longest), and the loss by position. Writes length.json and plots/length.png into the run directory.
 """
 
 from __future__ import annotations
@@ -47,18 +47,26 @@ def window_losses(
     return -np.asarray(scores(model, variables, hidden, jnp.asarray(windows[:, 1:]))[0])
 
 
-def cut_windows(text: np.ndarray, length: int) -> np.ndarray:
-    """[n, L + 1] tokens -> [n · L / length, length + 1]: every target once."""
+def cut_windows(text: np.ndarray, length: int, front: int | None = None) -> np.ndarray:
+    """[n, L + 1] tokens -> [n · L / length, length + 1]: every target once.
+
+    front: what the first token of every window becomes, the start token of a model that begins each text with one.
+    """
     n, longest = text.shape[0], text.shape[1] - 1
     starts = np.arange(0, longest, length)
-    return np.stack([text[:, s : s + length + 1] for s in starts], axis=1).reshape(n * len(starts), length + 1)
+    cut = np.stack([text[:, s : s + length + 1] for s in starts], axis=1).reshape(n * len(starts), length + 1)
+    if front is not None:
+        cut[:, 0] = front
+    return cut
 
 
-def loss_by_length(trained: Trained, text: np.ndarray, lengths: list[int]) -> list[dict[str, Any]]:
-    """One JSON-able row per length; `text` is [n, longest + 1]."""
+def loss_by_length(
+    trained: Trained, text: np.ndarray, lengths: list[int], front: int | None = None
+) -> list[dict[str, Any]]:
+    """One JSON-able row per length; `text` is [n, longest + 1], `front` as in `cut_windows`."""
     rows = []
     for length in lengths:
-        windows = cut_windows(text, length)
+        windows = cut_windows(text, length, front)
         size = max(1, text.shape[1] // length)  # tokens at once: those of one longest sequence
         parts = [windows[i : i + size] for i in range(0, len(windows), size)]
         found = [window_losses(trained.model, trained.params, part) for part in parts]
@@ -145,7 +153,8 @@ def main() -> int:
             f"{args.run_dir} was trained on {source.name!r}, which is no text: measure other lengths of a task with "
             f"python -m evals.tasks {args.run_dir} --task='{source.name}(context={lengths[-1]})'."
         )
-    rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths)
+    front = source.tokenizer.around[0][-1:] if source.tokenizer else []
+    rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths, *front)
     result = {
         "attn": trained.attn,
         "step": trained.step,
