@@ -3,7 +3,8 @@
 The same held-out text is read in windows of every length: n sequences of the longest length L, cut into L / l
 windows for each l, each with the start token in front if the tokenizer begins texts with one. So every length is
 scored on the same tokens, and only the context differs. Reported per length: the mean loss, the mean over the last
-quarter of the window (where the context is longest), and the loss by position. Writes length.json and plots/length.png into the run directory.
+quarter of the window (where the context is longest), and the loss by position. Writes length.json and
+plots/length.png into the run directory.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from jaxattn.errors import ConfigError, DataError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.text import load
-from tests.evals.checkpoints import build
+from tests.generate.checkpoints import build
 from tests.generate.helpers import byte_run
 from train.data.tokenizer import byte_tokenizer
 
@@ -101,12 +101,14 @@ def test_impossible_windows_are_refused(call, message):
 # --------------------------------------------------------------------------------------- beside transformers
 
 
-@pytest.fixture(scope="module", params=["llama2", "llama3", "qwen"])
+@pytest.fixture(scope="module", params=["llama2", "llama3", "qwen2.5"])
 def twin(request, tmp_path_factory):
     """Our checkpoint, transformers' model and its tokenizer; two of three tokenizers begin a text with BOS."""
     transformers = pytest.importorskip("transformers", reason="the oracle")
     folder = tmp_path_factory.mktemp(request.param)
-    source = build(request.param, folder / "hf")
+    source = folder / "hf"
+    source.mkdir()
+    build(request.param, source)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     loaded = load(convert(str(source), folder / "ours"))
     return loaded, oracle, transformers.AutoTokenizer.from_pretrained(source)

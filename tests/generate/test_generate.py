@@ -17,6 +17,9 @@ from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.sampling import Sampling
+from jaxattn.serving.engine import Engine
+from tests.serve.test_engine import Inbox
 
 MIXERS = {
     **{name: (name,) for name in names()},
@@ -71,6 +74,33 @@ def test_prompts_longer_than_a_chunk_are_read_in_pieces(monkeypatch):
     whole = jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=20).tokens
     monkeypatch.setattr(_generate, "CHUNK", 4)
     np.testing.assert_array_equal(jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=20).tokens, whole)
+
+
+def test_retrieving_attention_reads_prompts_of_any_length():
+    """In `generate` and in the server, as `Decoder.step` reads pieces of 75 tokens, the most that this context allows."""
+    cfg, params = build(("landmark(block=15)",))
+    cfg = cfg.with_attention("landmark(block=15, retrieve=2, context=128)")
+    prompts = np.random.default_rng(2).integers(0, 17, (2, 200)).astype(np.int32)
+    step = jax.jit(functools.partial(Decoder(cfg).apply, method="step"))
+
+    def greedy(prompt, count):
+        states, made = Decoder(cfg).apply({"params": params}, 1, 256, method="start"), []
+        for at in range(0, len(prompt), 75):
+            part = prompt[None, at : at + 75]
+            logits, states = step({"params": params}, states, part, at + np.arange(part.shape[1])[None])
+        for at in range(len(prompt), len(prompt) + count):
+            made.append(int(np.argmax(logits[0, -1])))
+            logits, states = step({"params": params}, states, np.array([[made[-1]]]), np.array([[at]]))
+        return made
+
+    lengths = [200, 163]
+    expected = [greedy(prompt[:n], 6) for prompt, n in zip(prompts, lengths, strict=True)]
+    assert jaxattn.generate(cfg, params, prompts, lengths=lengths, max_new_tokens=6).tokens.tolist() == expected
+    engine, inbox = Engine(cfg, params, slots=1, context=256, queue=1), Inbox()
+    engine.start()
+    engine.submit(prompts[1, :163].tolist(), 6, Sampling(), 0, (), inbox)
+    assert inbox.wait() == expected[1]
+    engine.close()
 
 
 def test_a_second_prompt_compiles_nothing():
