@@ -262,15 +262,6 @@ BAD = {
 }
 
 
-@pytest.fixture
-def small_index(monkeypatch):
-    """Without the harness's 14,000 tasks, which take seconds to list, but for a few names."""
-    manager = harness.TaskManager
-    monkeypatch.setattr(
-        harness, "TaskManager", lambda include_path: manager(include_path=include_path, include_defaults=False)
-    )
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_sentence(name, run, task_folder, monkeypatch, tmp_path, request):
     if name != "task":

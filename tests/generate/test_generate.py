@@ -77,7 +77,7 @@ def test_prompts_longer_than_a_chunk_are_read_in_pieces(monkeypatch):
 
 
 def test_retrieving_attention_reads_prompts_of_any_length():
-    """In `generate` and in the server, as `Decoder.step` reads pieces of 75 tokens, the most that this context allows."""
+    """In `generate` and in the server, as `Decoder.step` reads pieces of 75 tokens, the most for this context."""
     cfg, params = build(("landmark(block=15)",))
     cfg = cfg.with_attention("landmark(block=15, retrieve=2, context=128)")
     prompts = np.random.default_rng(2).integers(0, 17, (2, 200)).astype(np.int32)
