@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder, logits_in_chunks
+from jaxattn.reader import hidden_in_one_pass, hidden_in_pieces, reads_state, scores
 
 Batch = dict[str, np.ndarray]
 
@@ -23,51 +22,41 @@ def scored_places(mask: np.ndarray) -> np.ndarray:
     return np.where(np.take_along_axis(mask, order, 1), order, -1).astype(np.int32)
 
 
-def make_hits(model: ModelConfig, chunk: int | None = None) -> Callable[[Any, Batch], np.ndarray]:
+def make_hits(model: ModelConfig, piece: int | None = None) -> Callable[[Any, Batch], np.ndarray]:
     """Build ``hits(params, batch) -> [b, M] float``: 1 right, 0 wrong, NaN behind a row's last scored position.
 
-    chunk: read that many tokens at a time through the decode state, as in generation, 0 as many as the attention
-    allows; None is one forward pass. `hits` raises `ConfigError` for a chunk that the attention does not allow.
+    piece: read that many tokens at a time through the decode state, as in generation, 0 as many as the layers allow;
+    None is one forward pass, unless some layer has to be read through its state. `hits` raises `ConfigError` for a
+    piece that a layer cannot read, and for rows of several documents or with a prefix that are read so.
     """
-    predicted = _in_one_pass(model) if chunk is None else _in_chunks(model, chunk)
+    piece = 0 if piece is None and reads_state(model) else piece
 
     def hits(params: Any, batch: Batch) -> np.ndarray:
         places = scored_places(batch["loss_mask"])
-        at = np.maximum(places, 0)
-        right = predicted(params, batch, at) == np.take_along_axis(batch["targets"], at, 1)
-        return np.where(places >= 0, right.astype(np.float64), np.nan)
+        at, variables = np.maximum(places, 0), {"params": params}
+        if piece is None:
+            inputs = (batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("prefix_len"))
+            hidden = hidden_in_one_pass(model, variables, *inputs)
+        else:
+            hidden = hidden_in_pieces(model, variables, batch["tokens"], _one_document(batch), piece=piece)
+        targets = np.take_along_axis(batch["targets"], at, 1)
+        _, best = scores(model, variables, jnp.take_along_axis(hidden, at[..., None], axis=1), targets)
+        return np.where(places >= 0, (np.asarray(best) == targets).astype(np.float64), np.nan)
 
     return hits
 
 
-def _in_one_pass(model: ModelConfig) -> Callable[[Any, Batch, np.ndarray], np.ndarray]:
-    @jax.jit
-    def run(params: Any, tokens: Any, positions: Any, segments: Any, prefix: Any, at: Any) -> Any:
-        def pick(decoder: Decoder) -> Any:
-            hidden = decoder.hidden(tokens, positions, segments, prefix)
-            return decoder.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
-
-        logits: Any = Decoder(model).apply({"params": params}, method=pick)
-        return jnp.argmax(logits, axis=-1)
-
-    def predicted(params: Any, batch: Batch, at: np.ndarray) -> np.ndarray:
-        inputs = (batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("prefix_len"))
-        return np.asarray(run(params, *inputs, at))
-
-    return predicted
-
-
-def _in_chunks(model: ModelConfig, chunk: int) -> Callable[[Any, Batch, np.ndarray], np.ndarray]:
-    def predicted(params: Any, batch: Batch, at: np.ndarray) -> np.ndarray:
-        logits, _ = logits_in_chunks(model, params, jnp.asarray(batch["tokens"]), chunk=chunk)
-        if not jnp.all(jnp.isfinite(logits)):
-            raise ConfigError(
-                f"{', '.join(model.mixers)} gives no numbers for {batch['tokens'].shape[1]} tokens in chunks of "
-                f"{chunk or 'automatic size'}: use smaller chunks."
-            )
-        return np.take_along_axis(np.asarray(jnp.argmax(logits, axis=-1)), at, axis=1)
-
-    return predicted
+def _one_document(batch: Batch) -> np.ndarray:
+    """Tokens of every row [b], if it is one document from its start on."""
+    segments = batch["segment_ids"]
+    lengths = (segments == segments[:, :1]).sum(1)
+    alone = (segments[:, :1] > 0).all() and not segments[np.arange(segments.shape[1]) >= lengths[:, None]].any()
+    if not alone or batch.get("prefix_len") is not None:
+        raise ConfigError(
+            "rows that are read through the decode state have to be one document each, without a prefix: set "
+            "data.prefix_len to 0, and give sequences of one document."
+        )
+    return lengths
 
 
 def accuracy(hits: Callable[[Any, Batch], np.ndarray], params: Any, batches: Iterable[Batch]) -> dict[str, float]:

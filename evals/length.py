@@ -1,9 +1,10 @@
 """`python -m evals.length RUN_DIR [--lengths 256,512,1024] [--attn=...] [--json OUT]`: loss beyond the training length.
 
 The same held-out text is read in windows of every length: n sequences of the longest length L, cut into L / l
-windows for each l. So every length is scored on the same tokens, and only the context differs. Reported per length:
-the mean loss, the mean over the last quarter of the window (where the context is longest), and the loss by position.
-Writes length.json and plots/length.png into the run directory.
+windows for each l, each with the start token in front if the tokenizer begins texts with one. So every length is
+scored on the same tokens, and only the context differs. Reported per length: the mean loss, the mean over the last
+quarter of the window (where the context is longest), and the loss by position. Writes length.json and
+plots/length.png into the run directory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,51 +21,56 @@ from evals.plot_style import DASH, GREY, INK, figure, in_style, png
 from evals.trained import Trained, open_trained, write_result
 from jaxattn.errors import ConfigError, UserError, run_cli
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder, logits_in_chunks
-from train.objective import token_losses
+from jaxattn.reader import hidden_in_pieces, hidden_of, scores
 
 POINTS = 32  # of the curve over positions
-LOGITS = 1024  # tokens whose logits exist at one time
 
 
-def make_losses(model: ModelConfig, chunked: bool = False) -> Any:
-    """Build ``losses(params, windows [b, T + 1]) -> [b, T]``: -log p of each token given those before it.
+def window_losses(
+    model: ModelConfig,
+    params: Any,
+    windows: np.ndarray,
+    lengths: np.ndarray | None = None,
+    *,
+    piece: int | None = None,
+) -> np.ndarray:
+    """-log p (nats) of each token of windows [b, T + 1] given those before it, f32 [b, T].
 
-    chunked: read through the decode state, as attention that retrieves has to be.
+    Args:
+      lengths: tokens [b] of each window that are read, T without it; the losses behind them mean nothing.
+      piece: read that many tokens at a time through the decode state; None reads as the layers have to be read.
     """
-    if chunked:
-        read = lambda params, x: logits_in_chunks(model, params, x[:, :-1])[0]
-        return lambda params, windows: token_losses(read(params, jnp.asarray(windows)), jnp.asarray(windows[:, 1:]))
-
-    @jax.jit
-    def losses(params: Any, windows: Any) -> Any:
-        def read(decoder: Decoder) -> Any:
-            hidden, targets = decoder.hidden(windows[:, :-1]), windows[:, 1:]
-            parts = range(0, hidden.shape[1], LOGITS)
-            cut = lambda x, i: x[:, i : i + LOGITS]
-            return jnp.concatenate(
-                [token_losses(decoder.logits(cut(hidden, i)), cut(targets, i)) for i in parts], axis=1
-            )
-
-        return Decoder(model).apply({"params": params}, method=read)
-
-    return losses
+    variables, tokens = {"params": params}, windows[:, :-1]
+    if piece is None:
+        hidden = hidden_of(model, variables, tokens, lengths)
+    else:
+        hidden = hidden_in_pieces(model, variables, tokens, lengths, piece=piece)
+    return -np.asarray(scores(model, variables, hidden, jnp.asarray(windows[:, 1:]))[0])
 
 
-def cut_windows(text: np.ndarray, length: int) -> np.ndarray:
-    """[n, L + 1] tokens -> [n · L / length, length + 1]: every target once."""
+def cut_windows(text: np.ndarray, length: int, front: int | None = None) -> np.ndarray:
+    """[n, L + 1] tokens -> [n · L / length, length + 1]: every target once.
+
+    front: what the first token of every window becomes, the start token of a model that begins each text with one.
+    """
     n, longest = text.shape[0], text.shape[1] - 1
     starts = np.arange(0, longest, length)
-    return np.stack([text[:, s : s + length + 1] for s in starts], axis=1).reshape(n * len(starts), length + 1)
+    cut = np.stack([text[:, s : s + length + 1] for s in starts], axis=1).reshape(n * len(starts), length + 1)
+    if front is not None:
+        cut[:, 0] = front
+    return cut
 
 
-def loss_by_length(trained: Trained, text: np.ndarray, lengths: list[int]) -> list[dict[str, Any]]:
-    """One JSON-able row per length; `text` is [n, longest + 1]."""
-    losses, rows = make_losses(trained.model, trained.retrieves), []
+def loss_by_length(
+    trained: Trained, text: np.ndarray, lengths: list[int], front: int | None = None
+) -> list[dict[str, Any]]:
+    """One JSON-able row per length; `text` is [n, longest + 1], `front` as in `cut_windows`."""
+    rows = []
     for length in lengths:
-        windows = cut_windows(text, length)
+        windows = cut_windows(text, length, front)
         size = max(1, text.shape[1] // length)  # tokens at once: those of one longest sequence
-        found = [np.asarray(losses(trained.params, windows[i : i + size])) for i in range(0, len(windows), size)]
+        parts = [windows[i : i + size] for i in range(0, len(windows), size)]
+        found = [window_losses(trained.model, trained.params, part) for part in parts]
         by_position = np.concatenate(found).astype(np.float64).mean(0)
         edges = np.linspace(0, length, min(POINTS, length) + 1).astype(int)
         rows.append(
@@ -149,7 +154,8 @@ def main() -> int:
             f"{args.run_dir} was trained on {source.name!r}, which is no text: measure other lengths of a task with "
             f"python -m evals.tasks {args.run_dir} --task='{source.name}(context={lengths[-1]})'."
         )
-    rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths)
+    front = source.tokenizer.around[0][-1:] if source.tokenizer else []
+    rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths, *front)
     result = {
         "attn": trained.attn,
         "step": trained.step,

@@ -4,33 +4,31 @@ How well a text is predicted.
 
 Windows of `context` tokens move on by `stride`; a token is scored once, in the first window that holds it, so with
 stride < context it has at least context - stride tokens before it. stride = context (the default) cuts the text into
-separate pieces. `--token-by-token` reads those pieces through the decode state, one token at a time: slow, and the
-same numbers if the mechanism's decoding is right. Printed and written with --json: nats per token, perplexity, bits
-per byte of the text.
+separate pieces. The text begins as its tokenizer begins one, with a start token or with its own first token, which is
+not scored. `--token-by-token` reads those pieces through the decode state, one token at a time: slow, and the same
+numbers if the mechanism's decoding is right. Printed and written with --json: nats per token, perplexity, bits per
+byte of the text that is scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
-from evals.length import make_losses
-from evals.trained import retrieves, write_result
+from evals.length import window_losses
+from evals.trained import write_result
 from jaxattn.errors import ConfigError, DataError, run_cli
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
 from jaxattn.text import Loaded, load
-from train.objective import token_losses
+from jaxattn.tokenizer import Tokenizer
 
 BATCH = 4  # windows at once
 
@@ -56,26 +54,6 @@ def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
             return
 
 
-_reader = functools.cache(make_losses)  # one program a model, also for many short texts
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _losses_by_steps(model: ModelConfig, params: Any, tokens: Any, lengths: Any) -> Any:
-    """-log p [b, T] of tokens[:, 1:] given those before, one token at a time through the decode state."""
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
-    decoder, variables = Decoder(model), {"params": params}
-
-    def one(states: Any, at: Any) -> tuple[Any, Any]:
-        token = jax.lax.dynamic_slice_in_dim(tokens, at, 1, 1)
-        position = jnp.full((batch, 1), at, jnp.int32)
-        live = (at < lengths[:, None] - 1).astype(jnp.int32)
-        out: Any = decoder.apply(variables, states, token, position, live, method="step")
-        return out[1], token_losses(out[0], jax.lax.dynamic_slice_in_dim(tokens, at + 1, 1, 1))[:, 0]
-
-    states = decoder.apply(variables, batch, length, method="start")
-    return jax.lax.scan(one, states, jnp.arange(length))[1].T
-
-
 def losses(
     model: ModelConfig,
     params: Any,
@@ -98,34 +76,41 @@ def losses(
         raise ConfigError(f"--stride is {stride} but must be from 1 to --context {context}.")
     if by_steps and stride != context:
         raise ConfigError(f"--stride is {stride} but --token-by-token reads separate pieces: leave it at {context}.")
-    found, cut = [], list(windows(np.asarray(ids, np.int32), context, stride))
-    read = _reader(model, retrieves(model))
+    context = min(context, len(ids) - 1)  # a longer window would hold nothing more
+    found, cut = [], list(windows(np.asarray(ids, np.int32), context, min(stride, context)))
     groups = range(0, len(cut), BATCH)
-    for i in track(groups, "reading", transient=True) if show else groups:
+    for i in track(groups, "reading", transient=True, console=Console(stderr=True)) if show else groups:
         group = cut[i : i + BATCH]
         filled = group + [group[0]] * (BATCH - len(group))  # one shape
-        tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length for w in filled])
-        out = _losses_by_steps(model, params, tokens, lengths) if by_steps else read(params, tokens)
-        out = np.asarray(out, np.float64)
+        tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length - 1 for w in filled])
+        out = window_losses(model, params, tokens, lengths, piece=1 if by_steps else None).astype(np.float64)
         found += [row[w.first : w.length - 1] for row, w in zip(out, group, strict=False)]
     return np.concatenate(found)
 
 
-def perplexity(loaded: Loaded, text: str, *, context: int, stride: int, by_steps: bool = False) -> dict[str, Any]:
-    """What the command prints.
+def perplexity(
+    loaded: Loaded, text: str, *, context: int, stride: int, by_steps: bool = False, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """What the command prints; `max_tokens` takes the beginning of the text alone.
 
     Raises:
-      DataError: fewer than two tokens.
-      ConfigError: impossible context or stride.
+      DataError: fewer than two tokens, or a loss that is no number.
+      ConfigError: impossible context, stride or max_tokens.
     """
-    ids = loaded.tokenizer.encode(text)
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"--max-tokens is {max_tokens} but must be at least 2.")
+    ids, size = loaded.encode(text) if text else [], len(text.encode())
+    if max_tokens is not None and len(ids) > max_tokens:
+        ids = ids[:max_tokens]
+        size = len(loaded.tokenizer.decode(ids).rstrip("\ufffd").encode())
     if len(ids) < 2:
         raise DataError(f"the text has {len(ids)} tokens, but a prediction needs at least 2.")
     values = losses(
         loaded.model, loaded.params, np.asarray(ids), context=context, stride=stride, by_steps=by_steps, show=True
     )
     mean = float(values.mean())
-    first = len(loaded.tokenizer.decode(ids[:1]).encode())
+    if not math.isfinite(mean):
+        raise DataError(f"the model gives no numbers on this text (its mean loss is {mean}).")
     return {
         "tokens": len(values),
         "context": context,
@@ -133,8 +118,17 @@ def perplexity(loaded: Loaded, text: str, *, context: int, stride: int, by_steps
         "token_by_token": by_steps,
         "nats_per_token": mean,
         "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": float(values.sum()) / math.log(2) / max(1, len(text.encode()) - first),
+        "bits_per_byte": float(values.sum()) / math.log(2) / max(1, size - _bytes(loaded.tokenizer, ids[0])),
     }
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> int:
+    """How much of the text the first token stands for: nothing, if it is a start token."""
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return len(text.encode())
+    written = tokenizer.token(token) or ""  # half a character: a byte, or one sign for every byte
+    return 1 if written.startswith("<0x") else len(written)
 
 
 def main() -> int:
@@ -153,12 +147,11 @@ def main() -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
     loaded = load(args.checkpoint, attn=args.attn)
-    if args.max_tokens is not None:
-        if args.max_tokens < 2:
-            raise ConfigError(f"--max-tokens is {args.max_tokens} but must be at least 2.")
-        text = loaded.tokenizer.decode(loaded.tokenizer.encode(text)[: args.max_tokens])
-    context = args.context or min(1024, loaded.context)
-    result = perplexity(loaded, text, context=context, stride=args.stride or context, by_steps=args.token_by_token)
+    context = min(1024, loaded.context) if args.context is None else args.context
+    stride = context if args.stride is None else args.stride
+    result = perplexity(
+        loaded, text, context=context, stride=stride, by_steps=args.token_by_token, max_tokens=args.max_tokens
+    )
     if args.json:
         write_result(args.json, result)
     print(json.dumps(result, indent=2))

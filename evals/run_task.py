@@ -14,6 +14,7 @@ from evals.tasks import Task, make_task
 from evals.trained import Trained
 from jaxattn.calls import parse_call
 from jaxattn.errors import ConfigError
+from jaxattn.reader import reads_state
 from train.data.bb import HELD_OUT
 
 TOKENS_AT_ONCE = 16_384
@@ -65,10 +66,9 @@ def run_task(trained: Trained, task: Task, length: int, count: int, chunk: int |
     """JSON-able: accuracy per token, exact (share of sequences with every token right), their standard errors.
 
     chunk: read that many tokens at a time through the decode state, 0 for as many as possible; None is one forward
-    pass, unless the attention retrieves (`evals.accuracy.make_hits`).
+    pass, unless some layer has to be read so (`evals.accuracy.make_hits`).
     """
-    if chunk is None and trained.retrieves:
-        chunk = 0
+    chunk = 0 if chunk is None and reads_state(trained.model) else chunk
     hits = make_hits(trained.model, chunk)
     found = [hits(trained.params, batch) for batch in batches(task, length, count, trained.cfg.data.seed)]
     share = np.concatenate([np.nanmean(h, axis=1) for h in found])  # tokens of one sequence depend on each other

@@ -25,11 +25,6 @@ class Trained:
     step: int
     attn: str
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether some layer fetches blocks from its decode state, which one forward pass would not show."""
-        return retrieves(self.model)
-
     def held_out(self, count: int) -> jax.Array:
         """Token ids [count, T] of sequences the run did not train on, those the sink metric is read on.
 
@@ -50,12 +45,6 @@ class Trained:
         most = self.model.max_positions
         if self.model.position == "learned" and length > most:
             raise ConfigError(f"{length} tokens are asked for but the model has {most} learned positions; use {most}.")
-
-
-def retrieves(model: ModelConfig) -> bool:
-    """Whether some layer fetches blocks from its decode state, which one forward pass would not show."""
-    specs = (model.mixer(layer).spec for layer in range(model.num_layers))
-    return any(getattr(spec, "retrieve", 0) for spec in specs)
 
 
 def open_trained(folder: str | Path, attn: str | None = None, step: int | None = None) -> Trained:

@@ -1,6 +1,6 @@
-"""Generation with any mechanism's decode state: chunked prefill, a decode loop on the device.
+"""Generation with any mechanism's decode state: prompts are read in pieces, then a loop decodes on the device.
 
-Shapes are bucketed: prompts are padded on the left to whole prefill chunks, the room for tokens to a power of two
+Shapes are bucketed: prompts are padded to whole pieces (`jaxattn.reader`), the room for tokens to a power of two
 times `BUCKET`, so a second prompt of about the same length compiles nothing.
 """
 
@@ -20,12 +20,11 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.reader import CHUNK, lay_out, piece_for, read
 from jaxattn.sampling import Sampling, sample
 from jaxattn.types import Leaf
 
-CHUNK = 512  # tokens of a prefill step: the more, the better a matrix product pays
 BLOCK = 16  # tokens decoded per call of the device
-WHOLE = 128  # prompts that are read in one step are padded to multiples of this
 BUCKET = 256  # smallest room for tokens
 GREEDY = Sampling()
 
@@ -56,18 +55,8 @@ def room_for(tokens: int) -> int:
     return room
 
 
-def chunk_for(model: ModelConfig, length: int, most: int) -> int:
-    """Tokens of the prefill steps of a prompt: a power of two that holds it, or `most`.
-
-    Angles that depend on the length are those of the whole prompt, so such a model reads it in one step.
-    """
-    if model.rope is not None and model.rope.scaling.by_length:
-        return -(-length // WHOLE) * WHOLE
-    return min(most, 1 << (length - 1).bit_length())
-
-
-def left_aligned(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded rows [B, T] with their lengths, moved to the right end; and which places hold tokens.
+def checked_rows(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [B, T], 0 where they are padded on the right, and how many tokens of each count [B].
 
     Raises:
       ConfigError: no prompt, or a length that is not from 1 to T.
@@ -79,54 +68,36 @@ def left_aligned(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarr
     lengths = np.full(batch, length) if lengths is None else np.asarray(lengths)
     if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > length:
         raise ConfigError(f"lengths are {lengths.tolist()} but must be {batch} numbers from 1 to {length}.")
-    live = np.arange(length) >= length - lengths[:, None]
-    moved = np.stack([np.roll(row, length - n) for row, n in zip(tokens, lengths, strict=True)])
-    return np.where(live, moved, 0).astype(np.int32), live
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill_chunk(
-    model: ModelConfig, variables: Any, states: Any, tokens: Array, positions: Array, live: Array
-) -> Any:
-    out: Any = Decoder(model).apply(variables, states, tokens, positions, live, method="last_step")
-    return out
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
-    return Decoder(model).apply(variables, batch, room, method="start")
+    return np.where(np.arange(length) < lengths[:, None], tokens, 0), lengths
 
 
 def prefill_chunks(
     model: ModelConfig,
     variables: Any,
     tokens: np.ndarray,
-    live: np.ndarray,
+    lengths: np.ndarray,
     room: int,
     keys: Array,
     most: int | None = None,
 ) -> Iterator[Cursor | None]:
-    """Read prompts [B, T] whose `live` places are at the right end, in chunks of at most `most` (CHUNK) tokens: None
-    after a chunk, the cursor after the last."""
-    batch, length = tokens.shape
-    chunk = chunk_for(model, length, most or CHUNK)
-    pad = -length % chunk
-    tokens, live = (np.pad(x, ((0, 0), (pad, 0))) for x in (tokens, live))
-    positions = np.maximum(np.cumsum(live, axis=1) - 1, 0).astype(np.int32)
-    states = _start(model, batch, room, variables)
-    for at in range(0, length + pad, chunk):
-        cut = [jnp.asarray(x[:, at : at + chunk]) for x in (tokens, positions, live.astype(np.int32))]
-        logits, states = _prefill_chunk(model, variables, states, *cut)
-        if at + chunk < length + pad:
+    """Read prompts [B, T] of `lengths` [B] tokens in pieces of at most `most` (CHUNK): None after a piece, the cursor
+    after the last."""
+    piece = piece_for(model, int(lengths.max()), most or CHUNK)
+    layout = lay_out(tokens, lengths, piece)
+    left = layout.tokens.shape[1]
+    for logits, states in read(model, variables, layout, room=room, piece=piece):
+        left -= piece
+        if left:
             yield None
         else:
-            ends = jnp.asarray(live.sum(1), jnp.int32)
-            yield Cursor(states, logits, ends, jnp.zeros(batch, bool), keys)
+            yield Cursor(states, logits, jnp.asarray(lengths, jnp.int32), jnp.zeros(len(tokens), bool), keys)
 
 
-def prefill(model: ModelConfig, variables: Any, tokens: np.ndarray, live: np.ndarray, room: int, keys: Array) -> Cursor:
-    """Read prompts [B, T] whose `live` places are at the right end, `CHUNK` tokens at a time."""
-    cursors = [cursor for cursor in prefill_chunks(model, variables, tokens, live, room, keys) if cursor is not None]
+def prefill(
+    model: ModelConfig, variables: Any, tokens: np.ndarray, lengths: np.ndarray, room: int, keys: Array
+) -> Cursor:
+    """Read prompts [B, T] of `lengths` [B] tokens."""
+    cursors = [cursor for cursor in prefill_chunks(model, variables, tokens, lengths, room, keys) if cursor is not None]
     return cursors[0]
 
 
@@ -179,16 +150,15 @@ def stream(
     Raises:
       ConfigError: an impossible argument, or prompt and new tokens exceed the positions the model knows.
     """
-    tokens, live = left_aligned(tokens, lengths)
-    batch, length = tokens.shape
+    tokens, lengths = checked_rows(tokens, lengths)
+    batch = len(tokens)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} but must be at least 1.")
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise ConfigError(
             f"token {tokens.min() if tokens.min() < 0 else tokens.max()} is not in 0..{model.vocab_size - 1}."
         )
-    longest = int(live.sum(1).max())
-    limit = model.position_limit
+    longest, limit = int(lengths.max()), model.position_limit
     if limit and longest + max_new_tokens > limit:
         raise ConfigError(
             f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the {limit} positions "
@@ -200,9 +170,11 @@ def stream(
                 f"temperature is {how.temperature} but no PRNG key was given: pass key=jax.random.key(seed)."
             )
         key = jax.random.key(0)
+    one_each = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == (batch,)
+    keys = key if one_each else jax.random.split(key, batch)
     variables = decoding_variables(model, params)
-    room = room_for(length + (-length % chunk_for(model, length, CHUNK)) + max_new_tokens + block)
-    cursor = prefill(model, variables, tokens, live, room, jax.random.split(key, batch))
+    padded = longest + -longest % piece_for(model, longest, CHUNK)
+    cursor = prefill(model, variables, tokens, lengths, room_for(padded + max_new_tokens + block), keys)
     made = 0
     while made < max_new_tokens:
         new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, variables, cursor, jnp.int32(pad_id))
@@ -233,7 +205,7 @@ def generate(
     Args:
       params: the model's, or what `jaxattn.decoding_variables` made of them, which saves the time of every call.
       tokens: prompts, integers [B, T], padded on the right where `lengths` [B] says so.
-      key: PRNG key, needed where temperature > 0; every row draws from its own split of it.
+      key: PRNG key, needed where temperature > 0; every row draws from its own split of it, or from its own of [B].
       temperature, top_k, top_p, min_p: see `jaxattn.sampling.Sampling`; temperature 0 is greedy.
       stop_tokens: a row ends with the first of these that it makes.
       pad_id: stands behind a row's end.

@@ -181,13 +181,14 @@ def rotary_tables(
     Args:
       base: theta; pair m of R turns by position · base^(-m/R).
       fraction: share of the head dim that is rotated (the first dims), rounded down to an even count.
-      scaling: for contexts beyond the pretraining's. `dynamic` and `longrope` take the largest position of the call
-        as the length.
+      scaling: for contexts beyond the pretraining's. `dynamic` and `longrope` take the largest position of a row as
+        its length.
       live: where there are tokens; positions elsewhere do not count as length. Default: everywhere.
     """
     freq = jnp.asarray(frequencies(head_dim, base, fraction, scaling), jnp.float32)
     if scaling is not None and scaling.by_length and freq.size:
-        freq = _of_length(freq, jnp.max(positions if live is None else positions * live) + 1, scaling)
+        longest = jnp.max(positions if live is None else positions * live, axis=1)
+        freq = _of_length(freq, longest[:, None, None, None] + 1, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
     # A loop of two steps, because XLA's CPU backend fuses (and repeats) cosines into whatever reads them.
     cos, sin = jax.lax.map(lambda odd: jnp.where(odd, jnp.sin(angle), jnp.cos(angle)), jnp.array([False, True]))
@@ -196,7 +197,7 @@ def rotary_tables(
 
 
 def _of_length(freq: Array, length: Array, scaling: RopeScaling) -> Array:
-    """The frequencies of short sequences [R] turned into those of a sequence of `length` tokens."""
+    """The frequencies of short sequences [R] turned into those of sequences of `length` [B, 1, 1, 1] tokens."""
     if scaling.kind == "longrope":
         ratio = np.asarray(scaling.short_factors) / np.asarray(scaling.long_factors)
         return jnp.where(length > scaling.original_length, freq * jnp.asarray(ratio, jnp.float32), freq)

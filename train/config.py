@@ -225,11 +225,6 @@ class RunConfig:
                     f"data.prefix_len is {self.data.prefix_len} but {model.mixer_text(layer)} cannot look ahead "
                     "into a prefix; set it to 0."
                 )
-            if not getattr(model.mixer(layer).spec, "causal", True):
-                raise ConfigError(
-                    f"{model.mixer_text(layer)} lets tokens see later ones, so it is no language model; "
-                    "name a causal form."
-                )
             if window is not None and window > self.data.context:
                 raise ConfigError(
                     f"window {window} of {model.mixer_text(layer)} is longer than data.context "

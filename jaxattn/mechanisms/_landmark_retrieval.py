@@ -80,7 +80,7 @@ def retrieval_step(
         raise ConfigError(
             f"a chunk of {q.shape[1]} positions is too long for landmark.context {spec.context} with "
             f"landmark.retrieve {spec.retrieve}: step at most {longest_chunk(spec) // length * spec.block} tokens at "
-            "a time (`jaxattn.nn.logits_in_chunks` does)."
+            "a time (`jaxattn.reader` does)."
         )
     live, rank, count = places(segment_ids)
     total, tail = state.length // length, state.length % length

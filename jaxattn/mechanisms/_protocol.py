@@ -111,6 +111,11 @@ class Mechanism:
     block(spec): f > 0 lets the model insert a learned landmark token after every f tokens of a document; the
       mechanism then sees positions in which every (f+1)-th is a landmark.
     key_dim(spec, D): width of its query and key heads in a model whose key dim is D.
+    piece(spec): most tokens of a prompt that `step` may read at once; None sets no limit. Where there is one, every
+      piece of a prompt but its last is a multiple of `block(spec)`.
+    reads_state(spec): whether `step` attends otherwise than `forward` would, so that texts have to be scored through
+      the decode state.
+    causal(spec): whether a token sees no later one, as a language model needs.
     rotary: "applied" (the layer rotates q and k), "none" (the mechanism has no use for RoPE) or "raw".
     advice(spec, context): what a comparison with this setting hangs on and what to try instead, "" where it hangs on
       nothing; context: the training context in tokens, None where nobody knows it.
@@ -138,6 +143,9 @@ class Mechanism:
     gains: Callable[..., tuple[Array | None, Array | None]] | None = None
     block: Callable[[Any], int] = lambda spec: 0
     key_dim: Callable[[Any, int], int] = lambda spec, dim: dim
+    piece: Callable[[Any], int | None] = lambda spec: None
+    reads_state: Callable[[Any], bool] = lambda spec: False
+    causal: Callable[[Any], bool] = lambda spec: True
     rotary: Literal["applied", "none", "raw"] = "applied"
     surround: Surround | None = None
     weights_of_values: bool = False

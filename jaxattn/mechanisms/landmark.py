@@ -253,6 +253,8 @@ MECHANISM = Mechanism(
     ),
     variants=(Spec(block=7), Spec(block=3, retrieve=5, cache_blocks=6)),
     block=lambda spec: spec.block,
+    piece=lambda spec: longest_chunk(spec) // spec.length * spec.block if spec.retrieve else None,
+    reads_state=lambda spec: spec.retrieve > 0,
     rotary="raw",
     advice=advice,
 )

@@ -363,6 +363,7 @@ MECHANISM = Mechanism(
         Spec(form="mac", depth=1, momentum=False),
         Spec(form="mag", depth=3, width=1, chunk=5, attention_window=12, decay=False, read_after_write=False),
     ),
+    causal=lambda spec: spec.causal,
     rotary="raw",
     surround=Surround(
         init_params=surround_params,

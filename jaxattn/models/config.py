@@ -127,6 +127,8 @@ class ModelConfig:
         if choice.mechanism is None:
             return
         can = choice.mechanism.capabilities
+        if not choice.mechanism.causal(choice.spec):
+            raise ConfigError(f"{text} lets tokens see later ones, so it is no language model; name a causal form.")
         if self.has_bias and not can.position_bias:
             raise ConfigError(f"{text} takes no position bias: model.position {self.position!r} cannot be used.")
         if choice.window is not None and not can.window:

@@ -200,21 +200,17 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T N"], Any]:
         """Logits of T new tokens given everything before them, and the states that include them."""
-        hidden, states = self._advance(states, tokens, positions, segment_ids)
+        hidden, states = self.advance(states, tokens, positions, segment_ids)
         return self.logits(hidden), states
 
-    def last_step(
+    def advance(
         self,
         states: Any,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B N"], Any]:
-        """`step` with the logits of the last token alone, all that a prefill needs."""
-        hidden, states = self._advance(states, tokens, positions, segment_ids)
-        return self.logits(hidden[:, -1:])[:, 0], states
-
-    def _advance(self, states: Any, tokens: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, Any]:
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """`step` with the residual stream after the final norm instead of logits."""
         stream = self._stream(tokens, positions, segment_ids, None)
         x, stream, plan = self._embed(tokens, stream)
         x = jnp.where((stream.segments == PADDING)[..., None], 0, x)  # products of zeros cost nothing

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn._generate import Cursor, left_aligned, prefill_chunks
+from jaxattn._generate import Cursor, prefill_chunks
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.reader import most_padding
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
 from jaxattn.serving.ticket import Deliver, QueueFull, Stopped, Ticket, arrays, key_of, sentence
@@ -48,7 +49,7 @@ class Engine:
             raise ConfigError(f"context is {context} but the model knows {limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = -(-(context + READ + block) // UNIT) * UNIT
+        self._room = -(-(context + most_padding(model, context, READ) + block) // UNIT) * UNIT
         self._owners: list[Ticket | None] = [None] * slots
         self._slots = self._empty()
         self._alone: tuple[Ticket, Cursor] | None = None
@@ -194,8 +195,8 @@ class Engine:
         self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def _prompt(self, ids: tuple[int, ...], key: Any) -> Iterator[Cursor | None]:
-        tokens, live = left_aligned(np.asarray(ids, np.int32)[None], None)
-        return prefill_chunks(self._model, self._variables, tokens, live, self._room, jax.random.split(key, 1), READ)
+        tokens, length = np.asarray(ids, np.int32)[None], np.array([len(ids)])
+        return prefill_chunks(self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), READ)
 
     def _seat(self, ticket: Ticket, cursor: Cursor) -> None:
         """Into a free slot."""

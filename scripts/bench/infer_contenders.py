@@ -48,7 +48,7 @@ def timed(model: Any, variables: Any, tokens: np.ndarray, count: int, room: int)
     keys = jax.random.split(jax.random.key(0), len(tokens))
     start = time.perf_counter()
     space = generation.room_for(room + generation.BLOCK)
-    cursor = generation.prefill(model, variables, tokens, np.ones_like(tokens, bool), space, keys)
+    cursor = generation.prefill(model, variables, tokens, np.full(len(tokens), tokens.shape[1]), space, keys)
     jax.block_until_ready(cursor)
     middle = time.perf_counter()
     made: list[np.ndarray] = []

@@ -105,6 +105,29 @@ def test_padding_behind_a_text_does_not_make_it_longer():
     np.testing.assert_allclose(padded[:, :12], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_row_is_scaled_by_its_own_length(kind):
+    """Rows of a batch are strangers: each has the tokens it has alone, read whole and decoded."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxattn.nn import Decoder
+    from jaxattn.reader import hidden_of
+
+    more = {"short_factors": (1.0, 1.5, 2.0, 2.5), "long_factors": (1.0, 2.0, 4.0, 8.0)} if kind == "longrope" else {}
+    scaling = RopeScaling(kind, 4.0, original_length=8, **more)
+    model = ModelConfig(vocab_size=97, num_layers=1, d_model=32, num_heads=4, rope_base=100.0, rope_scaling=scaling)
+    tokens, lengths = np.arange(48, dtype=np.int32).reshape(2, 24), np.array([24, 6])
+    params = Decoder(model).init(jax.random.key(0), jnp.asarray(tokens))["params"]
+    together = hidden_of(model, {"params": params}, tokens, lengths)
+    made = jaxattn.generate(model, params, tokens, lengths=lengths, max_new_tokens=6).tokens
+    for row, n in enumerate(lengths):
+        alone = hidden_of(model, {"params": params}, tokens[row : row + 1, :n])
+        np.testing.assert_allclose(together[row, :n], alone[0], atol=1e-5)
+        one = jaxattn.generate(model, params, tokens[row : row + 1, :n], max_new_tokens=6).tokens
+        np.testing.assert_array_equal(made[row], one[0])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -15,12 +15,15 @@ from train.data import DataConfig
 from train.rundir import write_json_atomic
 
 
-def byte_run(folder: Path) -> Path:
+def byte_run(folder: Path, attn: str = "softmax") -> Path:
     """One layer over bytes; its text lies beside it."""
     text, run = folder / "text.txt", folder / "run"
     text.write_text("some words to train on, over and over. " * 40)
     model = ModelConfig(vocab_size=257, num_layers=1, d_model=16, num_heads=2)
-    cfg = RunConfig(model=model, data=DataConfig(source=str(text), tokenizer="bytes", context=16, val_fraction=0.0))
+    model = model.with_attention(attn)
+    cfg = RunConfig(
+        attn=attn, model=model, data=DataConfig(source=str(text), tokenizer="bytes", context=16, val_fraction=0.0)
+    )
     params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     run.mkdir()
     write_json_atomic(run / "config.json", cfg.to_dict())

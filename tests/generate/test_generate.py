@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn import _generate
+from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.sampling import Sampling
+from jaxattn.serving.engine import Engine
+from tests.serve.test_engine import Inbox
 
 MIXERS = {
     **{name: (name,) for name in names()},
@@ -54,8 +57,9 @@ def greedy_by_forward(cfg, params, prompt, count):
 
 
 @pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
-def test_greedy_tokens_are_those_of_the_forward_pass(mixers):
-    """Rows of different lengths together, each as if alone."""
+def test_greedy_tokens_are_those_of_the_forward_pass(mixers, monkeypatch):
+    """Rows of different lengths together, read in pieces with padding between them, each as if alone."""
+    monkeypatch.setattr(_generate, "CHUNK", 4)
     cfg, params = build(mixers)
     lengths = [9, 4, 1]
     made = jaxattn.generate(cfg, params, PROMPTS, lengths=lengths, max_new_tokens=6)
@@ -72,13 +76,40 @@ def test_prompts_longer_than_a_chunk_are_read_in_pieces(monkeypatch):
     np.testing.assert_array_equal(jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=20).tokens, whole)
 
 
+def test_retrieving_attention_reads_prompts_of_any_length():
+    """In `generate` and in the server, as `Decoder.step` reads pieces of 75 tokens, the most for this context."""
+    cfg, params = build(("landmark(block=15)",))
+    cfg = cfg.with_attention("landmark(block=15, retrieve=2, context=128)")
+    prompts = np.random.default_rng(2).integers(0, 17, (2, 200)).astype(np.int32)
+    step = jax.jit(functools.partial(Decoder(cfg).apply, method="step"))
+
+    def greedy(prompt, count):
+        states, made = Decoder(cfg).apply({"params": params}, 1, 256, method="start"), []
+        for at in range(0, len(prompt), 75):
+            part = prompt[None, at : at + 75]
+            logits, states = step({"params": params}, states, part, at + np.arange(part.shape[1])[None])
+        for at in range(len(prompt), len(prompt) + count):
+            made.append(int(np.argmax(logits[0, -1])))
+            logits, states = step({"params": params}, states, np.array([[made[-1]]]), np.array([[at]]))
+        return made
+
+    lengths = [200, 163]
+    expected = [greedy(prompt[:n], 6) for prompt, n in zip(prompts, lengths, strict=True)]
+    assert jaxattn.generate(cfg, params, prompts, lengths=lengths, max_new_tokens=6).tokens.tolist() == expected
+    engine, inbox = Engine(cfg, params, slots=1, context=256, queue=1), Inbox()
+    engine.start()
+    engine.submit(prompts[1, :163].tolist(), 6, Sampling(), 0, (), inbox)
+    assert inbox.wait() == expected[1]
+    engine.close()
+
+
 def test_a_second_prompt_compiles_nothing():
     cfg, params = build(("softmax",))
     jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=5)
-    before = _generate._prefill_chunk._cache_size(), _generate.decode_block._cache_size()
+    before = reader._read_piece._cache_size(), _generate.decode_block._cache_size()
     other = np.concatenate([PROMPTS[:, ::-1], PROMPTS[:, :2]], 1)
     jaxattn.generate(cfg, params, other, lengths=[11, 3, 7], max_new_tokens=7)
-    assert (_generate._prefill_chunk._cache_size(), _generate.decode_block._cache_size()) == before
+    assert (reader._read_piece._cache_size(), _generate.decode_block._cache_size()) == before
 
 
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on():

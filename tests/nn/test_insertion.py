@@ -14,8 +14,9 @@ from evals.measure import attention_maps, make_measure
 from jaxattn.analysis import look
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder, Edit, Stream, logits_in_chunks, stack_layers, unstack_layers
+from jaxattn.nn import Decoder, Edit, Stream, stack_layers, unstack_layers
 from jaxattn.nn.insertion import insert, insertion_block, landmark_labels
+from jaxattn.reader import hidden_in_pieces, lay_out, piece_for, read
 from tests.conformance import model
 
 BASE = {
@@ -223,11 +224,20 @@ def test_the_sink_study_reads_such_a_model():
     np.testing.assert_allclose(maps.astype(np.float32).sum(-1), 1.0, atol=5e-3)
 
 
-# --- reading in chunks
+# --- reading in pieces
 
 
 def retrieving(cfg, text):
     return dataclasses.replace(cfg, mixers=(text,))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def unembedded(cfg, params, hidden):
+    return Decoder(cfg).apply({"params": params}, hidden, method="logits")
+
+
+def logits_in_pieces(cfg, params, tokens, piece=0):
+    return unembedded(cfg, params, hidden_in_pieces(cfg, {"params": params}, tokens, piece=piece))
 
 
 @pytest.mark.parametrize(
@@ -235,14 +245,15 @@ def retrieving(cfg, text):
     [("per_token_and_head", False), ("max_over_heads", True), ("max_over_tokens", False)],
     ids=["per_token_and_head", "max_over_heads-scanned", "max_over_tokens"],
 )
-def test_chunks_with_all_blocks_fetched_equal_one_shot(select, scan):
-    """Card 3 through the whole model, chunks and single tokens: trained parameters, another `retrieve`."""
+def test_pieces_with_all_blocks_fetched_equal_one_shot(select, scan):
+    """Card 3 through the whole model, pieces and single tokens: trained parameters, another `retrieve`."""
     cfg, params, _ = build(scan_layers=scan)
-    tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 17)
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (2, 40), 0, 17))
     one_shot = apply(cfg, params, tokens)
     cfg = retrieving(cfg, f"landmark(block=3, retrieve=13, select='{select}')")
-    logits, states = logits_in_chunks(cfg, params, tokens[:, :36], chunk=9, capacity=40)
-    np.testing.assert_allclose(logits, one_shot[:, :36], atol=1e-5)
+    np.testing.assert_allclose(logits_in_pieces(cfg, params, tokens, 9), one_shot, atol=1e-5)
+    layout = lay_out(tokens[:, :36], np.array([36, 36]), 9)
+    *_, (_, states) = read(cfg, {"params": params}, layout, room=40, piece=9)
     for t in range(36, 40):
         out, states = apply(cfg, params, states, tokens[:, t : t + 1], jnp.full((2, 1), t), method="step")
         np.testing.assert_allclose(out[:, 0], one_shot[:, t], atol=1e-5)
@@ -250,9 +261,9 @@ def test_chunks_with_all_blocks_fetched_equal_one_shot(select, scan):
 
 def test_the_gate_matters():
     cfg, params, _ = build()
-    tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 17)
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (2, 40), 0, 17))
     gated, bare = (
-        logits_in_chunks(retrieving(cfg, f"landmark(block=3, retrieve=12, gate={gate})"), params, tokens, chunk=9)[0]
+        logits_in_pieces(retrieving(cfg, f"landmark(block=3, retrieve=12, gate={gate})"), params, tokens, 9)
         for gate in (True, False)
     )
     assert float(jnp.max(jnp.abs(gated - bare))) > 1e-2
@@ -262,29 +273,66 @@ def test_a_text_longer_than_the_context_reads_at_constant_cost():
     """The state of 20 blocks is the same for any length, and so is every step."""
     cfg, params, _ = build()
     cfg = retrieving(cfg, "landmark(block=3, retrieve=2, context=30, cache_blocks=20)")
-    tokens = jax.random.randint(jax.random.key(3), (2, 300), 0, 17)
-    logits, states = logits_in_chunks(cfg, params, tokens)
+    assert start(cfg, params, 300)[0].keys.shape == (2, 21 * 4, 2, 4)
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (2, 300), 0, 17))
+    logits = logits_in_pieces(cfg, params, tokens)
     assert np.all(np.isfinite(logits))
-    assert states[0].keys.shape == (2, 21 * 4, 2, 4)
-    np.testing.assert_allclose(logits_in_chunks(cfg, params, tokens[:, :200])[0], logits[:, :200], atol=1e-5)
+    np.testing.assert_allclose(logits_in_pieces(cfg, params, tokens[:, :200]), logits[:, :200], atol=1e-5)
+
+
+def test_rows_of_any_length_are_read_as_if_alone():
+    """Pieces begin at a row's own first token, else a block that is not finished leads beyond the trained positions."""
+    cfg, params, _ = build()
+    cfg = retrieving(cfg, "landmark(block=3, retrieve=2, context=30)")
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (2, 64), 0, 17))
+    lengths = np.array([64, 35])
+    together = hidden_in_pieces(cfg, {"params": params}, tokens, lengths)
+    for row, n in enumerate(lengths):
+        alone = hidden_in_pieces(cfg, {"params": params}, tokens[row : row + 1, :n])
+        assert np.all(np.isfinite(alone))
+        np.testing.assert_allclose(together[row, :n], alone[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("chunk", "message"),
+    ("piece", "message"),
     [
-        (24, "allows 21 tokens: use at most 21"),
-        (20, "multiple of landmark.block 3: use 18"),
-        (2, "multiple of landmark.block 3: use 3"),
-        (-1, "chunk is -1"),
+        (24, "cannot read 24 tokens at once: use at most 21"),
+        (20, "which cut blocks: use 18"),
+        (2, "use 3"),
+        (-1, "of -1"),
     ],
 )
-def test_chunks_that_retrieval_does_not_allow(chunk, message):
+def test_pieces_that_retrieval_does_not_allow(piece, message):
     """context 30: 40 positions, of which 3 blocks of 4 are for retrieval: 28 positions, 21 tokens."""
     cfg, params, tokens = build()
     with pytest.raises(ConfigError, match=message):
-        logits_in_chunks(retrieving(cfg, "landmark(block=3, retrieve=2, context=30)"), params, tokens, chunk=chunk)
+        hidden_in_pieces(
+            retrieving(cfg, "landmark(block=3, retrieve=2, context=30)"),
+            {"params": params},
+            np.asarray(tokens),
+            piece=piece,
+        )
 
 
-def test_other_mechanisms_read_in_chunks_too():
+def test_pieces_are_chosen_within_what_every_layer_allows():
+    cfg = build()[0]
+    assert [piece_for(cfg, n) for n in (1, 5, 300, 9000)] == [1, 8, 512, 512]
+    some = dataclasses.replace(cfg, mixers=("landmark(block=3)", "landmark(block=3, retrieve=2, context=30)"))
+    assert [piece_for(some, n) for n in (1, 5, 16, 17, 300)] == [1, 8, 16, 21, 21]
+    assert [piece_for(some, 300, most) for most in (1, 128)] == [21, 21]
+
+
+def test_other_mechanisms_read_in_pieces_too():
     cfg, params, tokens = build(mixers=("softmax", "lightning"))
-    np.testing.assert_allclose(logits_in_chunks(cfg, params, tokens, chunk=4)[0], apply(cfg, params, tokens), atol=2e-4)
+    tokens = np.asarray(tokens)
+    np.testing.assert_allclose(logits_in_pieces(cfg, params, tokens, 4), apply(cfg, params, tokens), atol=2e-4)
+
+
+def test_rows_are_laid_out_as_the_module_says():
+    tokens = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
+    layout = lay_out(tokens, np.array([6, 3]), 4)
+    np.testing.assert_array_equal(layout.tokens, [[1, 2, 3, 4, 0, 0, 5, 6], [0, 0, 0, 0, 0, 7, 8, 9]])
+    np.testing.assert_array_equal(layout.positions, [[0, 1, 2, 3, 3, 3, 4, 5], [0, 0, 0, 0, 0, 0, 1, 2]])
+    np.testing.assert_array_equal(layout.live, layout.tokens > 0)
+    np.testing.assert_array_equal(layout.places[0], [0, 1, 2, 3, 6, 7])
+    np.testing.assert_array_equal(layout.places[1, :3], [5, 6, 7])

@@ -69,6 +69,14 @@ def test_the_parts_of_three_registries_become_one_file(offered, tmp_path, monkey
     assert get.fetch("x", tmp_path / "kept") == path
 
 
+def test_an_archive_itself_may_be_what_is_kept(offered, tmp_path, monkeypatch):
+    raw = (tmp_path / "registry" / "a.whl").read_bytes()
+    entry = Entry("y.whl", "a test", "none", (Part("a", "", digest(raw)),), digest(raw), 1)
+    monkeypatch.setitem(get.ENTRIES, "y", entry)
+    assert get.fetch("y", tmp_path / "kept").read_bytes() == raw
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["y.whl"]
+
+
 @pytest.mark.parametrize("wrong", ["part", "whole", "member"])
 def test_what_is_not_what_it_was_is_refused_and_not_kept(wrong, offered, tmp_path, monkeypatch):
     import dataclasses

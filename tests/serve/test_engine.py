@@ -14,7 +14,6 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
-from jaxattn.serving import slots as device
 from jaxattn.serving.engine import Engine
 from jaxattn.serving.ticket import QueueFull, Stopped
 

@@ -1,0 +1,217 @@
+"""Reads rows of tokens in a model's own way: prompts into a decode state, texts for their hidden vectors.
+
+A state is read in pieces of one shape. A row's pieces begin at its first token, so that what a layer cuts there into
+blocks is cut nowhere else; its last piece lies at the right end, so that all rows of a batch end together:
+
+    piece of 4      row of 6 tokens   | 0 1 2 3 | . . 4 5 |
+                    row of 3 tokens   | . . . . | . 0 1 2 |
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxattn.errors import ConfigError
+from jaxattn.models.config import ModelConfig
+from jaxattn.nn.insertion import insertion_block
+from jaxattn.nn.transformer import Decoder
+
+CHUNK = 512  # tokens of a piece: the more, the better a matrix product pays
+WHOLE = 128  # prompts that are read in one piece are padded to multiples of this
+LOGITS = 1024  # tokens whose logits exist at one time
+
+
+def reads_state(model: ModelConfig) -> bool:
+    """Whether some layer attends otherwise when decoding than in one forward pass, so that the state has to be read."""
+    return any(choice.mechanism.reads_state(choice.spec) for choice in _mixers(model))
+
+
+def longest_piece(model: ModelConfig) -> int | None:
+    """Most tokens that every layer can read at once; None: any number."""
+    limits = [choice.mechanism.piece(choice.spec) for choice in _mixers(model)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def piece_for(model: ModelConfig, length: int, most: int = CHUNK) -> int:
+    """Tokens of the pieces of a row: a power of two that holds it, or `most`.
+
+    Where the layers set a limit, it takes the place of `most`: what they then answer depends on the pieces, so these
+    are the same wherever a prompt is read. Rotary angles that depend on the length are those of the whole prompt, so
+    a model that has such reads it in one piece.
+    """
+    if model.rope is not None and model.rope.scaling.by_length:
+        return -(-length // WHOLE) * WHOLE
+    limit = longest_piece(model)
+    if limit is not None:
+        block = insertion_block(model.mixers) or 1
+        most = max(block, limit // block * block)
+    return min(most, _cover(length))
+
+
+def most_padding(model: ModelConfig, length: int, most: int = CHUNK) -> int:
+    """Places that the padding of a row of up to `length` tokens takes at most."""
+    by_length = model.rope is not None and model.rope.scaling.by_length
+    return WHOLE if by_length else piece_for(model, length, most)
+
+
+def _cover(length: int) -> int:
+    return 1 << (length - 1).bit_length()
+
+
+def check_piece(model: ModelConfig, piece: int) -> None:
+    """Refuse a piece that some layer cannot read.
+
+    Raises:
+      ConfigError: naming the nearest that all can read.
+    """
+    limit, block = longest_piece(model), insertion_block(model.mixers) or 1
+    if piece < 1:
+        raise ConfigError(f"pieces of {piece} tokens are asked for; use at least 1.")
+    if limit is not None and piece > limit:
+        raise ConfigError(f"{', '.join(model.mixers)} cannot read {piece} tokens at once: use at most {limit}.")
+    if limit is not None and piece % block:
+        near = max(block, piece - piece % block)
+        raise ConfigError(
+            f"{', '.join(model.mixers)} cannot read pieces of {piece} tokens, which cut blocks: use {near}."
+        )
+
+
+def _mixers(model: ModelConfig) -> list[Any]:
+    return [choice for choice in map(model.mixer, range(model.period)) if choice.mechanism is not None]
+
+
+class Layout(NamedTuple):
+    """Rows as they are read: tokens, positions and live [B, pieces · piece]; places [B, T], where each token went."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    live: np.ndarray
+    places: np.ndarray
+
+
+def lay_out(tokens: np.ndarray, lengths: np.ndarray, piece: int) -> Layout:
+    """Rows [B, T], of which the first `lengths` [B] tokens count, in whole pieces."""
+    count, at = lengths[:, None], np.arange(tokens.shape[1])
+    pieces = -(-count // piece)
+    width = int(pieces.max()) * piece
+    places = np.where(at < (pieces - 1) * piece, width - pieces * piece + at, width - count + at)
+    own = at < count
+    row, place = np.nonzero(own)[0], places[own]
+    moved, live = np.zeros((2, len(tokens), width), np.int32)
+    moved[row, place], live[row, place] = tokens[own], 1
+    positions = np.maximum(np.cumsum(live, axis=1, dtype=np.int32) - 1, 0)
+    return Layout(moved, positions, live, np.where(own, places, width - 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
+    return Decoder(model).apply(variables, batch, room, method="start")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read_piece(
+    model: ModelConfig, last: bool, variables: Any, states: Any, tokens: Array, positions: Array, live: Array
+) -> tuple[Array, Any]:
+    """Logits [B, N] of the last token or hidden vectors [B, T, E] of all, and the states behind the piece."""
+
+    def run(decoder: Decoder) -> tuple[Array, Any]:
+        hidden, after = decoder.advance(states, tokens, positions, live)
+        return (decoder.logits(hidden[:, -1:])[:, 0] if last else hidden), after
+
+    out: Any = Decoder(model).apply(variables, method=run)
+    return out
+
+
+def read(
+    model: ModelConfig, variables: Any, layout: Layout, *, room: int, piece: int, last: bool = True
+) -> Iterator[tuple[Array, Any]]:
+    """Read rows piece by piece into fresh states with room for `room` tokens.
+
+    Yields (logits [B, N] of the piece's last token or, unless `last`, hidden vectors [B, piece, E]; the states so
+    far, which the next piece consumes).
+    """
+    states = _start(model, len(layout.tokens), room, variables)
+    for at in range(0, layout.tokens.shape[1], piece):
+        cut = [jnp.asarray(x[:, at : at + piece]) for x in (layout.tokens, layout.positions, layout.live)]
+        out, states = _read_piece(model, last, variables, states, *cut)
+        yield out, states
+
+
+def hidden_in_pieces(
+    model: ModelConfig, variables: Any, tokens: np.ndarray, lengths: np.ndarray | None = None, *, piece: int = 0
+) -> Array:
+    """Hidden vectors [B, T, E] of rows [B, T], one document each, read through the decode state.
+
+    Args:
+      lengths: [B], the tokens of a row that count, T each without it; the vectors of the others mean nothing.
+      piece: tokens at a time; 0 takes as many as every layer allows.
+
+    Raises:
+      ConfigError: a piece that some layer cannot read.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    count = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
+    longest = int(count.max())
+    if piece:
+        check_piece(model, piece)
+    piece = min(piece, _cover(longest)) if piece else piece_for(model, longest)
+    layout = lay_out(tokens, count, piece)
+    read_through = read(model, variables, layout, room=layout.tokens.shape[1], piece=piece, last=False)
+    hidden = jnp.concatenate([part for part, _ in read_through], axis=1)
+    return jnp.take_along_axis(hidden, jnp.asarray(layout.places)[..., None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_in_one_pass(
+    model: ModelConfig,
+    variables: Any,
+    tokens: Array,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    prefix_len: Array | None = None,
+) -> Array:
+    """Hidden vectors [B, T, E] of packed rows, each token attending by the model's forward pass."""
+    hidden: Any = Decoder(model).apply(variables, tokens, positions, segments, prefix_len, method="hidden")
+    return hidden
+
+
+def hidden_of(model: ModelConfig, variables: Any, tokens: np.ndarray, lengths: np.ndarray | None = None) -> Array:
+    """Hidden vectors [B, T, E] of rows [B, T], one document each: in one pass, or as the layers have to be read."""
+    if reads_state(model):
+        return hidden_in_pieces(model, variables, tokens, lengths)
+    if lengths is None:
+        return hidden_in_one_pass(model, variables, jnp.asarray(tokens))
+    at, count = np.arange(tokens.shape[1]), lengths[:, None]
+    positions, live = np.minimum(at, count - 1), at < count  # padding has positions that the model knows
+    return hidden_in_one_pass(model, variables, *(jnp.asarray(x, jnp.int32) for x in (tokens, positions, live)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scores(model: ModelConfig, variables: Any, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """log p (nats) of targets [B, T] behind hidden vectors [B, T, E], and the likeliest tokens [B, T]."""
+
+    def run(decoder: Decoder) -> tuple[Array, Array]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        size = min(LOGITS, flat.shape[0])
+        pad = -flat.shape[0] % size
+        parts = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, size, flat.shape[1])
+        wanted = jnp.pad(targets.reshape(-1), (0, pad)).reshape(-1, size)
+
+        def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
+            logits = decoder.logits(part[0][None])[0]
+            picked = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
+            return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
+
+        back = lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape)
+        logp, best = jax.lax.map(one, (parts, wanted))
+        return back(logp), back(best)
+
+    out: Any = Decoder(model).apply(variables, method=run)
+    return out
