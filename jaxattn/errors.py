@@ -158,14 +158,15 @@ def _code(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as other commands end
     except OSError as error:
-        failed: UserError
         if error.errno in FULL:
-            failed = cannot_write(error.filename, error) if error.filename else _no_output(error)
-        elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            failed = UserError(f"{shown(error.filename)} cannot be used ({error.strerror}): choose another path.")
-        else:
-            raise
+            return _say(cannot_write(error.filename, error) if error.filename else _no_output(error))
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _say(UserError(f"{shown(error.filename)} cannot be used ({error.strerror}): choose another path."))
+        raise
     except UserError as error:
-        failed = error
-    print(f"error: {failed}", file=sys.stderr)
-    return failed.exit_code
+        return _say(error)
+
+
+def _say(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

@@ -17,6 +17,7 @@ INT32, UINT32, INT64 = 2**31 - 1, 2**32 - 1, 2**63 - 1
 FLOAT32 = 3.4028234e38
 # What need not fit the int32 of a device, and what no model has so many of that it could be compiled.
 MOST = {"seed": UINT32, "unique_tokens": INT64, "num_layers": 10_000}
+LEAST = {"seed": 0}
 
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -66,8 +67,9 @@ def _check_number(label: str, name: str, value: Any) -> None:
         raise ConfigError(f"{label} is {value} but must be a finite number.")
     if isinstance(value, int | float):
         most = MOST.get(name, INT32) if isinstance(value, int) else FLOAT32
-        if not -most <= value <= most:
-            raise ConfigError(f"{label} is {shown(value)} but must lie between -{most:,} and {most:,}.")
+        least = LEAST.get(name, -most)
+        if not least <= value <= most:
+            raise ConfigError(f"{label} is {shown(value)} but must lie between {least:,} and {most:,}.")
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -17,7 +17,7 @@ from jaxattn.errors import ConfigError, UserError, one_line, shown
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jaxattn", "train", "evals", "convert", "pallas_kernels", "scripts")
 WORDS = {"jaxattn.serve": ["."]}  # what a command needs to come as far as its imports
-LIGHT = ("scripts.get_smollm2",)  # imports nothing that takes time
+LIGHT = ("scripts.get", "scripts.results_table")  # import nothing that takes time
 # As imports do that look for what is optional, or C extensions: whatever comes means "not installed".
 SLOW_IMPORT = """
 import os, pathlib, time

@@ -10,6 +10,7 @@ import pytest
 
 from jaxattn.errors import ConfigError, run_cli
 from train.config import RunConfig, parse_args
+from train.flags import flags_of
 from train.presets import get_preset
 
 COMMANDS = {  # module: words, the flag that is meant

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 from typing import Any, Literal
 
 import tyro
@@ -14,6 +13,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.fields import check_fields
 from jaxattn.models import ModelConfig, at_context
 from train.data import DataConfig
+from train.flags import flags_of, refuse_unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +307,9 @@ def parse_args(
 ) -> RunConfig:
     """Command line -> RunConfig over the given defaults; prints help and exits 0 on --help.
 
+    Args:
+      others: flags that the command reads before these, as near names of what is mistyped.
+
     Raises:
       ConfigError: a flag that does not exist, or a value it cannot have.
     """
@@ -316,6 +319,7 @@ def parse_args(
         if flag == "--model.mixers":
             raise ConfigError("--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'.")
         expanded.append(FLAG_ALIASES.get(flag, flag) + eq + value)
+    refuse_unknown(expanded, [*flags_of(RunConfig), *FLAG_ALIASES, *READ_EARLIER, *others])
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -327,10 +331,8 @@ def parse_args(
 
 
 def _sentence(box: str, prog: str) -> str:
-    """What tyro says in a box: the complaint, and flags that are near what was written."""
+    """What tyro says in a box, without the box and its long list of flags."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
-    near = dict.fromkeys(re.findall(r"^ {3,}(--[\w.-]+)", box.replace("│", ""), re.M)) if "similar to" in box else ()
     complaint = " ".join(lines[:rule] or box.split()).rstrip(".")
-    hint = f"; did you mean {' or '.join(list(near)[:3])}" if near else ""
-    return f"{complaint}{hint}; see {prog} --help."
+    return f"{complaint}; see {prog} --help."

@@ -88,7 +88,9 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("jaxattn").setLevel(logging.INFO)
     prepare_jax()
-    parse = lambda rest, default: parse_args(rest, default, "python -m train.finetune CKPT", __doc__ or "")
+    parse = lambda rest, default: parse_args(
+        rest, default, "python -m train.finetune CKPT", __doc__ or "", ("--start-step",)
+    )
     if {"-h", "--help"} & set(args):
         parse(["--help"], RunConfig(preset="finetune"))
     if not args or args[0].startswith("-"):

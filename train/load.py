@@ -66,15 +66,20 @@ def config_from_dict(kind: type, raw: Any, origin: str, prefix: str = "") -> Any
         if dataclasses.is_dataclass(known[name]):
             value = config_from_dict(typing.cast(type, known[name]), value, origin, f"{prefix}{name}.")
         elif isinstance(value, list):  # JSON has no tuples
-            value = tuple(value)
-        elif known[name] is float and type(value) is int:  # nor does an editor's 1 mean another thing than 1.0
-            value = float(value) if abs(value) < FLOAT32 else value
+            value = tuple(_number(part) for part in value) if known[name] == tuple[float, ...] else tuple(value)
+        elif known[name] is float:
+            value = _number(value)
         values[name] = value
     try:
         check_values(prefix[:-1], kind, values)
         return kind(**values)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """A field's number as a float: an editor's 1 means no other thing than 1.0."""
+    return float(value) if type(value) is int and abs(value) < FLOAT32 else value
 
 
 def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:

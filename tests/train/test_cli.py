@@ -245,11 +245,11 @@ def test_sinks_as_a_process(bad_files):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--colour=red"], ["--colour=red"]),
+        (["--colour=red"], ["'--colour' is no flag"]),
         (["--steps=many"], ["--steps", "'many'"]),
         (["--steps"], ["--steps"]),
         (["--optim.name=lion"], ["optim.name", "'lion'", "adamw", "sgd"]),
-        (["--optim.lrr=3", "--stepss=4"], ["--optim.lrr=3", "did you mean", "--steps", "--optim.lr"]),
+        (["--optim.lrr=3", "--stepss=4"], ["--optim.lrr", "did you mean", "'--optim.lr'"]),
         (["--data.batch-size=1e3"], ["--data.batch-size", "'1e3'"]),
         (["extra"], ["extra"]),
         (["x" * 100_000], ["xxx"]),

@@ -39,12 +39,14 @@ def of_its_kind(name, default, value):
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):
-        most = next((limit for field, limit in WIDE.items() if name == field), 2**31)
-        return isinstance(value, int) and not isinstance(value, bool) and -most < value < most
+        most = WIDE.get(name, 2**31)
+        least = 0 if name == "seed" else 1 - most
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < most
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
     if isinstance(default, list):
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+        kind = int | float if name.endswith("_factors") else str
+        return isinstance(value, list) and all(isinstance(part, kind) for part in value)
     if isinstance(default, dict):
         return isinstance(value, dict) and not value
     return isinstance(value, str)

@@ -113,5 +113,5 @@ def test_a_position_under_another_data_seed_is_refused(source_of, saved, now):
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_an_impossible_data_seed_is_refused(source_of, seed):
-    with pytest.raises(ConfigError, match=rf"data.seed={seed} is not possible: choose 0 up to"):
+    with pytest.raises(ConfigError, match=rf"data.seed is {seed} but must lie between 0 and"):
         source_of(data_seed=seed)
