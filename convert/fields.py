@@ -7,16 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxattn.errors import Corrupt
+from jaxattn.errors import Corrupt, shown
 from jaxattn.rope import MOST_POSITIONS
 
 MISSING = object()
-
-
-def short(value: Any, most: int = 60) -> str:
-    """A value as it may stand in an error: one line, at most `most` characters."""
-    text = repr(value[: 2 * most] if isinstance(value, str | bytes | list | tuple) else value)
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Fields:
     def wrong(self, field: str, wanted: str) -> Corrupt:
         """The error of a field that holds something else."""
         found = self.raw.get(self.prefix + field)
-        return Corrupt(f"{self.origin}: {self.prefix}{field} is {short(found)} but must be {wanted}.")
+        return Corrupt(f"{self.origin}: {self.prefix}{field} is {shown(found)} but must be {wanted}.")
 
     def _found(self, field: str, default: Any, null: Any, wanted: str) -> Any:
         if self.has(field):

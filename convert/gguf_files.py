@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from convert import gguf_rope
-from convert.fields import Fields, check_ids, short
+from convert.fields import Fields, check_ids
 from convert.gguf_header import Header, TensorPlace
 from convert.safetensors_files import finite
-from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, Unsupported, UserError
+from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, Unsupported, UserError, shown
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TABLE = "rope_freqs.weight"  # divisors of the rotary frequencies; llama.cpp knows them for llama alone
@@ -75,7 +75,7 @@ class GgufFile:
     def _check_kind(self) -> None:
         """Refuse what is no dense decoder in one file."""
         if self.arch not in ARCHITECTURES:
-            raise Unsupported(f"{self.path}: architecture {short(self.arch)} is not one of {', '.join(ARCHITECTURES)}.")
+            raise Unsupported(f"{self.path}: architecture {shown(self.arch)} is not one of {', '.join(ARCHITECTURES)}.")
         whole = Fields(self.fields, str(self.path))
         if whole.count("split.count", 1, least=0) > 1:
             raise Unsupported(
@@ -95,18 +95,18 @@ class GgufFile:
             kind = GGMLQuantizationType(place.kind)
         except ValueError as error:
             raise Unsupported(
-                f"tensor {short(place.name)} of {self.path} has type number {place.kind}, which gguf does not know."
+                f"tensor {shown(place.name)} of {self.path} has type number {place.kind}, which gguf does not know."
             ) from error
         if kind not in readable():
             known = ", ".join(sorted(found.name for found in readable()))
-            raise Unsupported(f"tensor {short(place.name)} of {self.path} is {kind.name}; only {known} are read.")
+            raise Unsupported(f"tensor {shown(place.name)} of {self.path} is {kind.name}; only {known} are read.")
         block, size = GGML_QUANT_SIZES[kind]
         if place.dims[0] % block:
             raise Corrupt(
-                f"tensor {short(place.name)} of {self.path} has rows of {place.dims[0]}, not whole blocks of {block}."
+                f"tensor {shown(place.name)} of {self.path} has rows of {place.dims[0]}, not whole blocks of {block}."
             )
         if self._begin + place.offset + math.prod(place.dims) // block * size > len(self._data):
-            raise Incomplete(f"tensor {short(place.name)} of {self.path} ends behind the file; download it again.")
+            raise Incomplete(f"tensor {shown(place.name)} of {self.path} ends behind the file; download it again.")
         return kind
 
     def values(self, name: str) -> np.ndarray:
@@ -193,13 +193,13 @@ class GgufFile:
         window = self.fields.get(f"{self.arch}.attention.sliding_window")
         if window is not None and window != 0:
             found.append(
-                f"{self.arch}.attention.sliding_window is {short(window)}; llama.cpp does not read it for a "
+                f"{self.arch}.attention.sliding_window is {shown(window)}; llama.cpp does not read it for a "
                 f"{self.arch}, and every token sees all before it here too."
             )
         for key in UNREAD:
             if (value := self.fields.get(f"{self.arch}.{key}")) is not None:
                 found.append(
-                    f"{self.arch}.{key} is {short(value)}; llama.cpp does not read it for a {self.arch}, and neither "
+                    f"{self.arch}.{key} is {shown(value)}; llama.cpp does not read it for a {self.arch}, and neither "
                     "is it read here."
                 )
         return found
@@ -214,7 +214,7 @@ class GgufFile:
             raise Corrupt(f"{self.path}: {key} has {count:,} numbers but there are {layers:,} layers.")
         values = set(self.fields[key])
         if len(values) != 1:
-            raise Unsupported(f"{self.path}: {key} is {short(self.fields[key])}; layers that differ are not supported.")
+            raise Unsupported(f"{self.path}: {key} is {shown(self.fields[key])}; layers that differ are not supported.")
         return Fields({key: values.pop()}, str(self.path)).count(key)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

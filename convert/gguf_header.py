@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.fields import short
-from jaxattn.errors import Corrupt, Incomplete, Unsupported
+from jaxattn.errors import Corrupt, Incomplete, Unsupported, shown
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
@@ -72,16 +71,16 @@ class Header(Mapping[str, Any]):
         for _ in range(entries):
             key = self._string("a key")
             if key in self._values:
-                raise Corrupt(f"{origin} names {short(key)} twice; it is damaged.")
+                raise Corrupt(f"{origin} names {shown(key)} twice; it is damaged.")
             self._values[key] = self._value(self._number("<I"))
         self.tensors = {place.name: place for place in self._tensors(tensors)}
         alignment = self._values.get(ALIGNMENT, 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise Corrupt(f"{origin}: {ALIGNMENT} is {short(alignment)} but must be a power of two.")
+            raise Corrupt(f"{origin}: {ALIGNMENT} is {shown(alignment)} but must be a power of two.")
         self.data = -(-self._at // alignment) * alignment
         for place in self.tensors.values():
             if place.offset % alignment or self.data + place.offset > len(data):
-                raise Corrupt(f"{origin}: tensor {short(place.name)} lies outside the file; download it again.")
+                raise Corrupt(f"{origin}: tensor {shown(place.name)} lies outside the file; download it again.")
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
@@ -105,16 +104,16 @@ class Header(Mapping[str, Any]):
         for _ in range(count):
             name = self._string("the name of a tensor")
             if name in seen:
-                raise Corrupt(f"{self.origin} has tensor {short(name)} twice; it is damaged.")
+                raise Corrupt(f"{self.origin} has tensor {shown(name)} twice; it is damaged.")
             seen.add(name)
             rank = self._number("<I")
             if not 1 <= rank <= 4:
-                raise Corrupt(f"{self.origin}: tensor {short(name)} has {rank} dimensions; weights have 1 or 2.")
+                raise Corrupt(f"{self.origin}: tensor {shown(name)} has {rank} dimensions; weights have 1 or 2.")
             dims = tuple(self._number("<Q") for _ in range(rank))
             kind, offset = self._number("<I"), self._number("<Q")
             # No type packs more than 8 numbers in a byte.
             if offset > len(self._data) or math.prod(dims) > 16 * len(self._data):
-                raise Corrupt(f"{self.origin}: tensor {short(name)} lies outside the file; download it again.")
+                raise Corrupt(f"{self.origin}: tensor {shown(name)} lies outside the file; download it again.")
             yield TensorPlace(name, dims, kind, offset)
 
     def _number(self, form: str) -> Any:
@@ -146,7 +145,7 @@ class Header(Mapping[str, Any]):
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise Corrupt(
-                f"{self.origin}: {what} is {short(raw)}, which is no UTF-8 text ({error.reason}); download it again."
+                f"{self.origin}: {what} is {shown(raw)}, which is no UTF-8 text ({error.reason}); download it again."
             ) from error
 
     def _value(self, kind: int) -> Any:
@@ -189,6 +188,6 @@ class Header(Mapping[str, Any]):
         found, at = [], place.at
         for _ in range(place.length):
             (n,) = struct.unpack_from("<Q", self._data, at)
-            found.append(self._text(bytes(self._data[at + 8 : at + 8 + n]), f"an entry of {short(key)}"))
+            found.append(self._text(bytes(self._data[at + 8 : at + 8 + n]), f"an entry of {shown(key)}"))
             at += 8 + n
         return found

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.fields import Fields, short
-from jaxattn.errors import ConfigError, Unsupported
+from convert.fields import Fields
+from jaxattn.errors import ConfigError, Unsupported, shown
 from jaxattn.rope import RopeScaling, frequencies
 
 LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 8192}
@@ -84,7 +84,7 @@ def check_table(table: np.ndarray, head_dim: int, origin: str) -> np.ndarray:
     table = np.asarray(table, np.float64).reshape(-1)
     if table.size != head_dim // 2 or not np.all(np.isfinite(table) & (table > 0)):
         raise Unsupported(
-            f"{origin}: rope_freqs.weight is {short(table.tolist())} but must hold {head_dim // 2} positive divisors."
+            f"{origin}: rope_freqs.weight is {shown(table.tolist())} but must hold {head_dim // 2} positive divisors."
         )
     return table
 
@@ -105,7 +105,7 @@ def unread(get: Fields) -> list[str]:
         value = get.raw.get(get.prefix + key)
         if value is not None and value != neutral:
             found.append(
-                f"{get.prefix}{key} is {short(value)}; llama.cpp does not read it, and neither is it read here."
+                f"{get.prefix}{key} is {shown(value)}; llama.cpp does not read it, and neither is it read here."
             )
     return found
 

@@ -13,9 +13,8 @@ from typing import Any
 from convert import gguf_vocab
 from convert.gguf_pre import PRE
 from convert.gguf_vocab import Vocabulary
-from jaxattn.errors import Corrupt, Unsupported
+from jaxattn.errors import Corrupt, Unsupported, shown
 from jaxattn.hf_tokenizer import GGUF
-from jaxattn.json_file import short
 from jaxattn.rust import guarded
 
 MOST_PIECE = 512  # characters of a SentencePiece token, whose every cut is looked up
@@ -34,7 +33,7 @@ def tokenizer_of(fields: dict[str, Any], origin: str) -> Any:
     vocab = gguf_vocab.read(fields, origin)
     if vocab.model not in ("gpt2", "llama"):
         raise Unsupported(
-            f"{origin}: tokenizer {short(vocab.model)} is neither gpt2 nor llama (SentencePiece); {REMEDY}"
+            f"{origin}: tokenizer {shown(vocab.model)} is neither gpt2 nor llama (SentencePiece); {REMEDY}"
         )
     with guarded(f"{origin}: its tokenizer is inconsistent"):
         made = _byte_level(vocab) if vocab.model == "gpt2" else _pieces(vocab)
@@ -58,7 +57,7 @@ def _byte_level(vocab: Vocabulary) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if vocab.pre not in PRE:
-        raise Unsupported(f"{vocab.origin}: pre-tokenizer {short(vocab.pre)} is not one of {', '.join(PRE)}; {REMEDY}")
+        raise Unsupported(f"{vocab.origin}: pre-tokenizer {shown(vocab.pre)} is not one of {', '.join(PRE)}; {REMEDY}")
     if vocab.merges is None:
         raise Corrupt(f"{vocab.origin}: tokenizer.ggml.merges is missing; {REMEDY}")
     pairs: dict[tuple[str, str], None] = {}
@@ -131,7 +130,7 @@ def _templates(fields: dict[str, Any], origin: str) -> str | list[dict[str, str]
         found = {"default": fields[key], **found}
     for name, text in found.items():
         if not isinstance(text, str):
-            raise Corrupt(f"{origin}: the chat template {name!r} is {short(text)} but must be text.")
+            raise Corrupt(f"{origin}: the chat template {name!r} is {shown(text)} but must be text.")
     if list(found) == ["default"]:
         return found["default"]
     return [{"name": name, "template": text} for name, text in found.items()] or None

@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 from convert.gguf_pre import PRE
-from jaxattn.errors import Corrupt
-from jaxattn.json_file import short
+from jaxattn.errors import Corrupt, shown
 
 KINDS = {2: "unknown", 3: "control", 4: "user", 5: "unused", 6: "byte"}
 NAMES = {
@@ -82,7 +81,7 @@ def read(fields: dict[str, Any], origin: str) -> Vocabulary:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise Corrupt(f"{origin}: tokenizer.ggml.tokens holds {short(twice)} twice; it is damaged.")
+        raise Corrupt(f"{origin}: tokenizer.ggml.tokens holds {shown(twice)} twice; it is damaged.")
     numbers = _list(fields, "token_type", int, origin)
     scores = _list(fields, "scores", float, origin)
     for name, values in (("token_type", numbers), ("scores", scores)):
@@ -150,7 +149,7 @@ def token_id(fields: dict[str, Any], name: str, origin: str) -> int | None:
     count = len(tokens) if isinstance(tokens, list) else 1 << 31
     if type(value) is not int or not 0 <= value < count:
         raise Corrupt(
-            f"{origin}: tokenizer.ggml.{name}_token_id is {short(value)} but must be a whole number from 0 to "
+            f"{origin}: tokenizer.ggml.{name}_token_id is {shown(value)} but must be a whole number from 0 to "
             f"{count - 1}."
         )
     return value
@@ -160,7 +159,7 @@ def flag(fields: dict[str, Any], name: str, origin: str) -> bool | None:
     """A field that is true or false, None where it is missing. Raises `Corrupt` if it is anything else."""
     value = fields.get(f"tokenizer.ggml.{name}")
     if value is not None and type(value) is not bool:
-        raise Corrupt(f"{origin}: tokenizer.ggml.{name} is {short(value)} but must be true or false.")
+        raise Corrupt(f"{origin}: tokenizer.ggml.{name} is {shown(value)} but must be true or false.")
     return value
 
 
@@ -171,7 +170,7 @@ def _or(value: bool | None, default: bool) -> bool:
 def _text(fields: dict[str, Any], name: str, origin: str, default: str) -> str:
     value = fields.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, str):
-        raise Corrupt(f"{origin}: tokenizer.ggml.{name} is {short(value)} but must be text.")
+        raise Corrupt(f"{origin}: tokenizer.ggml.{name} is {shown(value)} but must be text.")
     return value
 
 
@@ -184,5 +183,5 @@ def _list(fields: dict[str, Any], name: str, kind: type, origin: str) -> list[An
     if not isinstance(value, list) or not all(map(good, value)):
         bad = next((x for x in value if not good(x)), None) if isinstance(value, list) else value
         wanted = {str: "texts", int: "whole numbers", float: "finite numbers"}[kind]
-        raise Corrupt(f"{origin}: tokenizer.ggml.{name} holds {short(bad)} but must be a list of {wanted}.")
+        raise Corrupt(f"{origin}: tokenizer.ggml.{name} holds {shown(bad)} but must be a list of {wanted}.")
     return value

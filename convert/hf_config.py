@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from convert import hf_rope
-from convert.fields import Fields, check_ids, short
+from convert.fields import Fields, check_ids
 from convert.hf_families import BY_ARCHITECTURE, Family, family_of
-from jaxattn.errors import ConfigError, Mismatch, Unsupported
+from jaxattn.errors import ConfigError, Mismatch, Unsupported, shown
 from jaxattn.models import ModelConfig
 
 Json = dict[str, Any]
@@ -48,7 +48,7 @@ def parse(raw: Json, origin: str = "config.json") -> ModelConfig:
         raise Unsupported(f"{origin}: heads of {head_dim:,} dims are not supported; {WIDEST_HEAD:,} are the most.")
     act = get.value("hidden_act", str, "silu")
     if act not in ACTIVATIONS:
-        raise Unsupported(f"{origin}: hidden_act is {short(act)} but only 'silu' is supported.")
+        raise Unsupported(f"{origin}: hidden_act is {shown(act)} but only 'silu' is supported.")
     context = get.count("max_position_embeddings", family.max_position_embeddings)
     base, scaling = hf_rope.read(get, head_dim, context)
     biased = get.value("attention_bias", bool, False) if family.kind in ("llama", "qwen3") else False

@@ -10,8 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from convert.fields import short
-from jaxattn.errors import Corrupt, Mismatch, Unsupported, suggest
+from jaxattn.errors import Corrupt, Mismatch, Unsupported, shown, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +93,9 @@ def family_of(raw: Mapping[str, Any], origin: str) -> Family:
     """
     names, kind = raw.get("architectures"), raw.get("model_type")
     if names is not None and not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise Corrupt(f"{origin}: architectures is {short(names)} but must hold one name, like LlamaForCausalLM.")
+        raise Corrupt(f"{origin}: architectures is {shown(names)} but must hold one name, like LlamaForCausalLM.")
     if kind is not None and not isinstance(kind, str):
-        raise Corrupt(f"{origin}: model_type is {short(kind)} but must be a name, like llama.")
+        raise Corrupt(f"{origin}: model_type is {shown(kind)} but must be a name, like llama.")
     name = names[0] if names else None
     if name is None and kind is None:
         raise Corrupt(f"{origin}: architectures and model_type are missing; one must name the class, like llama.")
@@ -112,12 +111,12 @@ def family_of(raw: Mapping[str, Any], origin: str) -> Family:
         )
     for field, (harmless, why) in REFUSED.items():
         if field in raw and not harmless(raw[field]):
-            raise Unsupported(f"{origin}: {field} is {short(raw[field])}, but {why}.")
+            raise Unsupported(f"{origin}: {field} is {shown(raw[field])}, but {why}.")
     return BY_KIND["ministral"] if family.kind == "mistral" and "layer_types" in raw else family
 
 
 def _refuse_experts(raw: Mapping[str, Any], name: str, origin: str) -> None:
     counts = [key for key, value in raw.items() if key.endswith("experts") and value]
     if counts or "Moe" in name or name.startswith("Mixtral"):
-        what = f"{counts[0][:60]} is {short(raw[counts[0]])}" if counts else name[:80]
+        what = f"{counts[0][:60]} is {shown(raw[counts[0]])}" if counts else name[:80]
         raise Unsupported(f"{origin}: {what}: a mixture of experts is not supported; use a dense model.")

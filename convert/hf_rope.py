@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from convert.fields import Fields, as_number, short
-from jaxattn.errors import ConfigError, Corrupt, Unsupported
+from convert.fields import Fields, as_number
+from jaxattn.errors import ConfigError, Corrupt, Unsupported, shown
 from jaxattn.rope import RopeScaling
 
 Json = dict[str, Any]
@@ -30,7 +30,7 @@ def read(get: Fields, head_dim: int, context: int) -> tuple[float, RopeScaling]:
     base = _base(get, inner)
     kind = inner.value("rope_type", str, None if inner.names("rope_type") else inner.value("type", str, "default"))
     if kind not in KINDS:
-        raise Unsupported(f"{get.origin}: rope_type {short(kind)} is not supported; only {', '.join(KINDS)} are.")
+        raise Unsupported(f"{get.origin}: rope_type {shown(kind)} is not supported; only {', '.join(KINDS)} are.")
     if head_dim % 2:
         raise Unsupported(f"{get.origin}: heads have {head_dim} dims, but only an even number can be rotated in pairs.")
     _check_fraction(get, inner, kind, head_dim)
@@ -67,7 +67,7 @@ def note(get: Fields) -> str | None:
         return None
     return (
         f"rope_scaling replaces rope_parameters as a whole, as in transformers: the rotary base is {base:g}, not "
-        f"{short(before['rope_theta'])}; write rope_theta into rope_scaling if that was not meant."
+        f"{shown(before['rope_theta'])}; write rope_theta into rope_scaling if that was not meant."
     )
 
 

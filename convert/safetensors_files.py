@@ -16,13 +16,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert import strict_json
-from convert.fields import short
-from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported
+from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, shown
+from jaxattn.json_text import as_object, read_object
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\.safetensors")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".h5", ".msgpack")
+MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -111,17 +111,15 @@ def read_header(path: Path) -> dict[str, Entry]:
         with open(path, "rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, strict_json.MOST_BYTES):
+            if not 2 <= length <= min(size - 8, MOST_HEADER):
                 raise Corrupt(
                     f"{path}: its header claims {length:,} bytes, but the file has {size:,} and a header at most "
-                    f"{strict_json.MOST_BYTES:,}; download it again."
+                    f"{MOST_HEADER:,}; download it again."
                 )
             raw = file.read(length)
     except OSError as error:
         raise Incomplete(f"{path} cannot be read ({error.strerror}); download it again.") from error
-    header = strict_json.loads(raw, f"{path} (header)")
-    if not isinstance(header, dict):
-        raise Corrupt(f"{path}: its header is a {type(header).__name__}, not an object; download it again.")
+    header = as_object(raw, f"{path} (header)", strict=True)
     header.pop("__metadata__", None)
     spans, found = [], {}
     for name, value in header.items():
@@ -158,7 +156,7 @@ def _fields(value: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
         ok = isinstance(shape, list) and len(shape) <= 8 and all(map(is_count, shape))
         ok = ok and isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))
     if not ok:
-        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {short(value, 100)}; download it again.")
+        raise Corrupt(f"tensor {name[:120]!r} of {path}: its header entry is {shown(value)}; download it again.")
     return value["dtype"], tuple(shape), offsets[0], offsets[1]
 
 
@@ -168,7 +166,7 @@ def _files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / SINGLE).exists():
         return [SINGLE], None
     if index.exists():
-        mapped = strict_json.read(index).get("weight_map")
+        mapped = read_object(index, strict=True).get("weight_map")
         if not isinstance(mapped, dict) or not mapped:
             raise Corrupt(f"{index}: weight_map must be an object that names a file for every tensor.")
         for tensor, name in mapped.items():

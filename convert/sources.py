@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert import hf_config, strict_json
+from convert import hf_config
 from convert import safetensors_files as st
-from convert.fields import Fields, check_ids, short
+from convert.fields import Fields, check_ids
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
 from jaxattn.chat import ADDITIONAL
-from jaxattn.errors import Incomplete, Unsupported, UserError
+from jaxattn.errors import Incomplete, Unsupported, UserError, shown
+from jaxattn.json_text import read_object
 
 # Kept beside the weights, byte for byte, and written back on export.
 SIDE_FILES = (
@@ -84,7 +85,7 @@ class Folder:
                 f"{self.path} holds adapter_config.json: an adapter is not read; merge it into the model first."
             )
         self._check_generation()
-        return strict_json.read(self.path / "config.json")
+        return read_object(self.path / "config.json", strict=True)
 
     def notes(self) -> list[str]:
         return hf_config.notes(self.config())
@@ -94,7 +95,7 @@ class Folder:
         path = self.path / "generation_config.json"
         self._guard(path)
         if path.exists():
-            check_ids(Fields(strict_json.read(path), str(path)), hf_config.TOKEN_IDS, several=("eos_token_id",))
+            check_ids(Fields(read_object(path, strict=True), str(path)), hf_config.TOKEN_IDS, several=("eos_token_id",))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -177,7 +178,7 @@ def open_source(text: str) -> Source:
     try:
         path.exists()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise Incomplete(f"{short(text, 200)} cannot be opened ({error.strerror}).") from error
+        raise Incomplete(f"{shown(text)} cannot be opened ({error.strerror}).") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is no .gguf file; give the folder of a HuggingFace checkpoint, or a GGUF file.")

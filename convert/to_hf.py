@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from convert import hf_config, rules, strict_json
+from convert import hf_config, rules
 from convert import safetensors_files as st
 from convert.from_hf import EMBEDDING, HEAD
 from convert.new_folder import new_folder
 from convert.sources import side_names
 from jaxattn.errors import Unsupported, UserError, run_cli
+from jaxattn.json_text import as_object, optional_object, read_object
 from jaxattn.models import ModelConfig
 from jaxattn.text import SIDE
 from train.config import RunConfig
@@ -60,7 +61,7 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
     """Tensor -> file: the source's own if it names the same tensors, else files of at most `MOST_BYTES`."""
     path = src / "provenance.json"
     if path.exists():
-        layout = strict_json.read(path).get("layout", {})
+        layout = read_object(path).get("layout", {})
         kept = {name: file for name, file in layout.items() if not any(r.fullmatch(name) for r in rules.COMPUTED)}
         names = set(tensors) | ({HEAD} if model.tie_embeddings and HEAD in kept else set())
         plain = all(isinstance(f, str) and st.FILE_NAME.fullmatch(f) for f in kept.values())
@@ -87,14 +88,14 @@ def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], token
     dtype = _common_dtype(tensors)
     raw, ids = None, {}
     if "config.json" in kept:
-        raw = strict_json.loads(kept["config.json"], f"{folder / 'config.json'}")
+        raw = as_object(kept["config.json"], str(folder / "config.json"), strict=True)
         if hf_config.parse(raw) != model:
             raw, ids = None, {key: raw[key] for key in hf_config.TOKEN_IDS if key in raw}
     elif not kept:
         kept, ids = _own_tokenizer(cfg) if tokenizer else ({}, {})
     if raw is None:
         kept["config.json"] = _json(hf_config.write(model, dtype, context=cfg.data.context, ids=ids))
-    before = strict_json.read(src / "provenance.json").get("dtypes") if (src / "provenance.json").exists() else None
+    before = optional_object(src / "provenance.json").get("dtypes")
     if before != sorted({x.dtype.name for x in tensors.values()}):
         kept.pop(st.INDEX, None)  # its total size is that of another dtype
         if raw is not None:

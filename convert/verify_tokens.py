@@ -8,9 +8,8 @@ from typing import Any
 
 from convert.sources import Folder, Gguf
 from jaxattn.chat import read_template, read_templates, render
-from jaxattn.errors import UserError
+from jaxattn.errors import UserError, shown
 from jaxattn.hf_tokenizer import has_tokenizer
-from jaxattn.json_file import short
 from jaxattn.tokenizer import read_tokenizer
 
 TEXTS = ("", " two  blanks\n\n\tand more ", "naïve cafe\u0301, 東京 🙂 №½", "don't 1234 <s></s><|endoftext|> x=[1, 2]")
@@ -92,4 +91,4 @@ def _chat(theirs: Any, ours: Any, side: Path, messages: list[dict[str, str]]) ->
 
 
 def _difference(what: str, theirs: Any, ours: Any) -> str:
-    return f"tokens differ on {what[:60]}: transformers has {short(theirs, 200)}, ours {short(ours, 200)}"
+    return f"tokens differ on {what[:60]}: transformers has {shown(theirs)}, ours {shown(ours)}"

@@ -8,8 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import Corrupt, UserError
-from jaxattn.json_file import short
+from jaxattn.errors import Corrupt, UserError, shown
 
 
 def read_documents(archive: Path, member: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -35,7 +34,7 @@ def read_documents(archive: Path, member: str, limit: int | None = None) -> list
                     found.append(json.loads(line))
             return found
     except KeyError:
-        raise UserError(f"{archive} has no member {short(member)}.") from None
+        raise UserError(f"{archive} has no member {shown(member)}.") from None
     except FileNotFoundError:
         raise UserError(f"{archive} is not there; python -m scripts.get --list says what can be fetched.") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, pa.ArrowInvalid) as error:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from jaxattn.errors import ConfigError
-from jaxattn.json_file import short
+from jaxattn.errors import ConfigError, shown
 from jaxattn.sampling import Sampling
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -77,9 +76,9 @@ def read_gen_kwargs(
         asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), default_count))
         until = handle_stop_sequences(asked.pop("until", None), eos=end)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"generation_kwargs {short(dict(given))} cannot be read ({error}).") from error
+        raise ConfigError(f"generation_kwargs {shown(dict(given))} cannot be read ({error}).") from error
     if not all(isinstance(stop, str) and stop for stop in until):
-        raise ConfigError(f"generation_kwargs.until is {short(until)} but must be texts, none of them empty.")
+        raise ConfigError(f"generation_kwargs.until is {shown(until)} but must be texts, none of them empty.")
     count, length, sampled = asked.pop("max_gen_toks"), asked.pop("max_length", None), asked.pop("do_sample")
     if count < 1 or not isinstance(length, int | None):
         raise ConfigError(f"generation_kwargs ask for {count} tokens, max_length {length}: use at least 1 token.")
@@ -89,11 +88,11 @@ def read_gen_kwargs(
         if name not in known:
             raise ConfigError(f"generation_kwargs.{name} is not known; known are {', '.join(sorted(known))}.")
         if name in inert and value not in inert[name]:
-            raise ConfigError(f"generation_kwargs.{name} is {short(value)}, which is not built; leave it out.")
+            raise ConfigError(f"generation_kwargs.{name} is {shown(value)}, which is not built; leave it out.")
     for name, neutral in inert.items():
         if name not in asked and (value := checkpoint.get(name)) not in neutral:
             raise ConfigError(
-                f"generation_config.json of the checkpoint sets {name} to {short(value)}, which is not built; "
+                f"generation_config.json of the checkpoint sets {name} to {shown(value)}, which is not built; "
                 f"give --gen-kwargs {name}={neutral[-1]} to do without it."
             )
     return Generation(_sampling(asked, checkpoint) if sampled else Sampling(), count, length, tuple(until))
@@ -110,4 +109,4 @@ def _sampling(asked: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Sampli
     try:
         return Sampling(float(temperature), int(top_k), float(top_p), float(found["min_p"] or 0.0))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"generation_kwargs {short(dict(asked))} hold no numbers ({error}).") from error
+        raise ConfigError(f"generation_kwargs {shown(dict(asked))} hold no numbers ({error}).") from error

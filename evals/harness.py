@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import ConfigError, DataError, UserError, run_cli
+from jaxattn.errors import ConfigError, DataError, UserError, run_cli, shown
 
 try:
     import lm_eval
@@ -25,7 +25,6 @@ except ImportError as error:
 
 from evals.harness_lm import JaxattnLM
 from evals.trained import write_result
-from jaxattn.json_file import short
 from jaxattn.text import load
 
 __all__ = ["JaxattnLM", "load_tasks", "main", "parse_gen_kwargs"]
@@ -53,12 +52,12 @@ def load_tasks(names: str, include_path: Path | None = None) -> list[Any]:
             near = get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise ConfigError(
-                f"task {short(name)} is not known: {hint}`python -m lm_eval ls tasks` lists {len(manager.all_tasks)} "
+                f"task {shown(name)} is not known: {hint}`python -m lm_eval ls tasks` lists {len(manager.all_tasks)} "
                 "names; a YAML file or --include-path adds yours."
             )
         wanted |= dict.fromkeys(matches)
     if not wanted:
-        raise ConfigError(f"--tasks is {short(names)} but must name a task, such as hellaswag.")
+        raise ConfigError(f"--tasks is {shown(names)} but must name a task, such as hellaswag.")
     found, owners = [], {}
     for name in wanted:
         loaded = _load_task(manager, name)
@@ -110,10 +109,10 @@ def parse_gen_kwargs(text: str | None) -> dict[str, Any] | None:
     try:
         found = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
     except ValueError as error:
-        raise ConfigError(f"--gen-kwargs is {short(text)}, which is no JSON object ({error}).") from error
+        raise ConfigError(f"--gen-kwargs is {shown(text)}, which is no JSON object ({error}).") from error
     words = [] if text.lstrip().startswith("{") else [word for word in text.split(",") if "=" not in word]
     if words or not isinstance(found, dict) or not found:
-        raise ConfigError(f"--gen-kwargs is {short(text)} but must be like temperature=0.7,do_sample=True.")
+        raise ConfigError(f"--gen-kwargs is {shown(text)} but must be like temperature=0.7,do_sample=True.")
     return found
 
 

@@ -18,8 +18,8 @@ from rich.progress import track
 from evals.gen_kwargs import Generation, read_gen_kwargs
 from jaxattn._generate import stream
 from jaxattn.chat import read_template
-from jaxattn.errors import ConfigError, UserError
-from jaxattn.json_file import field, read_object, short
+from jaxattn.errors import ConfigError, UserError, shown
+from jaxattn.json_text import field, optional_object
 from jaxattn.reader import hidden_of, scores
 from jaxattn.text import SIDE, Loaded
 
@@ -62,9 +62,9 @@ class JaxattnLM(TemplateLM):
         self.loaded, self.tokenizer = loaded.prepared(), cast(Any, loaded.tokenizer)
         self.batch_size, self.seed = batch_size, seed
         self.add_bos_token, self._prefix = add_bos_token, prefix_token_id
-        self._generation_config = read_object(side / "generation_config.json")
+        self._generation_config = optional_object(side / "generation_config.json")
         limit, config = loaded.model.max_positions, side / "config.json"
-        known = field(read_object(config), "max_position_embeddings", int, config, loaded.context)
+        known = field(optional_object(config), "max_position_embeddings", int, config, loaded.context)
         self.max_length: int = known if max_length is None else max_length
         if self.max_length < 2 or (limit and self.max_length > limit):
             raise ConfigError(f"max_length is {self.max_length} but must be from 2 to {limit or 'any number'}.")
@@ -153,7 +153,7 @@ class JaxattnLM(TemplateLM):
         for request in requests:
             context, continuation = request.args
             if not context and not self.tok_encode(continuation, add_special_tokens=False):
-                raise ConfigError(f"the continuation {short(continuation)} has no token.")
+                raise ConfigError(f"the continuation {shown(continuation)} has no token.")
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
@@ -183,7 +183,7 @@ class JaxattnLM(TemplateLM):
             context = context or [self.prefix_token_id]  # of blanks, which went to the continuation
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(
-                    f"the continuation {short(text[1] if text else None)} has {len(continuation)} tokens behind its "
+                    f"the continuation {shown(text[1] if text else None)} has {len(continuation)} tokens behind its "
                     f"context, but needs from 1 to {self.max_length}, the most that is read at once."
                 )
             rows.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)

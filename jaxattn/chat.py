@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn import _chat_child
-from jaxattn.errors import Corrupt, UserError
+from jaxattn.errors import Corrupt, UserError, shown
 from jaxattn.hf_tokenizer import named_tokens
-from jaxattn.json_file import read_object, read_text, short
+from jaxattn.json_text import optional_object, read_text
 
 Messages = Sequence[Mapping[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of one field, the first the usual one
@@ -44,7 +44,7 @@ def choose_template(found: Mapping[str, str], folder: Path, *, tools: bool = Fal
     if tools and "tool_use" in found:
         return found["tool_use"]
     if found and "default" not in found:
-        raise UserError(f"{folder} has the chat templates {short(sorted(found))} but none is the default; name one so.")
+        raise UserError(f"{folder} has the chat templates {shown(sorted(found))} but none is the default; name one so.")
     if not found:
         raise UserError(f"{folder} has no chat template; leave --chat out, or use an instruction-tuned checkpoint.")
     return found["default"]
@@ -58,7 +58,7 @@ def read_templates(folder: Path) -> dict[str, str]:
     if files:
         return {name: read_text(path).replace("\r\n", "\n").replace("\r", "\n") for name, path in files.items()}
     for name in ("tokenizer_config.json", "chat_template.json"):
-        value = read_object(folder / name).get("chat_template")
+        value = optional_object(folder / name).get("chat_template")
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
@@ -67,7 +67,7 @@ def read_templates(folder: Path) -> dict[str, str]:
             continue
         if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
             raise Corrupt(
-                f"{folder / name}: chat_template is {short(value)} but must be text, or a list of objects with a name "
+                f"{folder / name}: chat_template is {shown(value)} but must be text, or a list of objects with a name "
                 "and a template."
             )
         return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxattn.errors import Corrupt
-from jaxattn.json_file import field, read_object, short
+from jaxattn.errors import Corrupt, shown
+from jaxattn.json_text import field, optional_object
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,7 +32,7 @@ def settings_of(folder: Path, config: dict[str, Any], saved: dict[str, Any] | No
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
     if "added_tokens_decoder" in settings:
         return settings
-    for key, value in read_object(folder / SPECIAL_MAP).items():
+    for key, value in optional_object(folder / SPECIAL_MAP).items():
         if key in NAMED and value is not None:
             _token(value, f"{folder / SPECIAL_MAP}: {key}")
         if isinstance(value, dict) and key != "extra_special_tokens":
@@ -53,25 +53,25 @@ def added_tokens(
 
     def keep(number: Any, token: Any, origin: Path, key: str) -> None:
         if not ((isinstance(number, str) and number.isdecimal()) or (type(number) is int and number >= 0)):
-            raise Corrupt(f"{origin}: {key} has the id {short(number)}, which is no whole number from 0 on.")
+            raise Corrupt(f"{origin}: {key} has the id {shown(number)}, which is no whole number from 0 on.")
         made = _token(token, f"{origin}: {key}")
         by_id[int(number)] = by_text[made.content] = made
 
     if "added_tokens_decoder" in settings:
         for number, token in field(settings, "added_tokens_decoder", dict, folder / CONFIG, {}).items():
             if not isinstance(token, dict):
-                raise Corrupt(f"{folder / CONFIG}: added_tokens_decoder has {short(token)} where an object belongs.")
+                raise Corrupt(f"{folder / CONFIG}: added_tokens_decoder has {shown(token)} where an object belongs.")
             keep(number, token, folder / CONFIG, "added_tokens_decoder")
     else:
         special = {text for text in map(_text, (settings.get(key) for key in NAMED)) if text}
         extra = settings.get("extra_special_tokens")
         special |= {text for text in map(_text, extra if isinstance(extra, list) else []) if text}
-        for text, number in read_object(folder / ADDED).items():
+        for text, number in optional_object(folder / ADDED).items():
             flags = {"special": text in special, "normalized": text not in special}
-            keep(number, {"content": text, **flags}, folder / ADDED, short(text))
+            keep(number, {"content": text, **flags}, folder / ADDED, shown(text))
         for token in field(saved or {}, "added_tokens", list, folder / JSON, []):
             if not isinstance(token, dict):
-                raise Corrupt(f"{folder / JSON}: added_tokens has {short(token)} where an object belongs.")
+                raise Corrupt(f"{folder / JSON}: added_tokens has {shown(token)} where an object belongs.")
             keep(token.get("id"), token, folder / JSON, "added_tokens")
     return [token for _, token in sorted(by_id.items())], by_text
 
@@ -92,7 +92,7 @@ def _token(value: Any, origin: str) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise Corrupt(f"{origin} is {short(value)} but must be text, or an object with its text as content.")
+        raise Corrupt(f"{origin} is {shown(value)} but must be text, or an object with its text as content.")
     flags = {key: field(value, key, bool, origin) for key in FLAGS}
     return AddedToken(value["content"], **{key: flag for key, flag in flags.items() if flag is not None})
 
@@ -114,7 +114,7 @@ def special_tokens(
     if isinstance(extra, dict):
         named |= {key: _token(value, f"{origin}: extra_special_tokens.{key}") for key, value in extra.items()}
     elif extra is not None and not isinstance(extra, list):
-        raise Corrupt(f"{origin}: extra_special_tokens is {short(extra)} but must be a list or an object of tokens.")
+        raise Corrupt(f"{origin}: extra_special_tokens is {shown(extra)} but must be a list or an object of tokens.")
     if isinstance(extra, dict) or "extra_special_tokens" not in settings:
         extra = field({"additional_special_tokens": more}, "additional_special_tokens", list, origin, [])
     return named, [_token(x, f"{origin}: extra_special_tokens") for x in extra or []]

@@ -16,9 +16,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxattn.errors import Corrupt, Incomplete, Unsupported
+from jaxattn.errors import Corrupt, Incomplete, Unsupported, shown
 from jaxattn.hf_added_tokens import CONFIG, JSON, add, added_tokens, post_process, settings_of, special_tokens
-from jaxattn.json_file import field, read_object, short
+from jaxattn.json_text import field, optional_object
 from jaxattn.rust import guarded
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read(folder: Path) -> Parts:
     """
     if not has_tokenizer(folder):
         raise Incomplete(f"{folder} has no tokenizer (none of {', '.join(FILES)}); copy the tokenizer's files there.")
-    config = read_object(folder / CONFIG)
+    config = optional_object(folder / CONFIG)
     kind, why = _class_of(folder, config)
     saved = (folder / JSON).is_file()
     if kind == "LlamaTokenizer" and not saved and not any((folder / name).is_file() for name in OTHER):
@@ -67,7 +67,7 @@ def read(folder: Path) -> Parts:
         )
     if saved and kind in DEFAULTS:
         try:
-            saved_json = read_object(folder / JSON)
+            saved_json = optional_object(folder / JSON)
         except Corrupt as error:
             raise Corrupt(f"{folder / JSON} is not a tokenizer.json: {error}") from error
         if kind == AS_SAVED or field(saved_json, "model", dict, folder / JSON, {}).get("type") == "BPE":
@@ -91,7 +91,7 @@ def named_tokens(folder: Path) -> dict[str, str]:
     Raises:
       Corrupt: a file that names one is broken.
     """
-    config = read_object(folder / CONFIG)
+    config = optional_object(folder / CONFIG)
     settings = settings_of(folder, config, {} if (folder / JSON).is_file() else None)
     named, _ = special_tokens(settings, DEFAULTS.get(_class_of(folder, config)[0] or "", {}), {}, folder / CONFIG)
     return {name: token.content for name, token in named.items()}
@@ -99,7 +99,7 @@ def named_tokens(folder: Path) -> dict[str, str]:
 
 def _class_of(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     """The class of transformers that reads the folder, None where only transformers knows; and a word for it."""
-    model = read_object(folder / "config.json")
+    model = optional_object(folder / "config.json")
     kind = field(model, "model_type", str, folder / "config.json")
     declared = field(config, "tokenizer_class", str, folder / CONFIG)
     either = (declared or field(model, "tokenizer_class", str, folder / "config.json") or "").removesuffix("Fast")
@@ -110,7 +110,7 @@ def _class_of(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     if odd or (own_code and not declared):
         return None, f"{odd or 'auto_map'} in {CONFIG}"
     if kind is not None and kind not in REGISTERED:
-        return None, f"model type {short(kind)}"
+        return None, f"model type {shown(kind)}"
     known = lambda name: AS_SAVED if name in ("PreTrainedTokenizer", "PythonBackend") else name
     registered = REGISTERED.get(kind or "")
     if not own_code:
@@ -176,7 +176,7 @@ def _vocabulary(model: dict[str, Any], origin: Path) -> tuple[dict[str, int], li
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
     if not all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
         bad = next(p for p in merges if not isinstance(p, list | str) or len(p) != 2)
-        raise Corrupt(f"{origin}: merges has {short(bad)} where two pieces of text belong.")
+        raise Corrupt(f"{origin}: merges has {shown(bad)} where two pieces of text belong.")
     return vocab, [tuple(p) for p in pairs]
 
 

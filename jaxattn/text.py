@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxattn._generate import BLOCK, stream
 from jaxattn.chat import Messages, choose_template, read_templates, render
-from jaxattn.errors import Corrupt, Incomplete, UserError
+from jaxattn.errors import Corrupt, Incomplete, UserError, shown
 from jaxattn.hf_tokenizer import has_tokenizer
-from jaxattn.json_file import read_object, short
+from jaxattn.json_text import optional_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
@@ -138,12 +138,12 @@ def _named_ids(side: Path, key: str, count: int) -> tuple[int, ...]:
       Corrupt: one is no token of the model.
     """
     for name in ("generation_config.json", "config.json"):
-        value = read_object(side / name).get(key)
+        value = optional_object(side / name).get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for number in ids:
             if type(number) is not int or not 0 <= number < count:
                 raise Corrupt(
-                    f"{side / name}: {key} is {short(value)} but must be of whole numbers from 0 to {count - 1}; "
+                    f"{side / name}: {key} is {shown(value)} but must be of whole numbers from 0 to {count - 1}; "
                     "repair the file."
                 )
         if ids:

@@ -169,7 +169,7 @@ FAULTS = {
         "header claims 9,223,372,036,854,775,808 bytes",
     ),
     "header is no JSON": (lambda f: header(f, lambda h: b"{not json"), "is not valid JSON"),
-    "header is a list": (lambda f: header(f, lambda h: []), "its header is a list"),
+    "header is a list": (lambda f: header(f, lambda h: []), "(header) holds a JSON list"),
     "header nests a million deep": (lambda f: header(f, lambda h: b"[" * 1_000_000), "is not valid JSON"),
     "header is no UTF-8": (lambda f: header(f, lambda h: b'{"\xff\xfe": 1}'), "is not UTF-8"),
     "a tensor twice": (lambda f: header(f, twice), "names 'model.norm.weight' twice"),
@@ -211,7 +211,7 @@ FAULTS = {
     "code of its own": (lambda f: config(f, auto_map={"AutoModel": "evil.Model"}), "never executed"),
     "quantised": (lambda f: config(f, quantization_config={"bits": 4}), "quantised weights are not read"),
     "an activation we lack": (lambda f: config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "configuration is a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
+    "configuration is a list": (lambda f: (f / "config.json").write_text("[]"), "holds a JSON list"),
     "configuration with a BOM": (
         lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
         "is not valid JSON",
@@ -227,7 +227,7 @@ FAULTS = {
     "an end token that is true": (generation(eos_token_id=True), "eos_token_id is True but"),
     "a generation configuration that is a list": (
         lambda f: (f / "generation_config.json").write_text("[]"),
-        "generation_config.json holds a list",
+        "generation_config.json holds a JSON list",
     ),
     "configuration nests deep": (
         lambda f: (f / "config.json").write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"),

@@ -147,7 +147,7 @@ def test_files_come_before_configurations_and_names_are_kept(tmp_path):
         ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "x"}]}), "must be text, or a list"),
         ("tokenizer_config.json", json.dumps({"chat_template": "a", "bos_token": {}}), "bos_token is {} but must"),
         ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
-        ("chat_template.json", "[1]", "holds a list where an object"),
+        ("chat_template.json", "[1]", "holds a JSON list but must hold an object"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_named(tmp_path, name, raw, words):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jaxattn.errors import DataError, UserError
 from jaxattn.hf_added_tokens import ADDED, CONFIG, JSON, SPECIAL_MAP
 from jaxattn.hf_tokenizer import FILES
-from jaxattn.json_file import read_text
+from jaxattn.json_text import read_text
 from jaxattn.rust import guarded
 from jaxattn.tokenizer import END, Tokenizer, read_tokenizer
 from train.data.cache import corrupt, digest, write_atomic
