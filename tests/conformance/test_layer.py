@@ -14,13 +14,15 @@ from jaxattn.models import ModelConfig
 from tests.conformance import model
 from tests.conformance.cases import FULL, SHORT
 
-BLOCK = 4  # a default block of landmarks is longer than these sequences
+BLOCK = 4  # default blocks of landmarks and segments of memories are longer than these sequences
 
 
 def text_of(mechanism: Mechanism, spec: Any) -> str:
     """A setting as `--attn` takes it."""
     if mechanism.block(spec):
         spec = dataclasses.replace(spec, block=BLOCK)
+    if getattr(spec, "form", "") == "mac":  # the first segment finds an empty memory
+        spec = dataclasses.replace(spec, chunk=BLOCK, segment=BLOCK)
     changed = [f for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default]
     options = ", ".join(f"{f.name}={getattr(spec, f.name)!r}" for f in changed)
     return f"{mechanism.name}({options})" if options else mechanism.name

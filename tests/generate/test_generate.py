@@ -13,16 +13,16 @@ import pytest
 import jaxattn
 from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms import names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
+from tests.conformance.cases import FULL
 from tests.serve.test_engine import Inbox
 
-MIXERS = {
-    **{name: (name,) for name in names()},
+MIXERS = {  # the others decode as one of these does, which conformance asks of all
+    **{case.mechanism.name: (case.mechanism.name,) for case in FULL},
     "landmark": ("landmark(block=4)",),
     "window": ("softmax(window=5)",),
     "hybrid": ("conv", "based(feature_dim=6)", "softmax(window=5)"),
