@@ -16,8 +16,8 @@ from pallas_kernels.block_sparse import block_lists, block_sparse, density
 from pallas_kernels.block_sparse.lists import in_blocks, usable
 from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER, flash_reference
-from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.odd import in_both_dtypes
 
 SOFTMAX = Score()
 SCORES = [
@@ -84,8 +84,7 @@ def test_every_member_on_packed_documents(score):
     assert not o[:, 80:].any(), "padding rows give zeros"
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_lengths_and_head_dims(shape, dtype):
     arrays = inputs(
         shape.length,

@@ -15,6 +15,7 @@ from pallas_kernels.block_sparse.plan import unfit
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
 from tests.kernels import test_block_sparse as plain
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
 
@@ -27,8 +28,7 @@ def check(arrays, vis, score=SOFTMAX, rtol=2e-5, mode="plain", **options):
         return plain.check("tpu", arrays, vis, score, rtol, **options)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_lengths_and_head_dims(shape, dtype):
     """Lists for all heads, per key head and per query head in turn."""
     arrays = inputs(

@@ -29,8 +29,14 @@ SCORES = [
 ids = lambda s: f"{s.activation}-{s.normaliser}"
 
 
-@pytest.mark.parametrize("score", SCORES, ids=ids)
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(
+    ("score", "aligned"),
+    [
+        pytest.param(s, a, id=f"{ids(s)}-{a}", marks=() if a or s.normaliser in ("sum", "none") else pytest.mark.slow)
+        for s in SCORES
+        for a in (True, False)
+    ],
+)
 def test_many_blocks_and_chunks_equal_the_reference(score, aligned):
     q, k, v = inputs(501, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8)
     positions, segments = packed([200, 1, 250], 501, batch=1)

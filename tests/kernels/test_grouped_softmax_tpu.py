@@ -17,6 +17,7 @@ from pallas_kernels.grouped_softmax import grouped_softmax, layout
 from pallas_kernels.grouped_softmax.reference import NEVER, grouped_softmax_reference, roles
 from pallas_kernels.grouped_softmax.tpu import LONGEST, grouped_softmax_tpu
 from tests.conformance.cases import inputs, packed
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 SMALL = {"block_q": 32, "tile_k": 48}
@@ -63,8 +64,7 @@ def check(arrays, vis, rtol=5e-6, mode="plain", block=8, scale=0.3, **sizes):
     return o, log_z
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", shapes.ODD, ids=lambda shape: shape.name)
+@in_both_dtypes
 def test_odd_shapes_in_value_and_gradient(shape, dtype):
     """With the tiles of a device."""
     block = dict(zip(shapes.LENGTHS, (1, 8, 3, 51, 64), strict=True))[shape.length]

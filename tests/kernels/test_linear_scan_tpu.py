@@ -19,6 +19,7 @@ from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.linear_scan.features import feature_width, selections, taylor
 from pallas_kernels.linear_scan.tpu import STATES, linear_scan_tpu
 from pallas_kernels.shapes import ODD, Shape
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 DECAYS = ("none", "head", "token")
@@ -94,8 +95,7 @@ def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
     return ours
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_shapes(shape, dtype):
     decay = DECAYS[ODD.index(shape) % 3] if dtype == jnp.bfloat16 else "token"
     check(inputs(shape, decay, dtype), 2e-2 if dtype == jnp.bfloat16 else 2e-5, chunk=None, scale=0.5)

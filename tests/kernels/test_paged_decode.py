@@ -17,9 +17,9 @@ from pallas_kernels import Score, compiling_for, flash, interpreted
 from pallas_kernels.flash.merge import merge
 from pallas_kernels.paged_decode import paged_decode, pages_of
 from pallas_kernels.paged_decode.units import units
-from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close
 from tests.conformance.cases import normal as numbers
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 FAST = ("xla", "tpu")
@@ -81,17 +81,24 @@ def check(arrays, more, backend, rtol=2e-5, mode="plain"):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_lengths_head_dims_and_groups(shape, dtype, backend):
     """Lists of T slots, most of which end inside a page; pages of 16 fit the tiles of both types."""
     listed = -(-shape.length // 16)
     case = Case(
-        1, 1, shape.heads, shape.kv_heads, shape.dim, shape.value_dim, pages=listed + 3, listed=listed, dtype=dtype
+        1,
+        1,
+        shape.heads,
+        shape.kv_heads,
+        shape.dim,
+        shape.value_dim,
+        pages=listed + 3,
+        listed=listed,
+        dtype=jnp.dtype(dtype).name,
     )
     (q, k, v, tables, _), more = case.arguments()
     tables = jnp.abs(tables)
-    check((q, k, v, tables, jnp.array([shape.length])), more, backend, rtol=2e-5 if dtype == "float32" else 2e-2)
+    check((q, k, v, tables, jnp.array([shape.length])), more, backend, rtol=2e-5 if dtype == jnp.float32 else 2e-2)
 
 
 TURNED = Rope(1e4, fraction=0.5)

@@ -14,7 +14,8 @@ from jaxattn.mechanisms.aaren import MECHANISM as AAREN
 from pallas_kernels import compiling_for, interpreted, recording
 from pallas_kernels.prefix_softmax import Partial, empty, prefix_softmax, segment_runs
 from pallas_kernels.prefix_softmax.tpu import WIDEST, prefix_softmax_tpu
-from pallas_kernels.shapes import ODD, Shape
+from pallas_kernels.shapes import Shape
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 SMALL = Shape("small", batch=2, length=75, heads=3, kv_heads=3, dim=1, value_dim=5)
@@ -77,8 +78,7 @@ def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
     return ours
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_shapes(shape, dtype):
     """Outputs in bfloat16 are rounded before the loss and the row terms see them: "xla" is off by 2e-2 as well."""
     check(inputs(shape, dtype), 4e-2 if dtype == jnp.bfloat16 else 2e-5, chunk=None)

@@ -14,8 +14,8 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility, self_visibility
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.probe import NAMES, probe
-from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 FAST = ("xla", "tpu")
@@ -47,8 +47,7 @@ def check(q, k, vis, backend, *, block=16, want=NAMES, rtol=2e-5, scale=0.3, mod
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_lengths_head_dims_and_groups(shape, dtype, backend):
     """The last queries of a prompt, up to 70 of them."""
     heads = dict(heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim)

@@ -10,10 +10,10 @@ import pytest
 from jaxattn.masks import Visibility, count_visible, self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias, RelativeBias
 from pallas_kernels import compiling_for, interpreted
-from pallas_kernels.shapes import ODD
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.reference import softplus_reference
 from pallas_kernels.softplus.tpu import softplus_tpu
+from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
 
@@ -54,8 +54,7 @@ def check(arrays, vis, rtol=3e-4, mode="plain", block_q=32, block_k=48, **option
     return np.asarray(o, np.float32)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("shape", ODD, ids=lambda s: s.name)
+@in_both_dtypes
 def test_odd_sizes(shape, dtype):
     arrays = inputs(shape.length, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.dim,
                     value_dim=shape.value_dim, dtype=dtype)  # fmt: skip
