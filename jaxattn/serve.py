@@ -1,6 +1,6 @@
 """`python -m jaxattn.serve CKPT`: an OpenAI-style server for a converted checkpoint or a trained run (extra `serve`).
 
-    POST /v1/completions, /v1/chat/completions     GET /v1/models, /health
+    POST /v1/completions, /v1/chat/completions     GET /v1/models, /v1/models/NAME, /health
 
 Requests decode together in fixed slots; who finds none free waits in a queue, and past its limit gets 429.
 """
@@ -36,6 +36,7 @@ def main() -> int:
             import uvicorn
 
             from jaxattn.serving.app import make_app
+            from jaxattn.serving.connection import protocol
         except ImportError as error:
             raise UserError(
                 f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
@@ -57,7 +58,9 @@ def main() -> int:
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
     print(f"http://{args.host}:{listener.getsockname()[1]}", flush=True)
     # Ctrl-C does not wait for answers that take minutes.
-    config = uvicorn.Config(app, log_level="info", timeout_keep_alive=5, timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        app, http=protocol(), ws="none", log_level="info", timeout_keep_alive=5, timeout_graceful_shutdown=3
+    )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

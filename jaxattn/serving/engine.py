@@ -118,6 +118,11 @@ class Engine:
             self._changed.notify()
         return ticket
 
+    @property
+    def running(self) -> bool:
+        """Whether it serves; not before `start` and not when it has ended."""
+        return self._thread.is_alive() and not self._stop
+
     def load(self) -> dict[str, int]:
         """How many requests wait, and how many slots are taken."""
         with self._changed:
