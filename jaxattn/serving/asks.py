@@ -43,7 +43,9 @@ def parse(body: bytes, loaded: Loaded, name: str, context: int, *, chat: bool) -
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is a JSON {type(raw).__name__} but must be an object.")
     if raw.get("model") not in (None, name):
-        raise ApiError(404, f"model {shown(raw['model'])} is not served here; use {name!r}.", "model_not_found", "model")
+        raise ApiError(
+            404, f"model {shown(raw['model'])} is not served here; use {name!r}.", "model_not_found", "model"
+        )
     check_fields(raw, CHAT if chat else TEXT)
     text = "messages" if chat else "prompt"
     if text not in raw:
@@ -67,7 +69,9 @@ def parse(body: bytes, loaded: Loaded, name: str, context: int, *, chat: bool) -
 
 def _sampling(raw: dict[str, Any]) -> Sampling:
     top_k = number(raw, "top_k", int, 0)
-    temperature, top_p, min_p = (number(raw, f, float, d) for f, d in (("temperature", 1), ("top_p", 1), ("min_p", 0)))
+    temperature, top_p, min_p = (
+        number(raw, f, float, d) for f, d in (("temperature", 1.0), ("top_p", 1.0), ("min_p", 0.0))
+    )
     try:
         return Sampling(temperature, 0 if top_k == -1 else top_k, top_p, min_p)
     except UserError as error:
@@ -104,12 +108,10 @@ def _usage(raw: dict[str, Any]) -> bool:
         raise refusal("stream_options", options, "an object")
     for key in options:
         if key not in STREAM_OPTIONS:
-            raise ApiError(
-                400, f"stream_options.{key} is not known; use {STREAM_OPTIONS[0]}.", param="stream_options"
-            )
+            raise ApiError(400, f"stream_options.{key} is not known; use {STREAM_OPTIONS[0]}.", param="stream_options")
     if flag(options, "include_obfuscation", "stream_options.include_obfuscation"):
         raise ApiError(
-            400, "stream_options.include_obfuscation is True, which this server does not do; leave it out or give false.",
+            400, "stream_options.include_obfuscation is True, which this server does not do; leave it out.",
             "unsupported_value", "stream_options",
         )  # fmt: skip
     return flag(options, "include_usage", "stream_options.include_usage")

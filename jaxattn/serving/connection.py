@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import resource
@@ -26,16 +25,15 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, patience: float, most: int, **more: Any) -> None:
         super().__init__(*args, **more)
         self._patience, self._most = patience, most
-        self._idle: asyncio.TimerHandle | None = None
-        self._stuck: asyncio.TimerHandle | None = None
+        self._idle: Any = None  # timers, of whichever loop runs
+        self._stuck: Any = None
 
     @property
     def idle_until(self) -> float | None:
         """When it is dropped, by the loop's clock, unless a request comes; None while one is answered."""
         return self._idle.when() if self._idle else None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self._most:
             others = [c for c in self.connections if isinstance(c, Connection) and c.idle_until is not None]
@@ -85,7 +83,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: Any) -> None:
     if timer is not None:
         timer.cancel()
 

@@ -23,7 +23,9 @@ def encode_chat(raw: dict[str, Any], loaded: Loaded) -> tuple[int, ...]:
     try:
         if not loaded.templates:
             raise ApiError(
-                400, "messages cannot be rendered: the model has no chat template; use /v1/completions.", param="messages"
+                400,
+                "messages cannot be rendered: the model has no chat template; use /v1/completions.",
+                param="messages",
             )
         template = choose_template(loaded.templates, loaded.folder)
         messages = _messages(raw.get("messages"), template)
@@ -50,10 +52,7 @@ def _variables(raw: dict[str, Any], template: str, loaded: Loaded) -> dict[str, 
     for field, value in found.items():
         name = field.removeprefix("chat_template_kwargs.")
         if name in TAKEN or name in loaded.tokenizer.named or not _reads(template, name):
-            raise ApiError(
-                400, f"{field} is {shown(value)}, which the model's chat template does not read; leave it out.",
-                "unsupported_value", field,
-            )  # fmt: skip
+            raise _unread(field, value, field.split(".")[0])
         out[name] = value
     return out
 
@@ -76,10 +75,7 @@ def _messages(found: Any, template: str) -> list[dict[str, Any]]:
             if _reads(template, key):
                 kept[key] = value
             elif value not in ([], {}, ""):
-                raise ApiError(
-                    400, f"{where}.{key} is {shown(value)}, which the model's chat template does not read; leave it out.",
-                    "unsupported_value", "messages",
-                )  # fmt: skip
+                raise _unread(f"{where}.{key}", value, "messages")
         out.append(kept)
     return out
 
@@ -104,3 +100,8 @@ def _content(content: Any, where: str, role: str) -> str:
 
 def _wrong(where: str, value: Any, must: str) -> ApiError:
     return ApiError(400, f"{where} is {shown(value)} but must be {must}.", param="messages")
+
+
+def _unread(where: str, value: Any, param: str) -> ApiError:
+    sentence = f"{where} is {shown(value)}, which the model's chat template does not read; leave it out."
+    return ApiError(400, sentence, "unsupported_value", param)
