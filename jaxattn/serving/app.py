@@ -59,7 +59,7 @@ def make_app(loaded: Loaded, engine: Engine, name: str, max_body: int, patience:
 
     async def answer(request: Request, chat: bool) -> Response:
         for query in request.query_params:
-            raise ApiError(400, f"the query parameter {shown(query)} is not known; leave it out.", param=query[:100])
+            raise ApiError(400, f"the query parameter {shown(query)} is not known; leave it out.", param=query)
         body = await _body(request, max_body, patience)
         ask = await asyncio.to_thread(parse, body, loaded, name, engine.context, chat=chat)
         talk = Talk(loaded, engine, ask, name, chat)

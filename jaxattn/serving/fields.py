@@ -68,7 +68,8 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, code: str = "invalid_request_error", param: str | None = None
     ) -> None:
-        self.status, self.message, self.code, self.param = status, one_line(message), code, param
+        self.status, self.message, self.code = status, one_line(message), code
+        self.param = None if param is None else one_line(param)[:100]
         super().__init__(self.message)
 
     def body(self) -> dict[str, Any]:

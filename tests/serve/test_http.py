@@ -23,14 +23,17 @@ from jaxattn.text import TextStream, load
 from tests.generate.helpers import byte_run
 
 STREAMS = 64
+CLIENT = httpx.Client(timeout=60, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 @contextlib.contextmanager
-def server(loaded, patience=PATIENCE, connections=None, **more):
+def server(loaded, patience=PATIENCE, connections=None, buffer=None, **more):
     engine = Engine(loaded.model, loaded.params, **({"slots": 6, "context": 128, "queue": 80, "block": 4} | more))
     app = make_app(loaded, engine, "tiny", max_body=2000, patience=patience)
     listener = socket.socket()
+    if buffer:  # bytes of an answer that the system holds for a client who does not read
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     listener.bind(("127.0.0.1", 0))
     running = uvicorn.Server(
         uvicorn.Config(app, http=protocol(patience, connections), ws="none", log_level="critical", lifespan="on")
@@ -66,7 +69,7 @@ def place(loaded):
 
 def post(url, body, path="/v1/completions", **more):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(url + path, content=content, timeout=60, **more)
+    return CLIENT.post(url + path, content=content, **more)
 
 
 def alone(loaded, ids, most):
