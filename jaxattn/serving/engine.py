@@ -242,13 +242,13 @@ class Engine:
                     self._owners[slot] = None
 
     def _decode_alone(self, ticket: Ticket, cursor: Cursor) -> None:
-        self._alone = None
         try:
             tokens, fine, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, ticket.knobs)
-            if not ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0])):
-                self._alone = (ticket, cursor)
+            ended = ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0]))
+            self._alone = None if ended else (ticket, cursor)
         except Exception as error:  # whatever this sequence does to the model
             log.exception("a block of tokens failed")
+            self._alone = None
             ticket.fail(sentence(error))
 
     @contextlib.contextmanager
