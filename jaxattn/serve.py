@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.serving.memory import bound_heaps, give_back
 from jaxattn.signals import loading
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     args = parser.parse_args()
+    bound_heaps()
     with loading():
         try:
             import uvicorn
@@ -53,8 +55,11 @@ def main() -> int:
     listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
     loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared()
+    give_back()
     context = args.context or min(loaded.context, 2048)
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
+    engine.warm_up()
+    give_back()
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
     print(f"http://{args.host}:{listener.getsockname()[1]}", flush=True)
     # Ctrl-C does not wait for answers that take minutes.

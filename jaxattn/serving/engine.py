@@ -37,6 +37,11 @@ FAR = 32  # tokens that are worth a move out of a slot
 UNIT = 64  # the room of a slot is a multiple of this
 
 
+def room_of(model: ModelConfig, context: int, block: int = BLOCK) -> int:
+    """Tokens that a slot has room for."""
+    return -(-(context + most_padding(model, context, READ) + block) // UNIT) * UNIT
+
+
 class Engine:
     """Continuous batching over `slots` sequences of up to `context` tokens, prompt and answer together."""
 
@@ -49,7 +54,7 @@ class Engine:
             raise ConfigError(f"context is {context} but the model knows {limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = -(-(context + most_padding(model, context, READ) + block) // UNIT) * UNIT
+        self._room = room_of(model, context, block)
         self._owners: list[Ticket | None] = [None] * slots
         self._slots = self._empty()
         self._alone: tuple[Ticket, Cursor] | None = None
