@@ -55,6 +55,12 @@ def piece_for(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     return min(most, _cover(length))
 
 
+def any_piece(model: ModelConfig) -> bool:
+    """Whether pieces of any size give the same answers."""
+    by_length = model.rope is not None and model.rope.scaling.by_length
+    return not by_length and longest_piece(model) is None
+
+
 def most_padding(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     """Places that the padding of a row of up to `length` tokens takes at most."""
     by_length = model.rope is not None and model.rope.scaling.by_length

@@ -81,7 +81,7 @@ def _sizes(loaded: Any) -> dict[str, int]:
     from jaxattn.serving import slots
     from jaxattn.serving.engine import room_of
 
-    count = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    count = lambda tree: sum(x.size * x.dtype.itemsize for x in {id(x): x for x in jax.tree.leaves(tree)}.values())
     room = room_of(loaded.model, CONTEXT)
     states = jax.eval_shape(lambda v: slots.empty(loaded.model, SLOTS, room, v), loaded.params).states
     return {"weights": count(loaded.params), "caches": count(states)}
