@@ -90,7 +90,13 @@ def prefill_chunks(
         if left:
             yield None
         else:
-            yield Cursor(states, logits, jnp.asarray(lengths, jnp.int32), jnp.zeros(len(tokens), bool), keys)
+            yield Cursor(states, logits, *_counters(logits, jnp.asarray(lengths, jnp.int32), keys))
+
+
+@functools.partial(jax.jit, keep_unused=True)  # see `jaxattn.reader`
+def _counters(logits: Array, lengths: Array, keys: Array) -> tuple[Array, Array, Array]:
+    """Positions, done and keys of a cursor, where the logits are."""
+    return lengths, jnp.zeros(len(lengths), bool), keys
 
 
 def prefill(

@@ -116,7 +116,9 @@ def lay_out(tokens: np.ndarray, lengths: np.ndarray, piece: int) -> Layout:
     return Layout(moved, positions, live, np.where(own, places, width - 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# `keep_unused`: states are committed to a device if the variables are, as all that is made of both will be; an array
+# that is committed only from the second call on makes a second program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
 def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
     return Decoder(model).apply(variables, batch, room, method="start")
 
