@@ -78,11 +78,11 @@ def prefill_chunks(
     lengths: np.ndarray,
     room: int,
     keys: Array,
-    most: int | None = None,
+    piece: int | None = None,
 ) -> Iterator[Cursor | None]:
-    """Read prompts [B, T] of `lengths` [B] tokens in pieces of at most `most` (CHUNK): None after a piece, the cursor
-    after the last."""
-    piece = piece_for(model, int(lengths.max()), most or CHUNK)
+    """Read prompts [B, T] of `lengths` [B] tokens in pieces of `piece` tokens (`piece_for`'s without it): None after a
+    piece, the cursor after the last."""
+    piece = piece or piece_for(model, int(lengths.max()), CHUNK)
     layout = lay_out(tokens, lengths, piece)
     left = layout.tokens.shape[1]
     for logits, states in read(model, variables, layout, room=room, piece=piece):
@@ -90,7 +90,13 @@ def prefill_chunks(
         if left:
             yield None
         else:
-            yield Cursor(states, logits, jnp.asarray(lengths, jnp.int32), jnp.zeros(len(tokens), bool), keys)
+            yield Cursor(states, logits, *_counters(logits, jnp.asarray(lengths, jnp.int32), keys))
+
+
+@functools.partial(jax.jit, keep_unused=True)  # see `jaxattn.reader`
+def _counters(logits: Array, lengths: Array, keys: Array) -> tuple[Array, Array, Array]:
+    """Positions, done and keys of a cursor, where the logits are."""
+    return lengths, jnp.zeros(len(lengths), bool), keys
 
 
 def prefill(

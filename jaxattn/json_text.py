@@ -12,18 +12,20 @@ MOST_BYTES = 128 << 20  # of a file that is read as one value
 AGAIN = "download it again"
 
 
-def loads(raw: bytes | str, *, strict: bool = False) -> Any:
+def loads(raw: bytes | str, *, unique: bool = False, strict: bool = False) -> Any:
     """The value in `raw`; bytes are UTF-8, with or without a byte order mark.
 
     Args:
-      strict: also refuse what JSON does not have: a key twice, NaN, the infinities, a byte order mark.
+      unique: refuse an object that names a key twice, of which otherwise the last counts.
+      strict: refuse all that JSON does not have: a key twice, NaN, the infinities, a byte order mark.
 
     Raises:
       ValueError: no JSON, not UTF-8, nested too deep, or a number of thousands of digits; its text is the reason.
     """
-    hooks: dict[str, Any] = {"object_pairs_hook": _unique, "parse_constant": _refuse} if strict else {}
+    pairs, constant = _unique if unique or strict else None, _refuse if strict else None
     try:
-        return json.loads(_decoded(raw, strict) if isinstance(raw, bytes) else raw, **hooks)
+        text = _decoded(raw, strict) if isinstance(raw, bytes) else raw
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{error.msg} at {where}") from error

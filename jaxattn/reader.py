@@ -55,6 +55,12 @@ def piece_for(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     return min(most, _cover(length))
 
 
+def any_piece(model: ModelConfig) -> bool:
+    """Whether pieces of any size give the same answers."""
+    by_length = model.rope is not None and model.rope.scaling.by_length
+    return not by_length and longest_piece(model) is None
+
+
 def most_padding(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     """Places that the padding of a row of up to `length` tokens takes at most."""
     by_length = model.rope is not None and model.rope.scaling.by_length
@@ -110,7 +116,9 @@ def lay_out(tokens: np.ndarray, lengths: np.ndarray, piece: int) -> Layout:
     return Layout(moved, positions, live, np.where(own, places, width - 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# `keep_unused`: states are committed to a device if the variables are, as all that is made of both will be; an array
+# that is committed only from the second call on makes a second program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
 def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
     return Decoder(model).apply(variables, batch, room, method="start")
 

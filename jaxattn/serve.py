@@ -1,6 +1,6 @@
 """`python -m jaxattn.serve CKPT`: an OpenAI-style server for a converted checkpoint or a trained run (extra `serve`).
 
-    POST /v1/completions, /v1/chat/completions     GET /v1/models, /health
+    POST /v1/completions, /v1/chat/completions     GET /v1/models, /v1/models/NAME, /health
 
 Requests decode together in fixed slots; who finds none free waits in a queue, and past its limit gets 429.
 """
@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.serving.memory import bound_heaps, give_back
 from jaxattn.signals import loading
 
 
@@ -31,11 +32,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     args = parser.parse_args()
+    bound_heaps()
     with loading():
         try:
             import uvicorn
 
             from jaxattn.serving.app import make_app
+            from jaxattn.serving.connection import protocol
         except ImportError as error:
             raise UserError(
                 f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
@@ -52,12 +55,17 @@ def main() -> int:
     listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
     loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared()
+    give_back()
     context = args.context or min(loaded.context, 2048)
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
+    engine.warm_up()
+    give_back()
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
     print(f"http://{args.host}:{listener.getsockname()[1]}", flush=True)
     # Ctrl-C does not wait for answers that take minutes.
-    config = uvicorn.Config(app, log_level="info", timeout_keep_alive=5, timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        app, http=protocol(), ws="none", log_level="info", timeout_keep_alive=5, timeout_graceful_shutdown=3
+    )
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

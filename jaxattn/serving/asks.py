@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from typing import Any
 
-from jaxattn.errors import UserError
+from jaxattn.errors import UserError, shown
+from jaxattn.json_text import loads
 from jaxattn.sampling import Sampling
+from jaxattn.serving.fields import CHAT, TEXT, ApiError, check_fields, flag, number, refusal
+from jaxattn.serving.messages import encode_chat
 from jaxattn.text import Loaded
 
 MOST_PROMPTS, MOST_STOPS, DEFAULT_TOKENS = 64, 8, 16
-# What we do not offer, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1, None),
-    "best_of": (1, None),
-    "echo": (False, None),
-    "suffix": (None, ""),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-}
-IGNORED = ("user", "metadata", "store")
-FIELDS = (
-    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p",
-    "seed", "stop", "stream", "stream_options",
-)  # fmt: skip
-
-
-class ApiError(Exception):
-    """An answer other than 200: HTTP status, one sentence, and a code of the OpenAI kind."""
-
-    def __init__(self, status: int, message: str, code: str = "invalid_request_error") -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,126 +37,116 @@ def parse(body: bytes, loaded: Loaded, name: str, context: int, *, chat: bool) -
       ApiError: 400 for what cannot be read or done, 404 for another model than `name`.
     """
     try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON ({str(error).splitlines()[0]}).") from error
+        raw = loads(body, unique=True)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON ({error}); send an object in UTF-8.") from error
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is a JSON {type(raw).__name__} but must be an object.")
-    if raw.get("model", name) != name:
-        raise ApiError(404, f"model {raw['model']!r} is not served here; use {name!r}.", "model_not_found")
-    _refuse_unknown(raw, "messages" if chat else "prompt")
-    try:
-        prompts = (tuple(loaded.chat(_messages(raw))),) if chat else _prompts(raw, loaded)
-    except UserError as error:
-        raise ApiError(400, str(error)) from error
+    if raw.get("model") not in (None, name):
+        raise ApiError(
+            404, f"model {shown(raw['model'])} is not served here; use {name!r}.", "model_not_found", "model"
+        )
+    check_fields(raw, CHAT if chat else TEXT)
+    text = "messages" if chat else "prompt"
+    if text not in raw:
+        raise ApiError(400, f"{text} is missing.", param=text)
+    how, seed, stop = _sampling(raw), _seed(raw), _stop(raw)
+    stream, usage = flag(raw, "stream"), _usage(raw)
+    asked = _most(raw)
+    prompts = (encode_chat(raw, loaded),) if chat else _prompts(raw, loaded)
     longest = max(map(len, prompts))
-    rest = context - longest
-    most = _number(raw, "max_tokens", int, None)
-    most = _number(raw, "max_completion_tokens", int, most)
-    most = (max(rest, 1) if chat else DEFAULT_TOKENS) if most is None else most
-    if most < 1:
-        raise ApiError(400, f"max_tokens is {most} but must be at least 1.")
-    if most > rest:
+    most = asked or (max(context - longest, 1) if chat else DEFAULT_TOKENS)
+    if longest + most > context:
         raise ApiError(
             400,
-            f"{longest} prompt tokens and max_tokens {most} exceed the context of {context} tokens; "
+            f"{longest} prompt tokens and max_tokens {shown(most)} exceed the context of {context} tokens; "
             "shorten the prompt or ask for fewer.",
             "context_length_exceeded",
+            text,
         )
+    return Ask(prompts, most, how, seed, stop, stream, usage)
+
+
+def _sampling(raw: dict[str, Any]) -> Sampling:
+    top_k = number(raw, "top_k", int, 0)
+    temperature, top_p, min_p = (
+        number(raw, f, float, d) for f, d in (("temperature", 1.0), ("top_p", 1.0), ("min_p", 0.0))
+    )
     try:
-        how = Sampling(
-            _number(raw, "temperature", float, 1.0), _number(raw, "top_k", int, 0), _number(raw, "top_p", float, 1.0),
-            _number(raw, "min_p", float, 0.0),
-        )  # fmt: skip
+        return Sampling(temperature, 0 if top_k == -1 else top_k, top_p, min_p)
     except UserError as error:
-        raise ApiError(400, str(error)) from error
-    seed = _number(raw, "seed", int, None)
-    seed = secrets.randbits(31) if seed is None else seed
-    if not 0 <= seed < 1 << 32:
-        raise ApiError(400, f"seed is {seed} but must be from 0 to {(1 << 32) - 1}.")
-    options = raw.get("stream_options") or {}
+        raise ApiError(400, str(error), param=str(error).split(" ", 1)[0]) from error
+
+
+def _seed(raw: dict[str, Any]) -> int:
+    seed = number(raw, "seed", int, None)
+    if seed is None:
+        return secrets.randbits(31)
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise refusal("seed", seed, "an integer of 64 bits")
+    return seed
+
+
+def _most(raw: dict[str, Any]) -> int | None:
+    """Tokens that are asked for at most, under either name."""
+    names = ("max_tokens", "max_completion_tokens")
+    found = {name: value for name in names if (value := number(raw, name, int, None)) is not None}
+    for name, value in found.items():
+        if value < 1:
+            raise refusal(name, value, "at least 1")
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"{name} is {shown(value)}" for name, value in found.items())
+        raise ApiError(400, f"{both}: they mean the same; give one of them.", param="max_tokens")
+    return next(iter(found.values()), None)
+
+
+def _usage(raw: dict[str, Any]) -> bool:
+    options = raw.get("stream_options")
+    if options is None:
+        return False
     if not isinstance(options, dict):
-        raise ApiError(400, f"stream_options is {options!r} but must be an object.")
-    return Ask(prompts, most, how, seed, _stop(raw), _flag(raw, "stream"), _flag(options, "include_usage"))
-
-
-def _refuse_unknown(raw: dict[str, Any], text: str) -> None:
-    known = [f for f in FIELDS if f not in ("prompt", "messages") or f == text]
-    for field, value in raw.items():
-        if field in NEUTRAL and not any(value == v and type(value) is type(v) for v in _typed(NEUTRAL[field])):
-            raise ApiError(400, f"{field} is {value!r}, which this server does not do; leave it out.")
-        if field not in known and field not in NEUTRAL and field not in IGNORED:
-            raise ApiError(400, f"field {field!r} is not known; use {', '.join(known)}.")
-    if text not in raw:
-        raise ApiError(400, f"{text} is missing.")
-
-
-def _typed(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Whole numbers also as JSON may write them, 0 and 0.0."""
-    return (*values, *(float(v) for v in values if type(v) is int))
-
-
-def _messages(raw: dict[str, Any]) -> list[dict[str, str]]:
-    found = raw["messages"]
-    if not isinstance(found, list) or not found:
-        raise ApiError(400, "messages must be a list of {role, content}, not empty.")
-    out = []
-    for number, message in enumerate(found):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ApiError(400, f"{where} must be an object with a role and a content.")
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-            content = "".join(t for t in texts if isinstance(t, str)) if len(texts) == len(content) else None
-        if not isinstance(content, str):
-            raise ApiError(400, f"{where}.content must be text.")
-        out.append({"role": message["role"], "content": content})
-    return out
+        raise refusal("stream_options", options, "an object")
+    for key in options:
+        if key not in STREAM_OPTIONS:
+            raise ApiError(400, f"stream_options.{key} is not known; use {STREAM_OPTIONS[0]}.", param="stream_options")
+    if flag(options, "include_obfuscation", "stream_options.include_obfuscation"):
+        raise ApiError(
+            400, "stream_options.include_obfuscation is True, which this server does not do; leave it out.",
+            "unsupported_value", "stream_options",
+        )  # fmt: skip
+    return flag(options, "include_usage", "stream_options.include_usage")
 
 
 def _prompts(raw: dict[str, Any], loaded: Loaded) -> tuple[tuple[int, ...], ...]:
     found = raw["prompt"]
+    if found is None:
+        found = ""  # as OpenAI's: what a text begins with
     if isinstance(found, str) or (isinstance(found, list) and found and all(type(i) is int for i in found)):
         found = [found]
     if not isinstance(found, list) or not 1 <= len(found) <= MOST_PROMPTS:
-        raise ApiError(400, f"prompt must be text, token ids, or a list of up to {MOST_PROMPTS} of them.")
-    out = []
-    for prompt in found:
-        if isinstance(prompt, str):
-            out.append(tuple(loaded.encode(prompt)))
-        elif isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-            if not all(0 <= i < loaded.model.vocab_size for i in prompt):
-                raise ApiError(400, f"a token id of the prompt is not in 0..{loaded.model.vocab_size - 1}.")
-            out.append(tuple(prompt))
-        else:
-            raise ApiError(400, "prompt must be text or a list of token ids.")
-    return tuple(out)
+        raise refusal("prompt", found, f"text, token ids, or a list of up to {MOST_PROMPTS} of them")
+    return tuple(_prompt(prompt, loaded) for prompt in found)
 
 
-def _number(raw: dict[str, Any], field: str, kind: type, default: Any) -> Any:
-    value = raw.get(field)
-    if value is None:
-        return default
-    wanted = (int, float) if kind is float else (int,)
-    if type(value) not in wanted:
-        raise ApiError(400, f"{field} is {value!r} but must be {'a number' if kind is float else 'a whole number'}.")
-    try:
-        return kind(value)
-    except OverflowError as error:
-        raise ApiError(400, f"{field} is too large.") from error
-
-
-def _flag(raw: dict[str, Any], field: str) -> bool:
-    value = raw.get(field)
-    if value not in (True, False, None) or type(value) is int:
-        raise ApiError(400, f"{field} is {value!r} but must be true or false.")
-    return bool(value)
+def _prompt(prompt: Any, loaded: Loaded) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        try:
+            return tuple(loaded.encode(prompt))
+        except UserError as error:
+            raise ApiError(400, str(error), param="prompt") from error
+    if not isinstance(prompt, list) or not prompt or not all(type(i) is int for i in prompt):
+        raise refusal("prompt", prompt, "text or a list of token ids, of one kind and not empty")
+    for token in prompt:
+        if not 0 <= token < loaded.model.vocab_size:
+            raise ApiError(
+                400, f"token {shown(token)} of the prompt is not in 0..{loaded.model.vocab_size - 1}.", param="prompt"
+            )
+    return tuple(prompt)
 
 
 def _stop(raw: dict[str, Any]) -> tuple[str, ...]:
-    value = raw.get("stop") or ()
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list | tuple) or not all(isinstance(s, str) for s in value) or len(value) > MOST_STOPS:
-        raise ApiError(400, f"stop must be text or a list of up to {MOST_STOPS} texts.")
-    return tuple(s for s in value if s)
+    value = raw.get("stop")
+    found = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(found, list) or not all(isinstance(s, str) for s in found) or len(found) > MOST_STOPS:
+        raise refusal("stop", value, f"text or a list of up to {MOST_STOPS} texts")
+    return tuple(s for s in found if s)

@@ -24,7 +24,7 @@ from jaxattn._generate import Cursor, prefill_chunks
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
-from jaxattn.reader import most_padding
+from jaxattn.reader import any_piece, most_padding, piece_for
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
 from jaxattn.serving.ticket import Deliver, QueueFull, Stopped, Ticket, arrays, key_of, sentence
@@ -32,9 +32,14 @@ from jaxattn.serving.ticket import Deliver, QueueFull, Stopped, Ticket, arrays, 
 log = logging.getLogger("jaxattn")
 
 BLOCK = 8  # tokens decoded between two looks at the queue
-READ = 128  # tokens of a prompt that are read between two turns of the others
+SHORT, READ = 32, 128  # tokens of a prompt that are read between two turns of the others
 FAR = 32  # tokens that are worth a move out of a slot
 UNIT = 64  # the room of a slot is a multiple of this
+
+
+def room_of(model: ModelConfig, context: int, block: int = BLOCK) -> int:
+    """Tokens that a slot has room for."""
+    return -(-(context + most_padding(model, context, READ) + block) // UNIT) * UNIT
 
 
 class Engine:
@@ -49,7 +54,7 @@ class Engine:
             raise ConfigError(f"context is {context} but the model knows {limit} positions; lower it.")
         self.context, self.limit = context, queue
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
-        self._room = -(-(context + most_padding(model, context, READ) + block) // UNIT) * UNIT
+        self._room = room_of(model, context, block)
         self._owners: list[Ticket | None] = [None] * slots
         self._slots = self._empty()
         self._alone: tuple[Ticket, Cursor] | None = None
@@ -74,8 +79,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and run the programs, so that nobody waits for that later; before `start`."""
-        knobs = arrays(Sampling())
-        *_, cursor = self._prompt((0,) * min(READ, self.context), jax.random.key(0))
+        knobs, cursor = arrays(Sampling()), None
+        for length in dict.fromkeys((min(READ, self.context), 1)):
+            cursor = None  # one is enough
+            *_, cursor = self._prompt((0,) * length, jax.random.key(0))
         assert cursor is not None
         _, _, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, knobs)
         if self._slots is not None:
@@ -117,6 +124,11 @@ class Engine:
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket
+
+    @property
+    def running(self) -> bool:
+        """Whether it serves; not before `start` and not when it has ended."""
+        return self._thread.is_alive() and not self._stop
 
     def load(self) -> dict[str, int]:
         """How many requests wait, and how many slots are taken."""
@@ -196,7 +208,15 @@ class Engine:
 
     def _prompt(self, ids: tuple[int, ...], key: Any) -> Iterator[Cursor | None]:
         tokens, length = np.asarray(ids, np.int32)[None], np.array([len(ids)])
-        return prefill_chunks(self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), READ)
+        return prefill_chunks(
+            self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), self._piece(len(ids))
+        )
+
+    def _piece(self, length: int) -> int:
+        """Few sizes, since every one is a program; those of `generate` where the answer depends on them."""
+        if not any_piece(self._model):
+            return piece_for(self._model, length, READ)
+        return SHORT if length <= 2 * SHORT else READ
 
     def _seat(self, ticket: Ticket, cursor: Cursor) -> None:
         """Into a free slot."""
@@ -237,13 +257,13 @@ class Engine:
                     self._owners[slot] = None
 
     def _decode_alone(self, ticket: Ticket, cursor: Cursor) -> None:
-        self._alone = None
         try:
             tokens, fine, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, ticket.knobs)
-            if not ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0])):
-                self._alone = (ticket, cursor)
+            ended = ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0]))
+            self._alone = None if ended else (ticket, cursor)
         except Exception as error:  # whatever this sequence does to the model
             log.exception("a block of tokens failed")
+            self._alone = None
             ticket.fail(sentence(error))
 
     @contextlib.contextmanager

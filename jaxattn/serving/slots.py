@@ -36,7 +36,7 @@ class Slots:
     knobs: Leaf  # `Sampling.knobs`, each [S]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)  # see `jaxattn.reader`
 def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
     """`count` free slots with room for `room` tokens each."""
     one: Any = Decoder(model).apply(variables, 1, room, method="start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import jax
@@ -163,6 +164,25 @@ def test_impossible_engines_are_refused():
     for more, words in (({"slots": 0}, "slots is 0"), ({"context": 33}, "knows 32 positions")):
         with pytest.raises(ConfigError, match=words):
             Engine(model, params, **({"slots": 1, "context": 8, "queue": 1} | more))
+
+
+def test_whoever_is_answered_counts_as_busy(running):
+    """Alone, and beside others."""
+    engine = running(*model_of("softmax"))
+    for count in (1, 2):
+        inboxes, seen = [Inbox() for _ in range(count)], []
+
+        def tell(tokens, reason, inbox, seen):
+            if not reason:
+                seen.append(engine.load()["busy"])
+            inbox(tokens, reason)
+
+        for inbox in inboxes:
+            engine.submit([1], 60, GREEDY, 0, (), functools.partial(tell, inbox=inbox, seen=seen))
+        for inbox in inboxes:
+            inbox.wait()
+        assert 0 not in seen
+        assert count in seen
 
 
 def test_closing_tells_those_who_wait():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxattn
+from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
 from jaxattn.sampling import Sampling
 from jaxattn.serving import engine as engine_module
@@ -169,14 +170,30 @@ def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch):
         ask(found, [1], 5)
 
 
-def test_it_can_be_warmed_up_before_it_starts():
-    found = Engine(MODEL, PARAMS, slots=3, context=64, queue=4, block=4)
+@pytest.mark.parametrize("committed", [False, True], ids=["", "committed"])
+def test_a_warm_engine_compiles_nothing_more(committed):
+    """Also with parameters that are bound to a device, as those of a checkpoint are."""
+    params = jax.device_put(PARAMS, jax.devices()[0]) if committed else PARAMS
+    found = Engine(MODEL, params, slots=3, context=300, queue=64, block=4)
     found.warm_up()
-    compiled = device.decode._cache_size(), device.decode_alone._cache_size(), device.insert._cache_size()
+    want = alone([3, 4], 6)  # which compiles its own
+    programs = (reader._read_piece, device.decode_alone, device.insert, device.decode, device.extract)
+    before = [program._cache_size() for program in programs]
     found.start()
     try:
-        inboxes = [ask(found, [i], 40) for i in (1, 2, 3)]
-        assert [inbox.wait() for inbox in inboxes] == [alone([i], 40) for i in (1, 2, 3)]
+        for count in (1, 3):
+            inboxes = [ask(found, [3] * (1 + 90 * i), 100, Sampling(0.5 * i)) for i in range(count)]
+            inboxes.append(ask(found, [4] * 200, 5))
+            for inbox in inboxes:
+                inbox.wait()
+        assert ask(found, [3, 4], 6).wait() == want
     finally:
         found.close()
-    assert compiled == (device.decode._cache_size(), device.decode_alone._cache_size(), device.insert._cache_size())
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_generate_compiles_a_block_once_for_parameters_that_are_bound_to_a_device():
+    params = jax.device_put(PARAMS, jax.devices()[0])
+    before = _generate.decode_block._cache_size()
+    jaxattn.generate(MODEL, params, np.asarray([[1, 2]]), max_new_tokens=3 * _generate.BLOCK)
+    assert _generate.decode_block._cache_size() <= before + 1
