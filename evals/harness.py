@@ -146,6 +146,7 @@ def evaluate(
     try:
         found = lm_eval.simple_evaluate(
             model=model, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, gen_kwargs=gen_kwargs,
+            task_manager=TaskManager(include_defaults=False),  # which would list them all once more
             apply_chat_template=apply_chat_template, system_instruction=system_instruction, log_samples=False,
             fewshot_as_multiturn=apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn,
             random_seed=first, numpy_random_seed=rest, torch_random_seed=rest, fewshot_random_seed=rest,
