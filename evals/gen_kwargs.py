@@ -50,12 +50,18 @@ MEANINGLESS = ("early_stopping", "length_penalty", "remove_invalid_values", "ren
 
 
 class Generation(NamedTuple):
-    """One way to generate: at most `count` tokens, or up to `length` with the prompt, ending at a string of `until`."""
+    """One way to generate: at most `count` tokens, or up to `length` with the prompt, ending at a string of `until`;
+    prompts leave room for `room` tokens."""
 
     how: Sampling
     count: int
     length: int | None
     until: tuple[str, ...]
+    room: int
+
+    def tokens(self, prompt: int) -> int:
+        """Most new tokens behind a prompt of so many."""
+        return self.count if self.length is None else max(1, self.length - prompt)
 
 
 def read_gen_kwargs(
@@ -77,8 +83,8 @@ def read_gen_kwargs(
         until = handle_stop_sequences(asked.pop("until", None), eos=end)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"generation_kwargs {shown(dict(given))} cannot be read ({error}).") from error
-    if not all(isinstance(stop, str) and stop for stop in until):
-        raise ConfigError(f"generation_kwargs.until is {shown(until)} but must be texts, none of them empty.")
+    if not all(isinstance(stop, str) for stop in until):
+        raise ConfigError(f"generation_kwargs.until is {shown(until)} but must be texts.")
     count, length, sampled = asked.pop("max_gen_toks"), asked.pop("max_length", None), asked.pop("do_sample")
     if count < 1 or not isinstance(length, int | None):
         raise ConfigError(f"generation_kwargs ask for {count} tokens, max_length {length}: use at least 1 token.")
@@ -86,7 +92,7 @@ def read_gen_kwargs(
     known = (*SAMPLING, *INERT, *INERT_TO_GREEDY, *MEANINGLESS)
     for name, value in asked.items():
         if name not in known:
-            raise ConfigError(f"generation_kwargs.{name} is not known; known are {', '.join(sorted(known))}.")
+            raise ConfigError(f"generation_kwargs.{name} is not built; known are {', '.join(sorted(known))}.")
         if name in inert and value not in inert[name]:
             raise ConfigError(f"generation_kwargs.{name} is {shown(value)}, which is not built; leave it out.")
     for name, neutral in inert.items():
@@ -95,7 +101,15 @@ def read_gen_kwargs(
                 f"generation_config.json of the checkpoint sets {name} to {shown(value)}, which is not built; "
                 f"give --gen-kwargs {name}={neutral[-1]} to do without it."
             )
-    return Generation(_sampling(asked, checkpoint) if sampled else Sampling(), count, length, tuple(until))
+    room, most = count, checkpoint.get("max_new_tokens")
+    if most is not None:  # as in transformers, it goes before a length, which is how the harness asks for `count`
+        if type(most) is not int or most < 1:
+            raise ConfigError(
+                f"generation_config.json of the checkpoint sets max_new_tokens to {shown(most)} but it must be a "
+                "whole number of at least 1; repair the file."
+            )
+        count, length = most, None
+    return Generation(_sampling(asked, checkpoint) if sampled else Sampling(), count, length, tuple(until), room)
 
 
 def _sampling(asked: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> Sampling:

@@ -27,7 +27,7 @@ from evals.harness_lm import JaxattnLM
 from evals.trained import write_result
 from jaxattn.text import load
 
-__all__ = ["JaxattnLM", "load_tasks", "main", "parse_gen_kwargs"]
+__all__ = ["JaxattnLM", "load_tasks", "main", "parse_options"]
 
 SEEDS = (0, 1234)  # of Python's random, and of everything else: the harness's own
 
@@ -98,21 +98,21 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:300] + "…"
 
 
-def parse_gen_kwargs(text: str | None) -> dict[str, Any] | None:
+def parse_options(flag: str, text: str | None) -> dict[str, Any] | None:
     """``"temperature=0.7,do_sample=True"`` or a JSON object -> options.
 
     Raises:
-      ConfigError: another form.
+      ConfigError: another form, naming the flag.
     """
     if text is None:
         return None
     try:
         found = json.loads(text) if text.lstrip().startswith("{") else simple_parse_args_string(text)
     except ValueError as error:
-        raise ConfigError(f"--gen-kwargs is {shown(text)}, which is no JSON object ({error}).") from error
+        raise ConfigError(f"{flag} is {shown(text)}, which is no JSON object ({error}).") from error
     words = [] if text.lstrip().startswith("{") else [word for word in text.split(",") if "=" not in word]
     if words or not isinstance(found, dict) or not found:
-        raise ConfigError(f"--gen-kwargs is {shown(text)} but must be like temperature=0.7,do_sample=True.")
+        raise ConfigError(f"{flag} is {shown(text)} but must be like name=0.7,other=True.")
     return found
 
 
@@ -145,6 +145,7 @@ def evaluate(
     try:
         found = lm_eval.simple_evaluate(
             model=model, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, gen_kwargs=gen_kwargs,
+            task_manager=TaskManager(include_defaults=False),  # which would list them all once more
             apply_chat_template=apply_chat_template, system_instruction=system_instruction, log_samples=False,
             fewshot_as_multiturn=apply_chat_template if fewshot_as_multiturn is None else fewshot_as_multiturn,
             random_seed=first, numpy_random_seed=rest, torch_random_seed=rest, fewshot_random_seed=rest,
@@ -172,6 +173,12 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--system-instruction", metavar="TEXT", help="system message, or text before the prompt")
     parser.add_argument("--gen-kwargs", metavar="OPTIONS", help="of generation, like temperature=0.7,do_sample=True")
+    parser.add_argument("--chat-template-args", metavar="OPTIONS", help="of the template, like enable_thinking=False")
+    parser.add_argument("--think-end-token", metavar="TEXT", help="an answer is what follows it, such as </think>")
+    parser.add_argument(
+        "--add-bos-token", action=argparse.BooleanOptionalAction,
+        help="texts begin with BOS, or with nothing (default: what the tokenizer puts there)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of examples and of sampled answers (default: the harness's own)")
     parser.add_argument("--batch-size", type=int, default=8, help="changes no result (default 8)")
     parser.add_argument("--max-length", type=int, help="tokens of a context (default: the checkpoint's)")
@@ -179,11 +186,15 @@ def main() -> int:
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
     args = parser.parse_args()
-    gen_kwargs = parse_gen_kwargs(args.gen_kwargs)
+    gen_kwargs = parse_options("--gen-kwargs", args.gen_kwargs)
+    more = parse_options("--chat-template-args", args.chat_template_args)
     tasks = load_tasks(args.tasks, args.include_path)
     seed = SEEDS[1] if args.seed is None else args.seed
     loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
-    model = JaxattnLM(loaded, batch_size=args.batch_size, max_length=args.max_length, seed=seed)
+    model = JaxattnLM(
+        loaded, batch_size=args.batch_size, max_length=args.max_length, seed=seed, add_bos_token=args.add_bos_token,
+        think_end_token=args.think_end_token, chat_template_args=more,
+    )  # fmt: skip
     names = ("limit", "num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "seed")
     results = evaluate(model, tasks, gen_kwargs=gen_kwargs, **{name: getattr(args, name) for name in names})
     if args.json:

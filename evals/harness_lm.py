@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.gen_kwargs import Generation, read_gen_kwargs
+from evals.harness_chat import check_variables, conversation
 from jaxattn._generate import stream
 from jaxattn.chat import read_template
 from jaxattn.errors import ConfigError, UserError, shown
@@ -23,11 +23,8 @@ from jaxattn.json_text import field, optional_object
 from jaxattn.reader import hidden_of, scores
 from jaxattn.text import SIDE, Loaded
 
-log = logging.getLogger("jaxattn")
-
 BUCKET = 64  # sequence lengths are rounded up to a multiple of this, so few programs are compiled
 MAX_GEN_TOKS = 256  # where a task names no number, as the harness's own models have it
-MARK = "THE-MODEL-CONTINUES-HERE "  # the blank shows whether a template trims messages
 Pair = tuple[Any, list[int], list[int]]
 
 
@@ -39,8 +36,10 @@ class JaxattnLM(TemplateLM):
 
     Args:
       max_length: tokens of a context; by default the checkpoint's max_position_embeddings, or what was trained.
-      add_bos_token: whether texts get the tokenizer's special tokens; by default as the tokenizer says.
+      add_bos_token: whether texts begin with BOS; by default they get the tokenizer's own special tokens.
       prefix_token_id: stands before a text without context; by default BOS, or the end of text.
+      think_end_token: ends what a model thinks before it answers: text, or the number of a token.
+      chat_template_args: more that the chat template may read, such as enable_thinking.
     """
 
     backend = "causal"
@@ -53,6 +52,8 @@ class JaxattnLM(TemplateLM):
         max_length: int | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        think_end_token: str | int | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
         seed: int = 1234,
     ) -> None:
         super().__init__()
@@ -62,6 +63,10 @@ class JaxattnLM(TemplateLM):
         self.loaded, self.tokenizer = loaded.prepared(), cast(Any, loaded.tokenizer)
         self.batch_size, self.seed = batch_size, seed
         self.add_bos_token, self._prefix = add_bos_token, prefix_token_id
+        number = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if number else think_end_token
+        self.chat_template_args = dict(chat_template_args or {})
+        check_variables(self.chat_template_args)
         self._generation_config = optional_object(side / "generation_config.json")
         limit, config = loaded.model.max_positions, side / "config.json"
         known = field(optional_object(config), "max_position_embeddings", int, config, loaded.context)
@@ -99,7 +104,11 @@ class JaxattnLM(TemplateLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _ids(self, text: str, special: bool | None) -> list[int]:
-        return self.loaded.checked(self.tokenizer.encode(text, add_special_tokens=True if special is None else special))
+        """Ids of a text, with special tokens unless `special` is False: BOS where it was asked for, else the usual."""
+        usual = self.add_bos_token is None and special is not False
+        ids = self.loaded.checked(self.tokenizer.encode(text, add_special_tokens=usual))
+        first = self.add_bos_token and special and self.tokenizer.bos is not None
+        return [self.tokenizer.bos, *ids] if first else ids
 
     def _text_of(self, token: int | None) -> str | None:
         return None if token is None else self.tokenizer.decode([token], skip_special_tokens=False)
@@ -120,27 +129,8 @@ class JaxattnLM(TemplateLM):
         return read_template(self.loaded.folder / SIDE)[0] if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in the checkpoint's template, without its system message where the template refuses one.
-
-        Without `add_generation_prompt` the text ends inside the last message, which the model is to continue.
-        """
-        if not add_generation_prompt:
-            last = chat_history[-1]
-            chat_history = [*chat_history[:-1], last | {"content": last["content"] + MARK}]
-        try:
-            text = self.loaded.render(chat_history, add_generation_prompt=add_generation_prompt)
-        except UserError as error:
-            rest = [message for message in chat_history if message["role"] != "system"]
-            if len(rest) == len(chat_history):
-                raise
-            log.warning("prompts have no system message, because %s", error)
-            text = self.loaded.render(rest, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        at = text.rfind(MARK.strip())
-        if at < 0:
-            raise UserError("the chat template leaves out the last message, which the model is to continue.")
-        return text[:at] if text.startswith(MARK, at) else text[:at].rstrip()  # a template that trims trims here too
+        """A conversation in the checkpoint's template; see `evals.harness_chat.conversation`."""
+        return conversation(self.loaded, chat_history, self.chat_template_args, ask=add_generation_prompt)
 
     # ------------------------------------------------------------------------------------------------ scores
 
@@ -241,10 +231,10 @@ class JaxattnLM(TemplateLM):
 
     def _prompt(self, text: str, asked: Generation) -> list[int]:
         """Ids of a prompt, its newest where it leaves no room for the answer."""
-        room = self.max_length - asked.count
+        room = self.max_length - asked.room
         if room < 1:
             raise ConfigError(
-                f"{asked.count} new tokens leave no room for a prompt in {self.max_length}: ask for fewer with "
+                f"{asked.room} new tokens leave no room for a prompt in {self.max_length}: ask for fewer with "
                 "--gen-kwargs max_gen_toks=N."
             )
         bos = self.tokenizer.bos
@@ -254,7 +244,7 @@ class JaxattnLM(TemplateLM):
     def _answers(self, prompts: Sequence[list[int]], places: Sequence[int], asked: Generation) -> list[str]:
         """Texts behind prompts that are generated together, each as it would be alone."""
         tokens, lengths = _padded(prompts, self.batch_size)
-        counts = [asked.count if asked.length is None else max(1, asked.length - len(ids)) for ids in prompts]
+        counts = [asked.tokens(len(ids)) for ids in prompts]
         seed = jax.random.key(self.seed)
         places = [*places, *[0] * (self.batch_size - len(places))]
         keys = jax.vmap(lambda i: jax.random.fold_in(seed, i))(jnp.asarray(places, jnp.uint32))
@@ -271,8 +261,17 @@ class JaxattnLM(TemplateLM):
                     ends[b] = self._end(ids, asked.until)
             if all(e is not None or len(ids) >= n for e, ids, n in zip(ends, answers, counts, strict=True)):
                 break
-        texts = (self.tokenizer.decode(ids[:end]) for ids, end in zip(answers, ends, strict=True))
-        return [postprocess_generated_text(text, list(asked.until), None) for text in texts]
+        return [self._answer(ids[:end], asked.until) for ids, end in zip(answers, ends, strict=True)]
+
+    def _answer(self, ids: Sequence[int], until: Sequence[str]) -> str:
+        """The text of new tokens, behind what was thought and up to the first stop string."""
+        think = self.think_end_token
+        if isinstance(think, int):
+            begin = max((i + 1 for i, token in enumerate(ids) if token == think), default=0)
+            text, think = self.tokenizer.decode(ids[begin:]).lstrip(), None
+        else:
+            text = self.tokenizer.decode(ids)
+        return postprocess_generated_text(text, list(until), think)
 
     def _end(self, ids: Sequence[int], until: Sequence[str]) -> int | None:
         """How many tokens there are up to the first that completes a stop string, special tokens' text included."""

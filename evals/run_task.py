@@ -27,12 +27,12 @@ def choose_task(trained: Trained, text: str | None) -> tuple[Task, int]:
       ConfigError: no task, an unknown one, impossible options, a length or vocabulary the model cannot take.
     """
     source = trained.cfg.data.source
-    name, options = parse_call("task", source if text is None else text)
+    name, options = parse_call("task", source if text is None else text, lists=True)
     length = options.pop("context", trained.cfg.data.context)
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ConfigError(f"context is {length!r} but must be a whole number of at least 2.")
     if text is not None and source.partition("(")[0].strip() == name:
-        options = parse_call("task", source)[1] | options
+        options = parse_call("task", source, lists=True)[1] | options
     task = make_task(name, options)
     task.check(length)
     trained.check_length(length)

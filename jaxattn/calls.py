@@ -10,10 +10,13 @@ from jaxattn.errors import ConfigError, shown
 FORM = "NAME or NAME(option=value, ...)"
 
 
-def parse_call(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+def parse_call(kind: str, text: str, *, lists: bool = False) -> tuple[str, dict[str, Any]]:
     """``"sigmoid(train_len=256)"`` -> ("sigmoid", {"train_len": 256}).
 
     Values are numbers, True, False or text, which may be a bare word: ``slopes=paper`` is ``slopes='paper'``.
+
+    Args:
+      lists: a value may also be a list of such values, as in ``pairs=[4, 8]``.
 
     Raises:
       ConfigError: another form; the sentence begins with `kind` and the text.
@@ -31,11 +34,11 @@ def parse_call(kind: str, text: str) -> tuple[str, dict[str, Any]]:
         if keyword.arg in options:
             raise ConfigError(f"{wrong}: {keyword.arg} is given twice.")
         try:
-            options[keyword.arg] = literal(keyword.value)
+            listed = lists and isinstance(keyword.value, ast.List | ast.Tuple)
+            options[keyword.arg] = [literal(item) for item in keyword.value.elts] if listed else literal(keyword.value)
         except (ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise ConfigError(
-                f"{wrong}: the value of {keyword.arg} must be a number, a word, 'text', True or False."
-            ) from error
+            known = "a number, a word, 'text', True or False" + ", or a list of such" * lists
+            raise ConfigError(f"{wrong}: the value of {keyword.arg} must be {known}.") from error
     return head.id, options
 
 

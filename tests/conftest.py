@@ -44,7 +44,7 @@ def cache_root() -> Path:
 
 
 # Folders whose tests compile much and run little.
-SMALL = ("analysis", "conformance", "convert", "generate", "kernels", "mechanisms", "nn", "serve")
+SMALL = ("analysis", "conformance", "convert", "evals", "generate", "kernels", "mechanisms", "nn", "serve")
 
 
 @pytest.fixture(autouse=True)

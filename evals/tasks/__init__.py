@@ -60,4 +60,4 @@ def parse_task(text: str) -> Task:
     Raises:
       ConfigError: another form, an unknown task or option, an impossible value.
     """
-    return make_task(*parse_call("task", text))
+    return make_task(*parse_call("task", text, lists=True))

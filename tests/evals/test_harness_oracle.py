@@ -1,60 +1,31 @@
-"""The harness's answers are those of its own HuggingFace model on the same folder."""
+"""The harness's answers are those of its own HuggingFace model on the same folder, request by request."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 from typing import Any
 
 import jinja2
 import numpy as np
 import pytest
-
-from convert.from_hf import convert
-from jaxattn.errors import UserError
-from jaxattn.text import load
-from tests.generate.checkpoints import build, chats, prompts
+import tokenizers
+from tokenizers import processors
 
 pytest.importorskip("torch", reason="the oracle")
 pytest.importorskip("lm_eval", reason="extra eval")
-import lm_eval
-from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
-from evals.harness import load_tasks
+from evals.gen_kwargs import read_gen_kwargs
 from evals.harness_lm import JaxattnLM
+from jaxattn.errors import UserError
+from jaxattn.tokenizer import read_tokenizer
+from tests.evals.harness_twin import CONTEXT, WINDOW, Twin, ask, both
+from tests.generate.checkpoints import STYLES, chats, prompts
 
-CONTEXT, WINDOW = 512, 64  # the models' own, and one that most texts exceed
 PROMPTS = prompts(120, seed=7)
-
-
-@dataclasses.dataclass
-class Twin:
-    """Both models on one checkpoint."""
-
-    kind: str
-    ours: JaxattnLM
-    theirs: HFLM
-
-
-@pytest.fixture(scope="module", params=["llama2", "llama3", "qwen2.5"])
-def twin(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    source = folder / "hf"
-    source.mkdir()
-    build(request.param, source)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 40], "top_p": 0.9}))
-    loaded = load(convert(str(source), folder / "ours"))
-    theirs = HFLM(pretrained=str(source), device="cpu", dtype="float32", batch_size=1, max_length=WINDOW)
-    return Twin(request.param, JaxattnLM(loaded, batch_size=4, max_length=WINDOW), theirs)
-
-
-def ask(kind: str, *args: Any) -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=args, idx=0)
-
-
-def both(twin: Twin, kind: str, requests: list[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
-    return tuple(getattr(lm, kind)([ask(kind, *r) for r in requests]) for lm in (twin.ours, twin.theirs))
+pytestmark = pytest.mark.parametrize("twin", STYLES, indirect=True)
 
 
 def start_of(twin: Twin) -> str:
@@ -78,6 +49,31 @@ def test_texts_have_the_same_tokens(twin):
         for cut in (1, 2, 100):
             found = twin.ours.tok_encode(string, left_truncate_len=cut)
             assert found == twin.theirs.tok_encode(string, left_truncate_len=cut)
+
+
+@pytest.mark.parametrize("around", ["usual", "nothing", "both ends"])
+def test_a_start_that_is_asked_for(twin, around, tmp_path):
+    """With each choice of BOS and of the prefix token, whatever the tokenizer's own file puts around a text."""
+    for file in twin.source.glob("*.json*"):
+        (tmp_path / file.name).write_text(file.read_text())
+    if around != "usual":
+        inner = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        first, last = (inner.id_to_token(i) for i in (twin.theirs.prefix_token_id, twin.theirs.eot_token_id))
+        special = {token: inner.token_to_id(token) for token in (first, last)}
+        single = f"{first} $A {last}" if around == "both ends" else "$A"
+        inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=list(special.items()))
+        inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = dataclasses.replace(twin.ours.loaded, tokenizer=read_tokenizer(tmp_path))
+    for bos, prefix in itertools.product((None, True, False), (None, 5)):
+        more = {"add_bos_token": bos, "prefix_token_id": prefix}
+        ours, theirs = JaxattnLM(loaded, **more), HFLM(twin.theirs.model, tokenizer=str(tmp_path), **more)
+        assert ours.prefix_token_id == theirs.prefix_token_id
+        first = theirs.tok_decode([theirs.prefix_token_id], skip_special_tokens=False)
+        for text in (*PROMPTS[:12], first, first + "the", start_of(twin) + "the"):
+            assert ours.tok_encode(text) == theirs.tok_encode(text), (text, more)
+            expected = theirs.tok_batch_encode([text])[0].tolist()[0] if text else []
+            asked = read_gen_kwargs({"max_gen_toks": 9}, checkpoint={}, end=None, default_count=9)
+            assert not expected or ours._prompt(text, asked) == expected, (text, more)
 
 
 def long(first: int, count: int) -> str:
@@ -120,7 +116,7 @@ def test_loglikelihoods(twin):
 
 
 def test_what_greedy_decoding_would_give_is_greedy(twin):
-    contexts = [PROMPTS[i] for i in range(20, 30)]
+    contexts = [PROMPTS[i] for i in range(20, 28)]
     answers = both(twin, "generate_until", [(c, {"until": [], "max_gen_toks": 1}) for c in contexts])[1]
     found = [(c, a) for c, a in zip(contexts, answers, strict=True) if a.strip()]
     ours, theirs = both(twin, "loglikelihood", found)
@@ -131,32 +127,74 @@ def test_what_greedy_decoding_would_give_is_greedy(twin):
 def test_rolling(twin):
     """Shorter than a window, just as long, one longer, and several windows, of which the last has its whole context."""
     text = long(0, 16)
-    texts = ["", "the", start_of(twin) + "the of", *PROMPTS[5:12], *(text[: len(text) - n] for n in range(0, 60, 5))]
+    texts = ["", "the", start_of(twin) + "the of", *PROMPTS[5:12], *(text[: len(text) - n] for n in range(0, 60, 10))]
     ours, theirs = both(twin, "loglikelihood_rolling", [(t,) for t in texts])
     np.testing.assert_allclose(ours, theirs, atol=1e-3, rtol=1e-6)
     assert len(twin.ours.tok_encode(text)) > 3 * WINDOW
 
 
 GREEDY = [
-    {},
     {"until": ["e", "the"], "max_gen_toks": 20},
-    {"until": "\n", "max_gen_toks": 20},
-    {"until": [" ", "a"], "max_new_tokens": 12},
+    {"until": " ", "max_new_tokens": 12},
+    {"until": ["zz", "o", "a", "o", "</s>", "<|im_end|>", "\ufffd"], "max_gen_toks": "20"},
     {"until": [], "max_tokens": 30, "do_sample": False, "temperature": 0.7},
-    {"max_gen_toks": 9, "temperature": 0.0},
+    {"until": ["", "e"], "max_completion_tokens": 9},
+    {"max_gen_toks": 9, "temperature": 0.0, "do_sample": None},
     {"max_gen_toks": 9, "top_k": 4, "num_beams": 1},
-    {"max_length": 40, "max_gen_toks": 50},
+    {"max_length": 40, "max_gen_toks": 30},
 ]
 
 
-@pytest.mark.parametrize("options", GREEDY, ids=str)
-def test_generated_texts(twin, options, monkeypatch):
-    if not options:  # room for the default of 256 tokens
-        monkeypatch.setattr(twin.theirs, "_max_length", CONTEXT)
-        monkeypatch.setattr(twin.ours, "max_length", CONTEXT)
-    contexts = ["the", *([start_of(twin) + "to be", *PROMPTS[8:12], long(20, 8)] if options else [])]
+def greedy(twin: Twin, options: dict[str, Any]) -> list[str]:
+    """What both answer, some behind a prompt that is too long."""
+    contexts = ["the", start_of(twin) + "to be", PROMPTS[9], long(20, 8)]
     ours, theirs = both(twin, "generate_until", [(c, dict(options)) for c in contexts])
-    assert ours == theirs
+    assert ours == theirs, options
+    assert twin.ours.tok_encode(contexts[-1])[WINDOW:]
+    return ours
+
+
+def test_generated_texts(twin):
+    found = [greedy(twin, options) for options in GREEDY]
+    assert len({tuple(texts) for texts in found}) > 5
+
+
+def test_a_limit_of_the_checkpoints_own_goes_first(twin, monkeypatch):
+    """As transformers has it; how much room a prompt leaves is still the task's to say."""
+    monkeypatch.setattr(twin.theirs.model.generation_config, "max_new_tokens", 5)
+    monkeypatch.setitem(twin.ours._generation_config, "max_new_tokens", 5)
+    greedy(twin, {"until": [], "max_gen_toks": 20, "max_length": 45})
+    greedy(twin, {"until": [], "max_gen_toks": 3})
+
+
+def test_what_a_model_thinks_is_left_out(twin, monkeypatch):
+    """Up to the last of a token, or of a text; a stop string in it ends the answer all the same."""
+    options, made, decode = {"until": [], "max_gen_toks": 12}, [], twin.theirs.tok_decode
+    monkeypatch.setattr(twin.theirs, "tok_decode", lambda ids, **more: made.append(ids) or decode(ids, **more))
+    whole = greedy(twin, options)
+    ids = made[-1]
+    for mark in (whole[0][3], ids[3], str(ids[5])):
+        number = int(mark) if isinstance(mark, str) and mark.isdigit() else mark
+        assert JaxattnLM(twin.ours.loaded, think_end_token=mark).think_end_token == number
+        for lm in (twin.ours, twin.theirs):
+            monkeypatch.setattr(lm, "think_end_token", number)
+        assert greedy(twin, options) != whole
+    greedy(twin, options | {"until": [whole[0][5]]})
+
+
+def test_answers_are_kept_under_the_same_names(twin, tmp_path, monkeypatch):
+    """What one of both answered, the other finds in the harness's cache."""
+    requests = [ask("loglikelihood", "to be", " on"), ask("loglikelihood", "", "hello")]
+    rolling = [ask("loglikelihood_rolling", "to be on"), ask("loglikelihood_rolling", "at")]
+    texts = [ask("generate_until", "to be", {"until": ["e"], "max_gen_toks": 4})]
+    kinds = (("loglikelihood", requests), ("loglikelihood_rolling", rolling), ("generate_until", texts))
+    kept = CachingLM(twin.ours, str(tmp_path / "kept.db"))
+    first = [getattr(kept, kind)(asked) for kind, asked in kinds]
+    for kind, _ in kinds:
+        monkeypatch.setattr(twin.theirs, kind, None)
+    again = CachingLM(twin.theirs, str(tmp_path / "kept.db"))
+    monkeypatch.setattr(again.lm, "set_cache_hook", lambda hook: None)
+    assert [getattr(again, kind)(asked) for kind, asked in kinds] == first
 
 
 def test_conversations(twin):
@@ -188,84 +226,3 @@ def rendered(lm: Any, chat: list[dict[str, str]], **options: Any) -> str | None:
         return lm.apply_chat_template(chat, **options)
     except (UserError, jinja2.TemplateError):
         return None
-
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{train: "{rows}", test: "{rows}"}}}}
-output_type: {kind}
-training_split: train
-test_split: test
-fewshot_split: train
-description: "was he for. "
-doc_to_text: "{{{{q}}}} ?"
-doc_to_target: {target}
-num_fewshot: 2
-{more}
-"""
-CHOICES = "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]"
-TEXTS = "generation_kwargs: {until: [e], max_gen_toks: 12}\nmetric_list: [{metric: exact_match}]"
-
-
-@pytest.fixture(scope="module")
-def task_folder(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(6)
-    words = lambda n: " ".join(rng.choice(["hello", "World", "it's", "café", "12", "東京", "(no)"], n))
-    rows = [{"q": words(6), "choices": [words(2) for _ in range(3)], "gold": i % 3} for i in range(6)]
-    rows = [r | {"a": r["choices"][r["gold"]]} for r in rows]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    write = lambda name, kind, target, more: (folder / f"{name}.yaml").write_text(
-        TASK.format(name=name, rows=folder / "rows.jsonl", kind=kind, target=target, more=more)
-    )
-    write("tiny_choice", "multiple_choice", "gold", CHOICES)
-    write("tiny_prefix", "multiple_choice", "gold", CHOICES + '\ngen_prefix: "it is"')
-    write("tiny_text", "generate_until", "a", TEXTS)
-    write("tiny_rolling", "loglikelihood_rolling", "'{{q}}'", "metric_list: [{metric: word_perplexity}]")
-    return folder
-
-
-CHAT = {"apply_chat_template": True, "system_instruction": "be at"}
-
-
-@pytest.mark.usefixtures("small_index")
-@pytest.mark.parametrize(
-    ("twin", "chat"),
-    [
-        ("llama2", {}),
-        ("llama2", CHAT),
-        ("llama2", CHAT | {"fewshot_as_multiturn": False}),
-        ("llama3", CHAT),
-        ("qwen2.5", {}),
-    ],
-    ids=["llama2-text", "llama2-turns", "llama2-one turn", "llama3-turns", "qwen2.5-text"],
-    indirect=["twin"],
-)
-def test_whole_tasks(twin, task_folder, chat, monkeypatch):
-    """Prompts with examples, requests, filters and metrics, as the command runs them."""
-    for lm, name in ((twin.theirs, "_max_length"), (twin.ours, "max_length")):
-        monkeypatch.setattr(lm, name, CONTEXT)
-    found = [
-        lm_eval.simple_evaluate(
-            model=lm,
-            tasks=load_tasks("tiny_choice,tiny_prefix,tiny_text,tiny_rolling", task_folder),
-            limit=4,
-            bootstrap_iters=0,
-            **chat,
-        )
-        for lm in (twin.ours, twin.theirs)
-    ]
-    ours, theirs = found
-    for task, samples in theirs["samples"].items():
-        for mine, other in zip(ours["samples"][task], samples, strict=True):
-            assert mine["arguments"] == other["arguments"]
-            assert flat(mine["resps"]) == pytest.approx(flat(other["resps"]), abs=1e-3), task
-    for task, metrics in theirs["results"].items():
-        for name, value in metrics.items():
-            assert ours["results"][task][name] == (pytest.approx(value, rel=1e-5) if type(value) is float else value)
-
-
-def flat(value: Any) -> list[Any]:
-    """Numbers and texts of nested answers; texts are equal or not."""
-    parts = [flat(part) for part in value] if isinstance(value, list | tuple) else [[value]]
-    return [float(x) if isinstance(x, bool) else x for part in parts for x in part]
