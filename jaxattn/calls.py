@@ -34,8 +34,9 @@ def parse_call(kind: str, text: str, *, lists: bool = False) -> tuple[str, dict[
         if keyword.arg in options:
             raise ConfigError(f"{wrong}: {keyword.arg} is given twice.")
         try:
-            listed = lists and isinstance(keyword.value, ast.List | ast.Tuple)
-            options[keyword.arg] = [literal(item) for item in keyword.value.elts] if listed else literal(keyword.value)
+            value = keyword.value
+            listed = lists and isinstance(value, ast.List | ast.Tuple)
+            options[keyword.arg] = [literal(item) for item in value.elts] if listed else literal(value)
         except (ValueError, TypeError, RecursionError, MemoryError) as error:
             known = "a number, a word, 'text', True or False" + ", or a list of such" * lists
             raise ConfigError(f"{wrong}: the value of {keyword.arg} must be {known}.") from error
