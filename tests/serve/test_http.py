@@ -151,6 +151,7 @@ def test_chat_renders_the_template_and_streams_deltas(loaded, place):
     assert "".join(e["choices"][0]["delta"]["content"] for e in events) == expected
     assert [e["choices"][0]["delta"].get("role") for e in events] == ["assistant"] + [None] * (len(events) - 1)
     assert usage["usage"] == whole["usage"]
+    assert [e["usage"] for e in events] == [None] * len(events)
 
 
 def test_a_stop_string_ends_the_answer_before_it(loaded, place):
