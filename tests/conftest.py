@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 import jax
 import pytest
 
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)  # to write them takes long, too
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 TESTS = pytest.StashKey[int]()

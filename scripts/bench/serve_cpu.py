@@ -41,7 +41,7 @@ PROMPT, NEW, SLOTS, CONTEXT = 64, 128, 8, 2048
 STREAMS = (1, 2, 4, 8)
 SEED = 0
 SPARE = 0.5e9  # bytes beside weights and caches
-BARS = {  # of the issue that asked for this table
+BARS = {  # how many times, or bytes, are good
     "one stream against generate": ("seconds", "at most", 1.2),
     "one sampled stream against a greedy one": ("seconds", "at most", 1.2),
     "8 streams against one": ("tokens/s", "at least", 4.0),
