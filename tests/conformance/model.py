@@ -209,11 +209,13 @@ def scanned_layers_are_the_unrolled_ones(cfg: ModelConfig) -> None:
 def other_values_compile_nothing(cfg: ModelConfig) -> None:
     """Of the view, and of a step that starts where another one ended."""
     tokens, positions, segments = batch()
-    viewed(cfg)
+    _view(cfg, params_of(cfg), tokens, positions, segments, 5)  # again: the program may have been let go of
+    before = TRACES[cfg, "view"]
     _view(cfg, params_of(cfg), tokens[::-1], positions[::-1], segments[::-1], 2)
-    assert TRACES[cfg, "view"] == 1
+    assert TRACES[cfg, "view"] == before
+    before = TRACES[cfg, "step"]
     decoding_equals_the_forward_pass(cfg)
-    assert TRACES[cfg, "step"] == len(set(PIECES))
+    assert TRACES[cfg, "step"] - before <= len(set(PIECES))
 
 
 QUESTIONS = (

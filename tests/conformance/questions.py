@@ -165,8 +165,8 @@ def weights_rebuild_the_forward_pass(case: Case) -> None:
     assert bool(case.mechanism.slots) >= bool(rows.slots), "say in `slots` what the constant slots are"
     some = _some_rows(case, q, k, v, vis, params, 47)
     assert some.slots == rows.slots
-    close(some.values, rows.values[:, :, 47:56], rtol=1e-6)
-    close(some.scores, rows.scores[:, :, 47:56], rtol=1e-6)
+    close(some.values, rows.values[:, :, 47:56], rtol=1e-5)  # sums in another order, to the fifteenth power
+    close(some.scores, rows.scores[:, :, 47:56], rtol=1e-5)
     if case.mechanism.shows(case.spec):
         _weights_say_what_they_show(case, q, k, v, vis, o, real)
 
