@@ -104,7 +104,7 @@ def test_scanned_layers_are_the_unrolled_ones(mixers, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grad, stack_layers(flat_grad, cfg))
     jax.tree.map(np.testing.assert_array_equal, stack_layers(flat, cfg), params)
     with pytest.raises(ConfigError, match="scan_layers=False"):
-        Decoder(cfg).apply({"params": params}, jnp.asarray(tokens), edits=(Edit(0, "attn"),))
+        Decoder(cfg).apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(tokens), edits=(Edit(0, "attn"),))
 
 
 def test_rope_rotates_by_position_and_depends_on_distance_only():
