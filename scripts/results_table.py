@@ -141,6 +141,21 @@ def inference(data: dict[str, Any]) -> str:
     return f"SmolLM2-135M against {rivals}: {both('decode')}; {both('prefill')}"
 
 
+def serving(data: dict[str, Any]) -> str:
+    found = data["results"].values()
+
+    def values(start: str, show: Callable[[float], str]) -> str:
+        return " and ".join(show(row["value"]) for of in found for row in of["bars"] if row["what"].startswith(start))
+
+    times = lambda start: values(start, lambda value: f"{value:.2f} ×")
+    size = values("memory", lambda size: f"{size / 1e9:.1f} GB")
+    return (
+        f"{data['model'].removesuffix('-Instruct')} on the server, {' and '.join(data['results'])}: one stream takes "
+        f"{times('one stream')} `generate`'s time, a sampled one {times('one sampled')} a greedy one's, eight streams "
+        f"give {times('8 streams')} one's tokens; {size} beside weights and caches at most"
+    )
+
+
 def kernels(data: dict[str, Any]) -> str:
     rows, derived = data["rows"], {claim["claim"]: claim for claim in data["derived"]}
     torch = (span(over(rows, "torch SDPA", f"flash softmax {part}")) for part in ("forward", "backward"))
@@ -192,6 +207,7 @@ ROWS = (
     Row(f"{STUDIES}/constant_speed", speed),
     Row(f"{BENCHES}/train_cpu", train, ("json JSON",)),
     Row(f"{BENCHES}/infer_cpu", inference, ("json JSON", "png picture")),
+    Row(f"{BENCHES}/serve_cpu", serving, ("json JSON",)),
     Row(f"{BENCHES}/kernels_cpu", kernels),
     Row(f"{BENCHES}/aot_tpu_v5e", compiled_for_tpus, ("md table",), "–"),
     Row(f"{BENCHES}/aot_gpu", compiled_for_gpus, ("md table",), "–"),

@@ -33,6 +33,7 @@ from jaxattn.errors import ConfigError, run_cli
 from jaxattn.mechanisms import get, names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.reader import piece_for
 from scripts.reproduce import _study as study
 from train.config import OptimConfig
 from train.step import init_state, make_train_step
@@ -120,8 +121,9 @@ def decoding_step(model: ModelConfig, length: int, count: int) -> tuple[Callable
     params = decoder.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     variables = jaxattn.decoding_variables(model, params)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (1, before)).astype(np.int32)
-    live, keys = np.ones_like(prompt, bool), jax.random.split(jax.random.key(0), 1)
-    cursor = generation.prefill(model, variables, prompt, live, length, keys)
+    piece, keys = piece_for(model, before), jax.random.split(jax.random.key(0), 1)
+    room = -(-before // piece) * piece + count
+    cursor = generation.prefill(model, variables, prompt, np.array([before]), room, keys)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cursor.states))
 
     @partial(jax.jit, donate_argnums=0)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jaxattn.errors import ConfigError
+from jaxattn.models import ModelConfig
 from scripts.reproduce import _study as study
 from scripts.reproduce import constant_speed, length_extrapolation, mqar, passkey, temperature
 
@@ -206,3 +207,11 @@ def test_every_preset_is_a_possible_run(module, preset, tmp_path):
         for _, tests in scale.models().values():
             for other in tests.values():
                 dataclasses.replace(cfg, attn=other).resolved()
+
+
+@pytest.mark.parametrize("attn", ["softmax", "lightning"])
+def test_decoding_is_timed_behind_tokens_that_were_read(attn):
+    model = ModelConfig(vocab_size=17, num_layers=1, d_model=16, num_heads=2, mixers=(attn,))
+    run, size = constant_speed.decoding_step(model, 40, 8)
+    assert run() > 0
+    assert size >= (40 * 2 * 16 * 4 if attn == "softmax" else 2 * 8 * 8 * 4)
