@@ -35,6 +35,14 @@ def logits(model, params, *arrays):
     return np.asarray(jax.jit(Decoder(model).apply)({"params": params}, *map(jnp.asarray, arrays)))
 
 
+def answered(oracle, *arrays) -> np.ndarray:
+    """Logits of transformers for ids, and a mask and positions where given."""
+    ids, mask, positions = (*(torch.tensor(x, dtype=torch.long) for x in arrays), None, None)[:3]
+    with torch.no_grad():
+        oracle(ids[:1, :1])  # dynamic angles are those of the longest row since the last short one
+        return oracle(ids, attention_mask=mask, position_ids=positions).logits.numpy()
+
+
 def captured(oracle, ids):
     """What the parts of the torch model put out, by name."""
     found, hooks = {}, []
@@ -91,9 +99,7 @@ def test_padded_rows_equal_transformers(twin):
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     ours = logits(model, params, ids, positions, mask)
     for row in range(2):
-        given = [torch.tensor(x[row : row + 1], dtype=torch.long) for x in (ids, mask, positions)]
-        with torch.no_grad():
-            theirs = oracle(given[0], attention_mask=given[1], position_ids=given[2]).logits[0].numpy()
+        theirs = answered(oracle, *(x[row : row + 1] for x in (ids, mask, positions)))[0]
         live = mask[row].astype(bool)
         np.testing.assert_allclose(ours[row][live], theirs[live], atol=2e-5 * max(1, np.abs(theirs).max()))
 
@@ -108,8 +114,7 @@ def test_packed_documents_equal_transformers_one_by_one(twin):
     ours = logits(model, params, ids, positions, segments)
     at = 0
     for document in documents:
-        with torch.no_grad():
-            theirs = oracle(torch.tensor(document, dtype=torch.long)).logits.numpy()
+        theirs = answered(oracle, document)
         n = document.shape[1]
         np.testing.assert_allclose(ours[:, at : at + n], theirs, atol=2e-5 * max(1, np.abs(theirs).max()))
         at += n
