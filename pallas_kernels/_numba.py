@@ -12,7 +12,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
@@ -61,20 +60,7 @@ def _float_of(typing, bits):
     return types.float32(types.uint32), cast
 
 
-@intrinsic
-def _prefetch(typing, address):
-    def code(context, builder, signature, args):
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])  # to read, data
-        return context.get_dummy_value()
-
-    return types.void(types.uintp), code
-
-
-prefetch: Any = _prefetch  # asks for the cache line at an address; inside compiled code, as are the next two
-pointer: Any = _pointer  # an address as void*; numba passes `typing` itself
+pointer: Any = _pointer  # an address as void*, inside compiled code; numba passes `typing` itself
 float_of: Any = _float_of  # the f32 with these bits
 
 

@@ -1,9 +1,12 @@
-"""The compiled side of `gemv`: dot products over rows; several rows in tiles, a weight read once for four of them."""
+"""The compiled side of `gemv`: dot products over rows; several rows in tiles, a weight read once for all of them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import carray, prange
+from numba import carray, prange, types
+from numba.extending import overload
 
 from pallas_kernels._numba import (
     answered_version,
@@ -13,12 +16,11 @@ from pallas_kernels._numba import (
     dim,
     handler,
     is_f32,
-    prefetch,
     result,
     widen,
 )
+from pallas_kernels.linear.gemv_tile import LANES, SIDE, tile_bf16, tile_f32
 
-LINE = 64  # bytes that are read together
 EXPONENT = np.uint32(0x7F800000)  # of an f32: 0 in zeros and in what XLA flushes to zero
 
 
@@ -31,23 +33,15 @@ def one(w, x, y, o, n):
     y[n, o] = total
 
 
-@compiled(fastmath=True)
-def tile(w, x, y, o, rows):
-    """Outputs o to o + 3 of four rows: sixteen sums in registers, eight numbers read for each of their terms."""
-    r, s, t, u = rows[0], rows[1], rows[2], rows[3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-    for i in range(w.shape[1]):
-        a, b, c, d = widen(w[o, i]), widen(w[o + 1, i]), widen(w[o + 2, i]), widen(w[o + 3, i])
-        x0, x1, x2, x3 = x[r, i], x[s, i], x[t, i], x[u, i]
-        a0, a1, a2, a3 = a0 + a * x0, a1 + a * x1, a2 + a * x2, a3 + a * x3
-        b0, b1, b2, b3 = b0 + b * x0, b1 + b * x1, b2 + b * x2, b3 + b * x3
-        c0, c1, c2, c3 = c0 + c * x0, c1 + c * x1, c2 + c * x2, c3 + c * x3
-        d0, d1, d2, d3 = d0 + d * x0, d1 + d * x1, d2 + d * x2, d3 + d * x3
-    y[r, o], y[s, o], y[t, o], y[u, o] = a0, a1, a2, a3
-    y[r, o + 1], y[s, o + 1], y[t, o + 1], y[u, o + 1] = b0, b1, b2, b3
-    y[r, o + 2], y[s, o + 2], y[t, o + 2], y[u, o + 2] = c0, c1, c2, c3
-    y[r, o + 3], y[s, o + 3], y[t, o + 3], y[u, o + 3] = d0, d1, d2, d3
+def tile(w: Any, *places: Any) -> None:
+    """`gemv_tile` for what w holds; inside compiled code only."""
+    raise NotImplementedError("tile has a meaning in compiled code only.")
+
+
+@overload(tile)
+def _tile(w, *places):
+    of = tile_bf16 if w.dtype is types.uint16 else tile_f32
+    return lambda w, *places: of(*places)
 
 
 @compiled()
@@ -67,34 +61,56 @@ def filled(x, y):
 
 
 @compiled(parallel=True)
-def single(w, x, y):
+def single(w, x, y, n):
     for o in prange(w.shape[0]):
-        one(w, x, y, o, 0)
+        one(w, x, y, o, n)
+
+
+@compiled(fastmath=True)
+def rest(w, x, y, o, n, first):
+    """Adds to outputs o to o + 3 of row n what the inputs from `first` on give."""
+    for i in range(first, w.shape[1]):
+        for part in range(o, o + SIDE):
+            y[n, part] += widen(w[part, i]) * x[n, i]
 
 
 @compiled(parallel=True)
-def several(w, x, y):
-    rows, size = filled(x, y), 4 * w.shape[1] * w.itemsize
-    for part in prange((w.shape[0] + 3) // 4):
-        first, end = 4 * part, min(4 * part + 4, w.shape[0])
-        if end < w.shape[0]:  # the products of several rows hide the time it takes to read the next weights
-            for line in range(part * size + size, part * size + 2 * size, LINE):
-                prefetch(np.uintp(w.ctypes.data + line))
-        tiled = len(rows) // 4 * 4 if end == first + 4 else 0
-        for r in range(0, tiled, 4):
-            tile(w, x, y, first, rows[r : r + 4])
-        for r in range(tiled, len(rows)):
-            for o in range(first, end):
-                one(w, x, y, o, rows[r])
+def several(w, x, y, rows):
+    """Tiles of four outputs and four rows, the last row again and again where four do not come out even."""
+    outputs, inputs = w.shape
+    whole = inputs // LANES * LANES
+    ws, xs, ys = np.uintp(w.ctypes.data), np.uintp(x.ctypes.data), np.uintp(y.ctypes.data)
+    stride = np.uintp(inputs * w.itemsize)
+    for part in prange((outputs + SIDE - 1) // SIDE):
+        o = SIDE * part
+        if o + SIDE > outputs:
+            for n in rows:
+                for last in range(o, outputs):
+                    one(w, x, y, last, n)
+            continue
+        for r in range(0, len(rows), SIDE):
+            a, b = rows[r], rows[min(r + 1, len(rows) - 1)]
+            c, d = rows[min(r + 2, len(rows) - 1)], rows[min(r + 3, len(rows) - 1)]
+            tile(
+                w, ws + np.uintp(o) * stride, stride, np.uintp(whole), ws + np.uintp(o + SIDE) * stride,
+                xs + np.uintp(4 * a * inputs), xs + np.uintp(4 * b * inputs),
+                xs + np.uintp(4 * c * inputs), xs + np.uintp(4 * d * inputs),
+                ys + np.uintp(4 * (a * outputs + o)), ys + np.uintp(4 * (b * outputs + o)),
+                ys + np.uintp(4 * (c * outputs + o)), ys + np.uintp(4 * (d * outputs + o)),
+            )  # fmt: skip
+            if whole < inputs:
+                for n in rows[r : r + SIDE]:
+                    rest(w, x, y, o, n, whole)
 
 
 @compiled()
 def products(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
     """y [n, o] = x [n, i] @ w [o, i]ᵀ, w in f32 or the bits of bf16; rows of zeros cost nothing."""
-    if x.shape[0] == 1:
-        single(w, x, y)
-    else:
-        several(w, x, y)
+    rows = filled(x, y)
+    if len(rows) == 1:
+        single(w, x, y, rows[0])
+    elif len(rows):
+        several(w, x, y, rows)
 
 
 def _gemv(frame: int) -> int:
