@@ -29,6 +29,7 @@ F32 = 11  # XLA_FFI_DataType
 EXTENSION, ARGS, RETS = 1, 9, 14  # words into the frame: first extension, arguments, results
 DATA, DIMS = 3, 5  # words into a buffer
 TYPE = 4  # ints into a buffer
+SUMS = {"reassoc", "contract", "nsz"}  # numba's fastmath: sums in any order, but what is no number stays none
 
 
 def compiled(**options: Any) -> Any:

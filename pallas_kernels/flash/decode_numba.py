@@ -6,6 +6,7 @@ import numpy as np
 from numba import carray, prange
 
 from pallas_kernels._numba import (
+    SUMS,
     answered_version,
     argument,
     compiled,
@@ -28,7 +29,7 @@ def sees(q_position, q_segment, k_position, k_segment, window):
     return (own and q_segment != 0) or (k_segment == GLOBAL and q_segment > 0)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=SUMS)
 def dot(a, b):
     total = np.float32(0)
     for i in range(a.shape[0]):
@@ -36,7 +37,7 @@ def dot(a, b):
     return total
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=SUMS)
 def add(total, weight, row):
     for i in range(total.shape[0]):
         total[i] += weight * widen(row[i])
@@ -66,6 +67,53 @@ def attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
             total /= mass
 
 
+@compiled(fastmath=SUMS)
+def softmax(scores):
+    """In place."""
+    top, mass = np.float32(-np.inf), np.float32(0)
+    for i in range(scores.shape[0]):
+        top = max(top, scores[i])
+    for i in range(scores.shape[0]):
+        scores[i] = np.exp(scores[i] - top)
+        mass += scores[i]
+    for i in range(scores.shape[0]):
+        scores[i] /= mass
+
+
+@compiled(parallel=True)
+def attend_rows(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
+    """`attend` for many rows: what a row sees is found once for its heads, and a key is read once for its group."""
+    rows, heads, group, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    seen, counts = np.empty((rows, keys), np.int32), np.empty(rows, np.intp)
+    for n in prange(rows):
+        count = 0
+        for s in range(keys if q_segments[n] else 0):  # padding sees nothing
+            if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
+                seen[n, count] = s
+                count += 1
+        counts[n] = count
+    for item in prange(rows * heads):
+        n, h = item // heads, item % heads
+        scores = np.empty((group, counts[n]), np.float32)
+        for i in range(counts[n]):
+            for g in range(group):
+                scores[g, i] = dot(q[n, h, g], k[n, h, seen[n, i]])
+        for g in range(group):
+            softmax(scores[g])
+        o[n, h] = 0
+        for i in range(counts[n]):
+            for g in range(group):
+                add(o[n, h, g], scores[g, i], v[n, h, seen[n, i]])
+
+
+@compiled()
+def answer(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
+    if q.shape[0] == 1:  # its heads are all there is to share among threads
+        attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+    else:
+        attend_rows(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+
+
 def _decode(frame: int) -> int:
     """Arguments as in `attend`, leading axes of vmap joined with N; returns no error."""
     if answered_version(frame):
@@ -84,10 +132,10 @@ def _decode(frame: int) -> int:
     o = carray(data(result(frame, 0)), (n, h, g, e), np.float32)
     if is_f32(keys):
         k, v = carray(data(keys), (n, h, s, d), np.float32), carray(data(values), (n, h, s, e), np.float32)
-        attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+        answer(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
     else:
         kb, vb = carray(data(keys), (n, h, s, d), np.uint16), carray(data(values), (n, h, s, e), np.uint16)
-        attend(q, kb, vb, q_positions, q_segments, k_positions, k_segments, window, o)
+        answer(q, kb, vb, q_positions, q_segments, k_positions, k_segments, window, o)
     return 0
 
 

@@ -9,6 +9,7 @@ from numba import carray, prange, types
 from numba.extending import overload
 
 from pallas_kernels._numba import (
+    SUMS,
     answered_version,
     argument,
     compiled,
@@ -24,7 +25,7 @@ from pallas_kernels.linear.gemv_tile import LANES, SIDE, tile_bf16, tile_f32
 EXPONENT = np.uint32(0x7F800000)  # of an f32: 0 in zeros and in what XLA flushes to zero
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=SUMS)
 def one(w, x, y, o, n):
     """Output o of row n."""
     total = np.float32(0)
@@ -66,7 +67,7 @@ def single(w, x, y, n):
         one(w, x, y, o, n)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=SUMS)
 def rest(w, x, y, o, n, first):
     """Adds to outputs o to o + 3 of row n what the inputs from `first` on give."""
     for i in range(first, w.shape[1]):

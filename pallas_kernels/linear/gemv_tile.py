@@ -6,7 +6,7 @@ between the products, which then cost no time beside the reading; and the sums o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -49,7 +49,7 @@ def _fold(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _write(builder: Any, size: int, places: list[Any]) -> None:
+def _write(builder: Any, size: int, places: Sequence[Any]) -> None:
     """The loop over the inputs, LANES at a time, and the sums behind it, for `places` as `tile` gets them."""
     w, stride, count, ahead, *rows = places
     xs, ys = rows[:SIDE], rows[SIDE:]

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(bool(_cpu.missing()), reason=f"numba's kernels: 
 SCALE = 0.3
 
 
-def case(keys=37, *, heads=6, kv_heads=3, dim=8, value_dim=6, dtype=jnp.float32, window=None):
-    """A cache of two rows with global slots, an older document and places not yet filled."""
+def case(keys=37, *, heads=6, kv_heads=3, dim=8, value_dim=6, dtype=jnp.float32, window=None, rows=2):
+    """A cache of one or two rows with global slots, an older document and places not yet filled."""
     q, k, v = inputs(keys, heads=heads, kv_heads=kv_heads, dim=dim, value_dim=value_dim, dtype=dtype)
     segments = np.full((2, keys), 3)
     segments[:, -keys // 4 :] = 0
@@ -33,13 +33,14 @@ def case(keys=37, *, heads=6, kv_heads=3, dim=8, value_dim=6, dtype=jnp.float32,
         k_segments=jnp.asarray(segments),
         window=window,
     )
-    return q[:, :1], k, v, vis
+    return *(x[:rows] for x in (q[:, :1], k, v)), jax.tree.map(lambda x: x[:rows], vis)
 
 
 def run(backend, vis):
     return lambda q, k, v: flash(q, k, v, vis, Score(), scale=SCALE, backend=backend)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "shape",
@@ -52,8 +53,8 @@ def run(backend, vis):
     ],
     ids=str,
 )
-def test_value_and_gradients_equal_the_reference(shape, dtype):
-    *qkv, vis = case(dtype=dtype, **shape)
+def test_value_and_gradients_equal_the_reference(shape, dtype, rows):
+    *qkv, vis = case(dtype=dtype, rows=rows, **shape)
     assert fits(*qkv, vis, Score(), None)
     out, expected = (jax.jit(run(backend, vis))(*qkv) for backend in ("auto", "reference"))
     assert out.dtype == dtype
@@ -61,6 +62,18 @@ def test_value_and_gradients_equal_the_reference(shape, dtype):
     loss = lambda backend: lambda *x: jnp.sum(jnp.sin(run(backend, vis)(*x).astype(jnp.float32)))
     for a, b in zip(*(jax.grad(loss(backend), (0, 1, 2))(*qkv) for backend in ("auto", "reference")), strict=True):
         close(a, b, rtol=2e-5 if dtype == jnp.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("which", [1, 2], ids=["keys", "values"])
+def test_what_is_no_number_stays_none(rows, which):
+    *qkv, vis = case(rows=rows)
+    good = run("auto", vis)(*qkv)
+    qkv[which] = qkv[which].at[0, 1, 0, 0].set(jnp.nan)  # a global key: the first row's queries see it
+    out = np.asarray(run("auto", vis)(*qkv))
+    assert np.isnan(out[0, 0, :2]).any(-1).all()  # the heads of that key's group
+    np.testing.assert_array_equal(out[0, 0, 2:], good[0, 0, 2:])
+    np.testing.assert_array_equal(out[1:], good[1:])
 
 
 def test_every_place_that_may_not_be_seen_is_not_read():

@@ -69,6 +69,15 @@ def test_it_runs_in_a_loop_on_the_device_and_keeps_nan():
     assert np.isnan(loop(x.at[0, 3].set(jnp.nan))).all()
 
 
+@needs_numba
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_without_numbers_leaves_the_others_alone(value):
+    x, w = operands(6, 70, 37, jnp.float32)
+    y = np.asarray(jax.jit(gemv)(x.at[2, 69].set(value), w))
+    assert not np.isfinite(y[2]).any()
+    np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(np.asarray(jax.jit(gemv)(x, w)), 2, 0))
+
+
 def test_what_stands_in_the_way_is_said(monkeypatch):
     with compiling_for("tpu"):
         assert _cpu.missing() == "they are for CPUs and this is tpu"
