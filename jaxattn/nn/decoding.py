@@ -19,13 +19,16 @@ from pallas_kernels.linear.gemv import usable
 CAST = ("kernel", "embed", "unembed")
 
 
-def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume: bool = False) -> dict[str, Any]:
     """The variables for `Decoder.apply` that make steps fast; its results are the same up to rounding.
 
     Kernels and embeddings are in the compute dtype once, instead of at every step; all else stays as trained: the
     layers cast these themselves, and a mechanism's own parameters may need f32. Where `pallas_kernels.linear.gemv`
     runs and `model.backend` is "auto", kernels lie turned to [out, in] in the collection `ROWS` and are gone from
     "params", but for a tied embedding, which is looked up too. What this function returned passes unchanged.
+
+    Args:
+      consume: let go of what was made anew, one by one, so that memory is not needed twice; `params` are then gone.
     """
     if isinstance(params, Mapping) and "params" in params:
         return dict(params)
@@ -34,16 +37,23 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any]) -> dict[st
     given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
     for path, x in given.items():
         checks.leaf("/".join(map(str, path)), x)
-    flat = {path: x.astype(dtype) if path[-1] in CAST else x for path, x in given.items()}
-    if why_plain(model):
-        return {"params": traverse_util.unflatten_dict(flat)}
-    products = {path for path in flat if path[-1] in ("kernel", "unembed") and not is_depthwise(path)}
+    turns = () if why_plain(model) else ("kernel", "unembed")
     turn = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
-    rows = {path: turn(flat[path]) for path in products if usable(flat[path])}
-    kept = {path: x for path, x in flat.items() if path not in rows}
+    flat, rows = {}, {}
+    for path, x in given.items():
+        new = x.astype(dtype) if path[-1] in CAST else x
+        if path[-1] in turns and not is_depthwise(path) and usable(new):
+            new = rows[path] = turn(new)
+        else:
+            flat[path] = new
+        if consume and new is not x and isinstance(x, jax.Array):
+            jax.block_until_ready(new)
+            x.delete()
+    if not turns:
+        return {"params": traverse_util.unflatten_dict(flat)}
     if model.tie_embeddings and ("embed",) in flat and usable(flat[("embed",)]):
         rows[("unembed",)] = flat[("embed",)]
-    return {"params": traverse_util.unflatten_dict(kept), ROWS: traverse_util.unflatten_dict(rows)}
+    return {"params": traverse_util.unflatten_dict(flat), ROWS: traverse_util.unflatten_dict(rows)}
 
 
 def why_plain(model: ModelConfig) -> str:

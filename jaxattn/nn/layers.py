@@ -43,6 +43,7 @@ class Linear(nn.Module):
     features: int
     last_of_mlp: bool = False
     bias: bool = False  # also where the config has none
+    rounded: bool = True  # else the product stays in f32 where that is how it comes
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -51,7 +52,8 @@ class Linear(nn.Module):
         if self.has_variable(ROWS, "kernel"):
             kernel = self.get_variable(ROWS, "kernel")
             checks.shape("/".join((*self.path, "kernel")), kernel, (self.features, width))
-            y = gemv(flat, kernel).astype(cfg.dtype)
+            y = gemv(flat, kernel)
+            y = y.astype(cfg.dtype) if self.rounded else y
         else:
             init = kernel_init(cfg, width, last_of_mlp=self.last_of_mlp)
             y = linear(flat, self.param("kernel", init, (width, self.features), jnp.float32).astype(cfg.dtype))
@@ -77,7 +79,7 @@ class Norm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) for gated kinds, down(act(up(x))) otherwise."""
+    """down(act(gate(x)) * up(x)) for gated kinds, down(act(up(x))) otherwise; act is computed in f32."""
 
     cfg: ModelConfig
     kind: str
@@ -93,7 +95,8 @@ class Mlp(nn.Module):
             "linear": lambda y: y,
             "sglu": lambda y: y,
         }[self.kind]
-        h = Linear(cfg, width, bias=cfg.mlp_bias, name="up")(x)
+        exact = lambda y: act(y.astype(jnp.float32)).astype(y.dtype)  # rounded once, as PyTorch does
+        h = Linear(cfg, width, bias=cfg.mlp_bias, rounded=False, name="up")(x)
         gated = self.kind in GATED
-        h = act(Linear(cfg, width, bias=cfg.mlp_bias, name="gate")(x)) * h if gated else act(h)
+        h = exact(Linear(cfg, width, bias=cfg.mlp_bias, rounded=False, name="gate")(x)) * h if gated else exact(h)
         return Linear(cfg, cfg.d_model, last_of_mlp=True, bias=cfg.mlp_bias, name="down")(h)

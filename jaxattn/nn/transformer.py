@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,20 @@ FOREIGN = (
     errors.ApplyScopeInvalidVariablesTypeError,
     errors.ApplyScopeInvalidVariablesStructureError,
 )
+
+
+@contextlib.contextmanager
+def of_this_model() -> Iterator[None]:
+    """Parameters that do not belong to a module are one sentence.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    try:
+        yield
+    except FOREIGN as error:
+        reason = str(error).split(" (https://")[0].rstrip(".")
+        raise ConfigError(f"the params are not those of this model: {reason}.") from error
 
 
 class _Period(nn.Module):
@@ -110,11 +125,8 @@ class Decoder(nn.Module):
           ConfigError: variables of another model, or of none; an input that does not fit.
         """
         checks.variables(variables)
-        try:
+        with of_this_model():
             return super().apply(variables, *args, **kwargs)
-        except FOREIGN as error:
-            reason = str(error).split(" (https://")[0].rstrip(".")
-            raise ConfigError(f"the params are not those of this model: {reason}.") from error
 
     def __call__(
         self,
@@ -211,11 +223,19 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T E"], Any]:
         """`step` with the residual stream after the final norm instead of logits."""
-        stream = self._stream(tokens, positions, segment_ids, None)
-        x, stream, plan = self._embed(tokens, stream)
-        x = jnp.where((stream.segments == PADDING)[..., None], 0, x)  # products of zeros cost nothing
+        x, stream, plan = self.enter(tokens, positions, segment_ids)
         x, states = self._blocks(x, stream, states, ())
-        return self._finish(plan.shorten(x) if plan else x), states
+        return self.leave(x, plan), states
+
+    def enter(self, tokens: Array, positions: Array, segment_ids: Array | None = None) -> tuple[Array, Stream, Any]:
+        """What the first layer gets from `advance`, and what `leave` wants to be told."""
+        x, stream, plan = self._embed(tokens, self._stream(tokens, positions, segment_ids, None))
+        x = jnp.where((stream.segments == PADDING)[..., None], 0, x)  # products of zeros cost nothing
+        return x, self._rotating(stream), plan
+
+    def leave(self, x: Array, plan: Insertion | None) -> Array:
+        """What `advance` makes of the last layer's output."""
+        return self._finish(plan.shorten(x) if plan else x)
 
     def _stream(self, tokens: Any, positions: Any, segment_ids: Any, prefix_len: Any) -> Stream:
         """Positions, segments and prefix of what was passed, checked."""
@@ -261,11 +281,16 @@ class Decoder(nn.Module):
             x = x + sinusoid(positions, self.cfg.d_model)
         return x.astype(self.cfg.dtype)
 
-    def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
+    def _rotating(self, stream: Stream) -> Stream:
+        """With the rotary tables of its positions, made once for all layers."""
         cfg = self.cfg
-        if cfg.rope is not None:
-            tables = cfg.rope.tables(stream.positions, cfg.head_dim, stream.segments != 0)
-            stream = dataclasses.replace(stream, rotary=tables)
+        if cfg.rope is None or stream.rotary is not None:
+            return stream
+        tables = cfg.rope.tables(stream.positions, cfg.head_dim, stream.segments != PADDING)
+        return dataclasses.replace(stream, rotary=tables)
+
+    def _blocks(self, x: Array, stream: Stream, states: Any, edits: tuple[Edit, ...]) -> tuple[Array, Any]:
+        cfg, stream = self.cfg, self._rotating(stream)
         if cfg.scan_layers:
             if edits:
                 raise ConfigError("edits need model.scan_layers=False; `unstack_layers` converts the parameters.")

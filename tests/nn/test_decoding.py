@@ -60,6 +60,17 @@ def test_every_kernel_is_there_once():
     assert decoding_variables(cfg, variables) == variables
 
 
+@pytest.mark.parametrize("fields", [{}, {"dtype": "bfloat16"}, {"backend": "xla"}, {"tie_embeddings": False}])
+def test_consumed_parameters_are_gone_and_the_variables_are_the_same(fields):
+    cfg, params = build(**fields)
+    kept = decoding_variables(cfg, params)
+    variables = decoding_variables(cfg, params, consume=True)
+    jax.tree.map(np.testing.assert_array_equal, variables, kept)
+    mlp = params["layer_0"]["mlp"]["up"]["kernel"]
+    anew = variables["params"].get("layer_0", {}).get("mlp", {}).get("up", {}).get("kernel") is not mlp
+    assert mlp.is_deleted() == anew
+
+
 def test_a_named_backend_reads_them_as_they_are():
     cfg, params = build(backend="xla")
     assert list(decoding_variables(cfg, params)) == ["params"]
