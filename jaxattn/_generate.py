@@ -79,13 +79,14 @@ def prefill_chunks(
     room: int,
     keys: Array,
     piece: int | None = None,
+    spare: Any = None,
 ) -> Iterator[Cursor | None]:
     """Read prompts [B, T] of `lengths` [B] tokens in pieces of `piece` tokens (`piece_for`'s without it): None after a
-    piece, the cursor after the last."""
+    piece, the cursor after the last. The memory of `spare` states of this size, where given, is used."""
     piece = piece or piece_for(model, int(lengths.max()), CHUNK)
     layout = lay_out(tokens, lengths, piece)
     left = layout.tokens.shape[1]
-    for logits, states in read(model, variables, layout, room=room, piece=piece):
+    for logits, states in read(model, variables, layout, room=room, piece=piece, spare=spare):
         left -= piece
         if left:
             yield None

@@ -53,7 +53,7 @@ def main() -> int:
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend).prepared()
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend).prepared(consume=True)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)

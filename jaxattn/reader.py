@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
 from jaxattn.models.config import ModelConfig
+from jaxattn.nn import layerwise
 from jaxattn.nn.insertion import insertion_block
 from jaxattn.nn.transformer import Decoder
 
@@ -123,32 +124,25 @@ def _start(model: ModelConfig, batch: int, room: int, variables: Any) -> Any:
     return Decoder(model).apply(variables, batch, room, method="start")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _read_piece(
-    model: ModelConfig, last: bool, variables: Any, states: Any, tokens: Array, positions: Array, live: Array
-) -> tuple[Array, Any]:
-    """Logits [B, N] of the last token or hidden vectors [B, T, E] of all, and the states behind the piece."""
-
-    def run(decoder: Decoder) -> tuple[Array, Any]:
-        hidden, after = decoder.advance(states, tokens, positions, live)
-        return (decoder.logits(hidden[:, -1:])[:, 0] if last else hidden), after
-
-    out: Any = Decoder(model).apply(variables, method=run)
-    return out
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True, donate_argnums=4)
+def _start_again(model: ModelConfig, batch: int, room: int, variables: Any, spare: Any) -> Any:
+    """`_start` in the memory of states that nobody needs."""
+    return Decoder(model).apply(variables, batch, room, method="start")
 
 
 def read(
-    model: ModelConfig, variables: Any, layout: Layout, *, room: int, piece: int, last: bool = True
+    model: ModelConfig, variables: Any, layout: Layout, *, room: int, piece: int, last: bool = True, spare: Any = None
 ) -> Iterator[tuple[Array, Any]]:
-    """Read rows piece by piece into fresh states with room for `room` tokens.
+    """Read rows piece by piece into fresh states with room for `room` tokens, in the memory of `spare` ones if given.
 
     Yields (logits [B, N] of the piece's last token or, unless `last`, hidden vectors [B, piece, E]; the states so
     far, which the next piece consumes).
     """
-    states = _start(model, len(layout.tokens), room, variables)
+    size = (model, len(layout.tokens), room)
+    states = _start(*size, variables) if spare is None else _start_again(*size, variables, spare)
     for at in range(0, layout.tokens.shape[1], piece):
         cut = [jnp.asarray(x[:, at : at + piece]) for x in (layout.tokens, layout.positions, layout.live)]
-        out, states = _read_piece(model, last, variables, states, *cut)
+        out, states = layerwise.advance(model, variables, states, *cut, last=last)
         yield out, states
 
 

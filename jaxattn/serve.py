@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 from jaxattn.errors import ConfigError, UserError, run_cli
-from jaxattn.serving.memory import bound_heaps, give_back
+from jaxattn.serving.memory import bound_heaps, give_back, settle
 from jaxattn.signals import loading
 
 
@@ -54,12 +54,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared()
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared(consume=True)
     give_back()
     context = args.context or min(loaded.context, 2048)
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
     engine.warm_up()
-    give_back()
+    settle()
     app = make_app(loaded, engine, args.name or args.checkpoint.resolve().name, args.max_body)
     print(f"http://{args.host}:{listener.getsockname()[1]}", flush=True)
     # Ctrl-C does not wait for answers that take minutes.

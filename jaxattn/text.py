@@ -41,9 +41,9 @@ class Loaded:
     first_token: int | None = None
     """What an empty prompt begins with."""
 
-    def prepared(self) -> Loaded:
-        """The same with parameters laid out for decoding alone (`jaxattn.nn.decoding`); the old ones may go."""
-        return dataclasses.replace(self, params=decoding_variables(self.model, self.params))
+    def prepared(self, *, consume: bool = False) -> Loaded:
+        """The same with parameters laid out for decoding (`jaxattn.nn.decoding`); `consume` frees the old ones."""
+        return dataclasses.replace(self, params=decoding_variables(self.model, self.params, consume=consume))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the start token where the tokenizer puts one; an empty one is what a text begins

@@ -1,8 +1,8 @@
 """The scheduler: requests wait in a queue, take a free slot when there is one, and decode beside the others.
 
-One thread owns the device. A turn of it reads at most one piece of a new prompt and then decodes a block of tokens of
-every sequence, so a long prompt does not stall those who are reading their answers. A sequence without neighbours
-decodes outside the slots, as fast as `jaxattn.generate`; it moves into one when another prompt is read.
+One thread owns the device. A turn of it reads some tokens of new prompts, which takes about as long as what follows: a
+block of tokens of every sequence is decoded. So a long prompt does not stall those who are reading their answers, and
+many short ones soon decode together.
 
 Whatever goes wrong with a request ends that request: the thread lives as long as the server.
 """
@@ -27,13 +27,14 @@ from jaxattn.nn.decoding import decoding_variables
 from jaxattn.reader import any_piece, most_padding, piece_for
 from jaxattn.sampling import Sampling
 from jaxattn.serving import slots as device
+from jaxattn.serving.memory import give_back
 from jaxattn.serving.ticket import Deliver, QueueFull, Stopped, Ticket, arrays, key_of, sentence
 
 log = logging.getLogger("jaxattn")
 
 BLOCK = 8  # tokens decoded between two looks at the queue
-SHORT, READ = 32, 128  # tokens of a prompt that are read between two turns of the others
-FAR = 32  # tokens that are worth a move out of a slot
+SHORT, READ = 32, 128  # tokens of the pieces of a prompt
+TURN = 256  # tokens of prompts that are read between two blocks
 UNIT = 64  # the room of a slot is a multiple of this
 
 
@@ -56,8 +57,9 @@ class Engine:
         self._model, self._variables, self._block = model, decoding_variables(model, params), block
         self._room = room_of(model, context, block)
         self._owners: list[Ticket | None] = [None] * slots
-        self._slots = self._empty()
-        self._alone: tuple[Ticket, Cursor] | None = None
+        self._program = device.program(model, block, self._variables, slots, self._room)
+        self._slots: device.Slots | None = None
+        self._spare: Any = None  # states of a prompt that has its slot: the next is read in their memory
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._reading: tuple[Ticket, Iterator[Cursor | None]] | None = None
         self._changed = threading.Condition()
@@ -79,17 +81,15 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile and run the programs, so that nobody waits for that later; before `start`."""
-        knobs, cursor = arrays(Sampling()), None
-        for length in dict.fromkeys((min(READ, self.context), 1)):
-            cursor = None  # one is enough
-            *_, cursor = self._prompt((0,) * length, jax.random.key(0))
-        assert cursor is not None
-        _, _, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, knobs)
-        if self._slots is not None:
-            self._slots = device.insert(self._slots, jnp.int32(0), cursor, knobs)
-            nobody = jnp.zeros(len(self._owners), bool)
-            _, _, self._slots = device.decode(self._model, self._block, self._variables, self._slots, nobody)
-            jax.block_until_ready(device.extract(self._slots, jnp.int32(0)))
+        key, cursor = jax.random.key(0), None
+        for length in {self._piece(length): length for length in range(1, min(READ, self.context) + 1)}.values():
+            *_, cursor = self._prompt((0,) * length, key)
+            assert cursor is not None
+            self._spare = cursor.states
+        give_back()  # what compiling needed, before the slots take their memory
+        self._slots = device.insert(self._held(), jnp.int32(0), cursor, arrays(Sampling()))
+        *_, self._slots = self._program(self._variables, self._slots, jnp.zeros(len(self._owners), bool))
+        jax.block_until_ready(self._slots)
 
     def submit(
         self, ids: Sequence[int], most: int, how: Sampling, seed: int, stop: Sequence[int], deliver: Deliver
@@ -134,8 +134,11 @@ class Engine:
         """How many requests wait, and how many slots are taken."""
         with self._changed:
             busy = sum(owner is not None for owner in self._owners)
-            busy += (self._reading is not None) + (self._alone is not None)
-            return {"waiting": len(self._waiting), "busy": busy, "slots": len(self._owners)}
+            return {
+                "waiting": len(self._waiting),
+                "busy": busy + (self._reading is not None),
+                "slots": len(self._owners),
+            }
 
     # ------------------------------------------------------------------------------------------ the one thread
 
@@ -152,16 +155,16 @@ class Engine:
             with self._changed:
                 self._stop = True
                 left = [owner for owner in (*self._owners, *self._waiting) if owner]
-                left += [taken[0] for taken in (self._reading, self._alone) if taken]
+                left += [self._reading[0]] if self._reading else []
                 self._waiting.clear()
                 self._owners = [None for _ in self._owners]
-                self._reading = self._alone = None
+                self._reading = None
             for ticket in left:
                 ticket.fail(f"the engine has stopped ({self.failure or 'shutdown'})")
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
-        idle = lambda: not (self._waiting or self._reading or self._alone or any(self._owners))
+        idle = lambda: not (self._waiting or self._reading or any(self._owners))
         with self._changed:
             while idle() and not self._stop:
                 self._changed.wait()
@@ -170,101 +173,73 @@ class Engine:
     def _leave(self) -> None:
         """Free what nobody waits for."""
         self._owners = [None if owner and owner.cancelled else owner for owner in self._owners]
-        if self._alone and self._alone[0].cancelled:
-            self._alone = None
         if self._reading and self._reading[0].cancelled:
             self._reading = None
 
     def _read(self) -> None:
-        """One piece of the next prompt, if there is a slot for it."""
-        if self._reading is None and self._owners.count(None) > (self._alone is not None):
+        """Pieces of the next prompts, as long as there are slots for them."""
+        left = TURN
+        while left > 0 and self._next_prompt():
+            assert self._reading is not None
+            ticket, pieces = self._reading
+            left -= min(self._piece(len(ticket.ids)), len(ticket.ids))
+            try:
+                cursor = next(pieces)
+            except Exception as error:  # whatever this prompt does to the model
+                log.exception("a prompt could not be read")
+                self._reading = None
+                ticket.fail(f"the prompt could not be read ({sentence(error)})")
+                continue
+            if cursor is not None:
+                self._reading = None
+                self._seat(ticket, cursor)
+
+    def _next_prompt(self) -> bool:
+        """Whether one is being read, perhaps from now on."""
+        if self._reading is None and None in self._owners:
             with self._changed:
                 self._forget_cancelled()
                 if self._waiting:
                     ticket = self._waiting.popleft()
                     self._reading = (ticket, self._prompt(ticket.ids, ticket.key))
-        if self._reading is None:
-            return
-        if self._alone:
-            alone, self._alone = self._alone, None
-            self._seat(*alone)
-        ticket, pieces = self._reading
-        try:
-            cursor = next(pieces)
-        except Exception as error:  # whatever this prompt does to the model
-            log.exception("a prompt could not be read")
-            self._reading = None
-            ticket.fail(f"the prompt could not be read ({sentence(error)})")
-            return
-        if cursor is not None:
-            self._reading = None
-            if any(self._owners):
-                self._seat(ticket, cursor)
-            else:
-                self._alone = (ticket, cursor)
+        return self._reading is not None
 
     def _forget_cancelled(self) -> None:
         self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def _prompt(self, ids: tuple[int, ...], key: Any) -> Iterator[Cursor | None]:
         tokens, length = np.asarray(ids, np.int32)[None], np.array([len(ids)])
+        spare, self._spare = self._spare, None
         return prefill_chunks(
-            self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), self._piece(len(ids))
-        )
+            self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), self._piece(len(ids)),
+            spare,
+        )  # fmt: skip
 
     def _piece(self, length: int) -> int:
         """Few sizes, since every one is a program; those of `generate` where the answer depends on them."""
         if not any_piece(self._model):
             return piece_for(self._model, length, READ)
-        return SHORT if length <= 2 * SHORT else READ
+        return max(SHORT, piece_for(self._model, length, READ))
 
     def _seat(self, ticket: Ticket, cursor: Cursor) -> None:
         """Into a free slot."""
         slot = self._owners.index(None)
         self._owners[slot] = ticket
         with self._anew():
-            self._slots = device.insert(self._slots, jnp.int32(slot), cursor, ticket.knobs)
+            self._slots = device.insert(self._held(), jnp.int32(slot), cursor, ticket.knobs)
+            self._spare = cursor.states
 
     def _decode(self) -> None:
         """A block of tokens for everybody."""
-        seated = [slot for slot, owner in enumerate(self._owners) if owner]
-        if len(seated) == 1 and not self._reading and not self._waiting and self._has_far_to_go(seated[0]):
-            self._leave_alone(seated[0])
-        elif seated:
-            self._decode_slots()
-        if self._alone:
-            self._decode_alone(*self._alone)
-
-    def _has_far_to_go(self, slot: int) -> bool:
-        owner = self._owners[slot]
-        return owner is not None and owner.most - owner.made > FAR
-
-    def _leave_alone(self, slot: int) -> None:
-        """Out of its slot: it has no neighbours any more."""
-        ticket = self._owners[slot]
-        assert ticket is not None
-        with self._anew():
-            self._alone = (ticket, device.extract(self._slots, jnp.int32(slot)))
-            self._owners[slot] = None
-
-    def _decode_slots(self) -> None:
+        if not any(self._owners):
+            return
         live = jnp.asarray([owner is not None for owner in self._owners])
         with self._anew():
-            tokens, fine, self._slots = device.decode(self._model, self._block, self._variables, self._slots, live)
+            tokens, fine, self._slots = self._program(self._variables, self._held(), live)
             for slot, found in enumerate(zip(np.asarray(tokens).tolist(), np.asarray(fine).tolist(), strict=True)):
                 owner = self._owners[slot]
                 if owner and owner.take(*found):
                     self._owners[slot] = None
-
-    def _decode_alone(self, ticket: Ticket, cursor: Cursor) -> None:
-        try:
-            tokens, fine, cursor = device.decode_alone(self._model, self._block, self._variables, cursor, ticket.knobs)
-            ended = ticket.take(np.asarray(tokens)[0].tolist(), bool(fine[0]))
-            self._alone = None if ended else (ticket, cursor)
-        except Exception as error:  # whatever this sequence does to the model
-            log.exception("a block of tokens failed")
-            self._alone = None
-            ticket.fail(sentence(error))
 
     @contextlib.contextmanager
     def _anew(self) -> Iterator[None]:
@@ -278,9 +253,10 @@ class Engine:
             self._slots = None
             for owner in ended:
                 owner.fail(sentence(error))
-            self._slots = self._empty()
+            self._held()
 
-    def _empty(self) -> device.Slots | None:
-        """Free slots; none where every sequence is alone."""
-        count = len(self._owners)
-        return device.empty(self._model, count, self._room, self._variables) if count > 1 else None
+    def _held(self) -> device.Slots:
+        """The slots, made where there are none."""
+        if self._slots is None:
+            self._slots = device.empty(self._model, len(self._owners), self._room, self._variables)
+        return self._slots

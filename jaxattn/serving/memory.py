@@ -1,13 +1,19 @@
-"""Memory that is free goes back to the system: where glibc would keep it, after compiling and after loading."""
+"""Memory that is free goes back to the system: where glibc would keep it, and what only starting needed."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import re
+from pathlib import Path
 
 LARGE = 1 << 20  # bytes from which a block is mapped by itself, and unmapped when it is free
+USUAL = 16 << 20  # the same while serving: what comes and goes with every piece of a prompt stays
 ARENAS = 2  # heaps of all threads together
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_MADV_DONTNEED = 4  # sys/mman.h
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ \S+ +/.*\n((?:[A-Z]\w+:.*\n)*)", re.MULTILINE)
+_CHANGED = re.compile(r"^(?:Anonymous|Private_Dirty): +[1-9]", re.MULTILINE)
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -26,8 +32,32 @@ def bound_heaps() -> None:
         libc.mallopt(_M_ARENA_MAX, ARENAS)
 
 
+def settle() -> None:
+    """Before serving: `give_back`; blocks of the usual size stay from now on."""
+    give_back()
+    if libc := _libc():
+        libc.mallopt(_M_MMAP_THRESHOLD, USUAL)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * USUAL)
+
+
 def give_back() -> None:
-    """Return what is free."""
+    """Return what is free, and pages of program files that have done their work."""
     gc.collect()
     if libc := _libc():
         libc.malloc_trim(0)
+        _forget_pages(libc)
+
+
+def _forget_pages(libc: ctypes.CDLL) -> None:
+    """Pages of program files that nothing has changed leave this process; those that still run come back by themselves.
+
+    Compilers are most of them, and what was imported to read a checkpoint.
+    """
+    try:
+        text = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return  # no Linux
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for start, end, facts in _MAPPING.findall(text):
+        if not _CHANGED.search(facts):
+            libc.madvise(int(start, 16), int(end, 16) - int(start, 16), _MADV_DONTNEED)

@@ -3,7 +3,7 @@
 A slot is a decode state of batch 1, and `vmap` runs the model over slots. So every mechanism serves, whatever its
 state is, and each slot counts its own tokens: one may end and another begin while its neighbours go on. A row's
 numbers do not depend on what the other slots hold, and a slot that is not live costs next to nothing on a CPU, where
-rows of zeros are not multiplied (`pallas_kernels.linear.gemv`). A sequence without neighbours decodes without slots.
+rows of zeros are not multiplied (`pallas_kernels.linear.gemv`).
 """
 
 from __future__ import annotations
@@ -63,16 +63,6 @@ def insert(slots: Slots, slot: Array, cursor: Cursor, knobs: Knobs) -> Slots:
     )
 
 
-@jax.jit
-def extract(slots: Slots, slot: Array) -> Cursor:
-    """The sequence of a slot by itself (batch 1)."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
-    one = lambda x: take(x)[None]
-    return Cursor(
-        jax.tree.map(take, slots.states), one(slots.logits), one(slots.positions), jnp.zeros(1, bool), one(slots.keys)
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: Array) -> tuple[Array, Array, Slots]:
     """`count` tokens of every slot [S, count], whether its logits are still numbers [S], and the slots behind them.
@@ -98,22 +88,11 @@ def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: A
     return tokens.T, numbers(slots.logits), slots
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode_alone(
-    model: ModelConfig, count: int, variables: Any, cursor: Cursor, knobs: Knobs
-) -> tuple[Array, Array, Cursor]:
-    """`decode` for one sequence without slots: tokens [1, count], whether its logits are numbers [1], the cursor."""
-
-    def step(cursor: Cursor, _: None) -> tuple[Cursor, Array]:
-        split = jax.vmap(lambda k: jax.random.split(k, 2))(cursor.keys)
-        token = sample_rows(cursor.logits, split[:, 1], **{name: x[None] for name, x in knobs.items()})
-        out: Any = Decoder(model).apply(
-            variables, cursor.states, token[:, None], cursor.positions[:, None], method="step"
-        )
-        return Cursor(out[1], out[0][:, 0], cursor.positions + 1, cursor.done, split[:, 0]), token
-
-    cursor, tokens = jax.lax.scan(step, cursor, None, length=count)
-    return tokens.T, numbers(cursor.logits), cursor
+def program(model: ModelConfig, count: int, variables: Any, slots: int, room: int) -> Any:
+    """`decode` compiled for `slots` of `room` tokens, before they take up memory: (variables, slots, live) -> its
+    results."""
+    wanted = jax.eval_shape(lambda given: empty(model, slots, room, given), variables)
+    return decode.lower(model, count, variables, wanted, jax.ShapeDtypeStruct((slots,), bool)).compile()
 
 
 def numbers(logits: Array) -> Array:

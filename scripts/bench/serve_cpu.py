@@ -6,8 +6,9 @@ The model is SmolLM2-135M-Instruct (`scripts.get`), or --checkpoint. `python -m 
 `jaxattn.generate` are asked in turn for the same tokens behind the same prompts, the order reversed each round; their
 texts must be the same before anything is timed. Then 1, 2, 4 and 8 clients read streams at once, and one samples.
 Quote ratios: times on a shared machine mean little. Times are of whole requests, reading of the prompt included. The
-server's memory is the most it held in the whole run, beside that of its weights and caches; pages of program files,
-which processes share and the system may drop, are also given apart.
+server's memory is the most it held in the whole run, beside that of its weights and caches, those of the slots and the
+one of the prompt that is read; pages of program files, which processes share and the system may drop, are also given
+apart.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def generate_worker(folder: str, dtype: str, pipe: Connection) -> None:
     from jaxattn.text_stream import TextStream
 
     assert dtype in ("float32", "bfloat16")
-    loaded = load(Path(folder), dtype=dtype).prepared()
+    loaded = load(Path(folder), dtype=dtype).prepared(consume=True)
     pipe.send({"vocabulary": loaded.model.vocab_size, **_sizes(loaded)})
     while (asked := pipe.recv()) is not None:
         prompt, count = asked
@@ -75,7 +76,7 @@ def generate_worker(folder: str, dtype: str, pipe: Connection) -> None:
 
 
 def _sizes(loaded: Any) -> dict[str, int]:
-    """Bytes of the weights as they are decoded with, and of the caches of all slots."""
+    """Bytes of the weights as they are decoded with, and of the caches of all slots and of a prompt."""
     import jax
 
     from jaxattn.serving import slots
@@ -83,7 +84,7 @@ def _sizes(loaded: Any) -> dict[str, int]:
 
     count = lambda tree: sum(x.size * x.dtype.itemsize for x in {id(x): x for x in jax.tree.leaves(tree)}.values())
     room = room_of(loaded.model, CONTEXT)
-    states = jax.eval_shape(lambda v: slots.empty(loaded.model, SLOTS, room, v), loaded.params).states
+    states = jax.eval_shape(lambda v: slots.empty(loaded.model, SLOTS + 1, room, v), loaded.params).states
     return {"weights": count(loaded.params), "caches": count(states)}
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn import _generate, reader
+from jaxattn import _generate
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
+from jaxattn.nn import Decoder, layerwise
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
@@ -106,10 +106,10 @@ def test_retrieving_attention_reads_prompts_of_any_length():
 def test_a_second_prompt_compiles_nothing():
     cfg, params = build(("softmax",))
     jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=5)
-    before = reader._read_piece._cache_size(), _generate.decode_block._cache_size()
+    before = layerwise._layer._cache_size(), _generate.decode_block._cache_size()
     other = np.concatenate([PROMPTS[:, ::-1], PROMPTS[:, :2]], 1)
     jaxattn.generate(cfg, params, other, lengths=[11, 3, 7], max_new_tokens=7)
-    assert (reader._read_piece._cache_size(), _generate.decode_block._cache_size()) == before
+    assert (layerwise._layer._cache_size(), _generate.decode_block._cache_size()) == before
 
 
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.generate.helpers import byte_run
 
@@ -42,6 +43,31 @@ def test_it_serves_and_ends_on_ctrl_c_in_the_middle_of_a_stream(tmp_path):
         assert "Traceback" not in err, err
     finally:
         process.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no Linux")
+def test_it_holds_half_a_gigabyte_beside_weights_and_caches(tmp_path):
+    """At any time, with weights and caches of a few megabytes."""
+    process = start(str(byte_run(tmp_path)), "--port=0", "--context=200", "--slots=8")
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        started = held(process.pid)
+        for prompt in ("a", "b" * 90):
+            body = {"prompt": prompt, "max_tokens": 40}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        now = held(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+    assert now["VmHWM"] < 500e6
+    assert started["RssFile"] < 60e6 < now["VmHWM"]  # what only starting needed is gone, and was there
+
+
+def held(process: int) -> dict[str, int]:
+    """Bytes of a process, by the kernel's names."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest}
 
 
 def test_what_it_cannot_do_is_one_sentence(tmp_path):

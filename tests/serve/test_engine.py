@@ -15,7 +15,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
-from jaxattn.serving.engine import Engine
+from jaxattn.serving.engine import TURN, Engine
 from jaxattn.serving.ticket import QueueFull, Stopped
 
 GREEDY = Sampling()
@@ -100,6 +100,32 @@ def test_a_long_prompt_is_read_in_chunks_between_the_others_tokens(running):
     late.wait()
     assert late.tokens == jaxattn.generate(model, params, np.asarray([long]), max_new_tokens=5).tokens[0].tolist()
     short.ticket.cancel()
+
+
+def test_short_prompts_soon_decode_together_and_a_long_one_lets_the_others_go_on():
+    """Who is live whenever a block is decoded."""
+    model, params = model_of("softmax")
+    engine = Engine(model, params, slots=8, context=1100, queue=64, block=4)
+    seen, program = [], engine._program
+
+    def watched(variables, slots, live):
+        seen.append(int(live.sum()))
+        return program(variables, slots, live)
+
+    engine._program = watched
+    inboxes = [ask(engine, [i, 3, 4], 9) for i in range(8)]
+    engine.start()
+    for inbox in inboxes:
+        inbox.wait()
+    assert seen == [8, 8, 8]
+    seen.clear()
+    first = ask(engine, [5], 1000)
+    assert first.first.wait(60)
+    late = ask(engine, [6] * (3 * TURN + 1), 5)
+    late.wait()
+    assert 3 <= seen.index(2) < 1000 // 4
+    first.ticket.cancel()
+    engine.close()
 
 
 def test_every_row_has_its_own_sampling_and_seed(running):

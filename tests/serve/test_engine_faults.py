@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn import _generate, reader
+from jaxattn import _generate
 from jaxattn.errors import ConfigError
+from jaxattn.nn import layerwise
 from jaxattn.sampling import Sampling
 from jaxattn.serving import engine as engine_module
 from jaxattn.serving import slots as device
@@ -54,16 +55,6 @@ def failing(function, when):
     return call
 
 
-def test_a_sequence_alone_that_fails_ends_alone(engine, monkeypatch):
-    monkeypatch.setattr(device, "decode_alone", failing(device.decode_alone, lambda *args: True))
-    inbox = ask(engine, [1], 5)
-    inbox.wait()
-    assert inbox.reason == "error"
-    assert inbox.ticket.failure.startswith("OverflowError: Python integer 2147483648 out of bounds for int32 and more")
-    assert len(inbox.ticket.failure) <= 200
-    well(engine)
-
-
 def test_a_prompt_that_fails_ends_alone_and_its_neighbours_go_on(engine, monkeypatch):
     """Also one that fails at its second piece."""
     neighbours = [ask(engine, [i], 120) for i in (1, 2)]
@@ -86,13 +77,16 @@ def test_a_prompt_that_fails_ends_alone_and_its_neighbours_go_on(engine, monkeyp
     well(engine)
 
 
-@pytest.mark.parametrize("place", ["insert", "decode", "extract"])
-def test_when_the_slots_fail_those_in_them_end_and_the_next_are_served(engine, monkeypatch, place):
-    monkeypatch.setattr(device, place, failing(getattr(device, place), lambda *args: True))
+@pytest.mark.parametrize(("owner", "place"), [(device, "insert"), (None, "_program")])
+def test_when_the_slots_fail_those_in_them_end_and_the_next_are_served(engine, monkeypatch, owner, place):
+    owner = owner or engine
+    monkeypatch.setattr(owner, place, failing(getattr(owner, place), lambda *args: True))
     first, second = ask(engine, [1], 200), ask(engine, [2], 5)
     assert first.done.wait(60)
     assert second.done.wait(60)
     assert first.reason == "error"
+    assert first.ticket.failure.startswith("OverflowError: Python integer 2147483648 out of bounds for int32 and more")
+    assert len(first.ticket.failure) <= 200
     well(engine)
 
 
@@ -158,7 +152,7 @@ def test_every_seed_of_64_bits_draws_its_own(engine):
 
 def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch):
     found = Engine(MODEL, PARAMS, slots=2, context=256, queue=64, block=4)
-    monkeypatch.setattr(device, "decode", lambda *args: 1 / 0)
+    monkeypatch.setattr(found, "_program", lambda *args: 1 / 0)
     monkeypatch.setattr(device, "empty", lambda *args: 1 / 0)  # no memory for new slots either
     found.start()
     inboxes = [ask(found, [1], 200) for _ in range(3)]
@@ -177,7 +171,7 @@ def test_a_warm_engine_compiles_nothing_more(committed):
     found = Engine(MODEL, params, slots=3, context=300, queue=64, block=4)
     found.warm_up()
     want = alone([3, 4], 6)  # which compiles its own
-    programs = (reader._read_piece, device.decode_alone, device.insert, device.decode, device.extract)
+    programs = (*layerwise.PROGRAMS, device.insert, device.empty)
     before = [program._cache_size() for program in programs]
     found.start()
     try:

@@ -302,7 +302,7 @@ def test_a_full_queue_is_said(loaded):
 def test_a_broken_engine_answers_500_then_503(loaded, monkeypatch):
     """First a request that fails by itself, then what nobody survives."""
     with server(loaded) as (url, _):
-        monkeypatch.setattr(device, "decode_alone", lambda *args: 1 / 0)
+        monkeypatch.setattr(device, "insert", lambda *args: 1 / 0)
         broken = post(url, OK)
         assert broken.status_code == 500
         assert "ZeroDivisionError" in broken.json()["error"]["message"]
