@@ -62,7 +62,7 @@ class Sampling:
 def sample(logits: Float[Array, "B N"], keys: Array, how: Sampling) -> Int[Array, "B"]:
     """One token a row; `keys` [B] are PRNG keys, one a row, so that a row does not depend on its neighbours.
 
-    A logit that is NaN is never chosen, unless all are: then the token is 0.
+    A logit that is NaN counts as -inf. Where all are, a greedy row takes token 0 and a drawn one any.
     """
     if how.greedy:
         return likeliest(logits)

@@ -56,7 +56,7 @@ def main() -> int:
     prepare_jax()
     loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared(consume=True)
     give_back()
-    context = args.context or min(loaded.context, 2048)
+    context = min(loaded.context, 2048) if args.context is None else args.context
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)
     engine.warm_up()
     settle()

@@ -19,6 +19,7 @@ Position = Literal["rope", "nope", "alibi", "learned", "sinusoid", "relative", "
 Mlp = Literal["swiglu", "geglu", "sglu", "gelu", "relu", "linear", "none"]
 GATED = ("swiglu", "geglu", "sglu")
 CONTEXT = "context"  # the word for the training context
+TINY = 2.0**-126  # below it a norm's ε counts as 0 in f32, and rows of padding are divided by 0
 Init = Literal["fan_in", "sink", "normal", "torch"]
 
 
@@ -104,6 +105,8 @@ class ModelConfig:
                 f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}; "
                 "change one of them or set model.key_dim."
             )
+        if not (self.norm_eps >= TINY and math.isfinite(self.norm_eps)):
+            raise ConfigError(f"model.norm_eps is {self.norm_eps} but must be positive and finite.")
         if not (self.rope_base > 0 and math.isfinite(self.rope_base)):
             raise ConfigError(f"model.rope_base is {self.rope_base} but must be positive and finite.")
         if not 0 < self.rope_fraction <= 1:

@@ -136,7 +136,8 @@ class Attention(nn.Module):
         """The parameter group `name`, left out of the tree where it is empty."""
         wanted = jax.eval_shape(create, jax.random.key(0))
         if self.has_variable("params", name):
-            owner = f"{self.cfg.mixer_text(self.layer)} (layer {self.layer})"
+            inside = len(self.path) > 1  # of the model: a block by itself stands for all that are alike
+            owner = self.cfg.mixer_text(self.layer) + (f" (layer {self.layer})" if inside else "")
             checks.parameters(owner, self.get_variable("params", name), wanted, "use the model they were made for")
         return self.param(name, create) if wanted else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,14 +40,14 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
         checks.leaf("/".join(map(str, path)), x)
     turns = () if why_plain(model) else ("kernel", "unembed")
     turn = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
-    flat, rows = {}, {}
+    flat, rows, names = {}, {}, collections.Counter(map(id, given.values()))
     for path, x in given.items():
         new = x.astype(dtype) if path[-1] in CAST else x
         if path[-1] in turns and not is_depthwise(path) and usable(new):
             new = rows[path] = turn(new)
         else:
             flat[path] = new
-        if consume and new is not x and isinstance(x, jax.Array):
+        if consume and new is not x and isinstance(x, jax.Array) and names[id(x)] == 1:
             jax.block_until_ready(new)
             x.delete()
     if not turns:

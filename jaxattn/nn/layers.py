@@ -43,7 +43,7 @@ class Linear(nn.Module):
     features: int
     last_of_mlp: bool = False
     bias: bool = False  # also where the config has none
-    rounded: bool = True  # else the product stays in f32 where that is how it comes
+    rounded: bool = True  # else a product with `ROWS` stays in f32, as it comes
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:

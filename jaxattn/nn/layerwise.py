@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from jaxattn.errors import ConfigError
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.block import Block
 from jaxattn.nn.stream import Stream
@@ -26,13 +27,19 @@ def advance(
     Args:
       states: decode states of the model, which this call consumes.
       tokens, positions, live: [B, T]; a token that is not live is padding.
+
+    Raises:
+      ConfigError: variables of another model, naming the layer.
     """
     if model.scan_layers:
         return _whole(model, last, variables, states, tokens, positions, live)
     x, stream, plan = _enter(model, _outside(variables), tokens, positions, live)
     after = []
     for layer, state in enumerate(states):
-        x, state = _layer(model, _like(model, layer), _of_layer(variables, layer), state, x, stream)
+        try:
+            x, state = _layer(model, _like(model, layer), _of_layer(variables, layer), state, x, stream)
+        except ConfigError as error:
+            raise ConfigError(f"layer {layer}: {error}") from error
         after.append(state)
     return _leave(model, last, _outside(variables), x, plan), tuple(after)
 
@@ -91,6 +98,3 @@ def _whole(
 
     out: Any = Decoder(model).apply(variables, method=run)
     return out
-
-
-PROGRAMS = (_enter, _layer, _leave, _whole)

@@ -78,11 +78,14 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        else:
+            self._end()
 
     def warm_up(self) -> None:
         """Compile and run the programs, so that nobody waits for that later; before `start`."""
         key, cursor = jax.random.key(0), None
-        for length in {self._piece(length): length for length in range(1, min(READ, self.context) + 1)}.values():
+        pieces = {self._piece(length): length for length in range(1, self.context + 1)}
+        for length in (*pieces.values(), 1):  # the last in memory that was used before
             *_, cursor = self._prompt((0,) * length, key)
             assert cursor is not None
             self._spare = cursor.states
@@ -152,15 +155,19 @@ class Engine:
             self.failure = sentence(error)
             log.exception("the engine stopped")
         finally:
-            with self._changed:
-                self._stop = True
-                left = [owner for owner in (*self._owners, *self._waiting) if owner]
-                left += [self._reading[0]] if self._reading else []
-                self._waiting.clear()
-                self._owners = [None for _ in self._owners]
-                self._reading = None
-            for ticket in left:
-                ticket.fail(f"the engine has stopped ({self.failure or 'shutdown'})")
+            self._end()
+
+    def _end(self) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self._stop = True
+            left = [owner for owner in (*self._owners, *self._waiting) if owner]
+            left += [self._reading[0]] if self._reading else []
+            self._waiting.clear()
+            self._owners = [None for _ in self._owners]
+            self._reading = None
+        for ticket in left:
+            ticket.fail(f"the engine has stopped ({self.failure or 'shutdown'})")
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when it is time to end."""
@@ -210,7 +217,7 @@ class Engine:
     def _prompt(self, ids: tuple[int, ...], key: Any) -> Iterator[Cursor | None]:
         tokens, length = np.asarray(ids, np.int32)[None], np.array([len(ids)])
         spare, self._spare = self._spare, None
-        return prefill_chunks(
+        yield from prefill_chunks(
             self._model, self._variables, tokens, length, self._room, jax.random.split(key, 1), self._piece(len(ids)),
             spare,
         )  # fmt: skip
@@ -250,7 +257,7 @@ class Engine:
             log.exception("the slots are made anew")
             ended = [owner for owner in self._owners if owner]
             self._owners = [None] * len(self._owners)
-            self._slots = None
+            self._slots = self._spare = None
             for owner in ended:
                 owner.fail(sentence(error))
             self._held()

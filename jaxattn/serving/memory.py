@@ -13,7 +13,7 @@ ARENAS = 2  # heaps of all threads together
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _MADV_DONTNEED = 4  # sys/mman.h
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ \S+ +/.*\n((?:[A-Z]\w+:.*\n)*)", re.MULTILINE)
-_CHANGED = re.compile(r"^(?:Anonymous|Private_Dirty): +[1-9]", re.MULTILINE)
+_CHANGED = re.compile(r"^(?:Anonymous|Private_Dirty|Private_Hugetlb|Swap): +[1-9]", re.MULTILINE)
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -58,6 +58,11 @@ def _forget_pages(libc: ctypes.CDLL) -> None:
     except OSError:
         return  # no Linux
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for start, end, facts in _MAPPING.findall(text):
-        if not _CHANGED.search(facts):
-            libc.madvise(int(start, 16), int(end, 16) - int(start, 16), _MADV_DONTNEED)
+    for start, end in unchanged(text):
+        libc.madvise(start, end - start, _MADV_DONTNEED)
+
+
+def unchanged(smaps: str) -> list[tuple[int, int]]:
+    """Addresses of the mappings of files whose every page is as in the file, and cannot be written."""
+    found = _MAPPING.findall(smaps)
+    return [(int(start, 16), int(end, 16)) for start, end, facts in found if not _CHANGED.search(facts)]

@@ -2,8 +2,8 @@
 
 A slot is a decode state of batch 1, and `vmap` runs the model over slots. So every mechanism serves, whatever its
 state is, and each slot counts its own tokens: one may end and another begin while its neighbours go on. A row's
-numbers do not depend on what the other slots hold, and a slot that is not live costs next to nothing on a CPU, where
-rows of zeros are not multiplied (`pallas_kernels.linear.gemv`).
+numbers do not depend on what the other slots hold, up to rounding, and a slot that is not live costs little on a CPU:
+rows of zeros are not multiplied (`pallas_kernels.linear.gemv`, as long as no bias makes them something else).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def insert(slots: Slots, slot: Array, cursor: Cursor, knobs: Knobs) -> Slots:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: Array) -> tuple[Array, Array, Slots]:
-    """`count` tokens of every slot [S, count], whether its logits are still numbers [S], and the slots behind them.
+    """`count` tokens of every slot and whether each was made from numbers, both [S, count], and the slots behind them.
 
     What is said of slots that are not `live` [S] means nothing.
     """
@@ -77,15 +77,16 @@ def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: A
         )
         return out[0][0, 0], out[1]
 
-    def step(slots: Slots, _: None) -> tuple[Slots, Array]:
+    def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
         split = jax.vmap(lambda k: jax.random.split(k, 2))(slots.keys)
         knobs = slots.knobs | {"temperature": jnp.where(live, slots.knobs["temperature"], 0)}  # nobody draws in vain
         token = sample_rows(slots.logits, split[:, 1], **knobs)
         logits, states = jax.vmap(one)(slots.states, token, slots.positions, live)
-        return Slots(states, logits, slots.positions + live, split[:, 0], slots.knobs), token
+        after = Slots(states, logits, slots.positions + live, split[:, 0], slots.knobs)
+        return after, (token, numbers(slots.logits))
 
-    slots, tokens = jax.lax.scan(step, slots, None, length=count)
-    return tokens.T, numbers(slots.logits), slots
+    slots, (tokens, fine) = jax.lax.scan(step, slots, None, length=count)
+    return tokens.T, fine.T, slots
 
 
 def program(model: ModelConfig, count: int, variables: Any, slots: int, room: int) -> Any:

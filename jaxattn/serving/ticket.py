@@ -43,14 +43,14 @@ class Ticket:
         """Nobody waits for the rest: its slot is free at the engine's next turn."""
         self.cancelled = True
 
-    def take(self, row: list[int], fine: bool) -> bool:
-        """Hand over a row of new tokens, made from logits that are `fine`; whether they are the last."""
-        if not fine:
-            self.fail("the model's logits are no numbers (NaN or infinite): try another prompt, or dtype float32")
-            return True
+    def take(self, row: list[int], fine: list[bool]) -> bool:
+        """Hand over a row of new tokens, each made from logits that were `fine`; whether they are the last."""
         row = row[: self.most - self.made]
         end = next((i + 1 for i, token in enumerate(row) if token in self.stop), None)
         row = row[:end]
+        if not all(fine[: len(row)]):  # what is made beyond the end means nothing
+            self.fail("the model's logits are no numbers (NaN or infinite): try another prompt, or dtype float32")
+            return True
         self.made += len(row)
         reason = "stop" if end else "length" if self.made == self.most else None
         self._tell(row, reason)

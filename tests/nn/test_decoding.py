@@ -71,6 +71,13 @@ def test_consumed_parameters_are_gone_and_the_variables_are_the_same(fields):
     assert mlp.is_deleted() == anew
 
 
+def test_an_array_under_two_names_is_not_consumed():
+    cfg, params = build(dtype="bfloat16")
+    params["layer_1"] = params["layer_0"]
+    kept = decoding_variables(cfg, params)
+    jax.tree.map(np.testing.assert_array_equal, decoding_variables(cfg, params, consume=True), kept)
+
+
 def test_a_named_backend_reads_them_as_they_are():
     cfg, params = build(backend="xla")
     assert list(decoding_variables(cfg, params)) == ["params"]

@@ -59,6 +59,14 @@ def test_it_is_the_whole_model_in_few_programs(fields, programs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after, expected[2])
 
 
+def test_the_layer_whose_parameters_do_not_fit_is_named():
+    model, variables = build({"mixers": ("k_bias",), "num_layers": 3})
+    variables["params"]["layer_2"]["attn"]["mechanism"] = {}
+    with pytest.raises(ConfigError, match=r"^layer 2: .*k_bias") as found:
+        layerwise.advance(model, variables, start(model, variables), TOKENS, POSITIONS, LIVE, last=True)
+    assert "layer 0" not in str(found.value)
+
+
 @pytest.mark.parametrize("what", ["embed", "layer_0", "layer_1"])
 def test_parameters_of_another_model_are_one_sentence(what):
     model, variables = build(MODELS["alike"][0])

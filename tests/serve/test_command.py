@@ -71,12 +71,15 @@ def held(process: int) -> dict[str, int]:
 
 
 def test_what_it_cannot_do_is_one_sentence(tmp_path):
+    (tmp_path / "trained").mkdir()
+    run = byte_run(tmp_path / "trained")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for words, expected in (
             ((str(tmp_path), f"--port={port}"), "cannot be listened on"),
             ((str(tmp_path / "none"), "--port=0"), "config.json is missing"),
             ((str(tmp_path), "--max-body=0"), "--max-body is 0"),
+            ((str(run), "--port=0", "--context=0"), "context is 0"),
         ):
             process = start(*words)
             _, err = process.communicate(timeout=60)

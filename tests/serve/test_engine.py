@@ -211,6 +211,23 @@ def test_whoever_is_answered_counts_as_busy(running):
         assert count in seen
 
 
+@pytest.mark.parametrize("length", [10, 24, 25, 31])
+def test_an_answer_may_take_the_last_position(running, length):
+    """What a block makes beyond the end has positions that the model does not know, and means nothing."""
+    model, params = model_of("softmax", position="learned", max_positions=32)
+    engine = running(model, params, context=32, block=8)
+    alone = jaxattn.generate(model, params, np.asarray([[3] * length]), max_new_tokens=32 - length).tokens[0].tolist()
+    inbox = ask(engine, [3] * length, 32 - length)
+    assert (inbox.wait(), inbox.reason) == (alone, "length")
+
+
+def test_closing_before_the_start_tells_those_who_wait():
+    engine = Engine(*model_of("softmax"), slots=1, context=64, queue=4)
+    waiting = ask(engine, [1], 5)
+    engine.close()
+    assert waiting.reason == "error"
+
+
 def test_closing_tells_those_who_wait():
     engine = Engine(*model_of("softmax"), slots=1, context=4000, queue=4)
     engine.start()

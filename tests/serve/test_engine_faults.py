@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn import _generate
+from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
 from jaxattn.nn import layerwise
+from jaxattn.rope import RopeScaling
 from jaxattn.sampling import Sampling
 from jaxattn.serving import engine as engine_module
 from jaxattn.serving import slots as device
@@ -74,6 +75,16 @@ def test_a_prompt_that_fails_ends_alone_and_its_neighbours_go_on(engine, monkeyp
     assert bad.ticket.failure == "the prompt could not be read (ZeroDivisionError: division by zero)"
     assert good.wait() == alone([7], 5)
     assert [inbox.wait() for inbox in neighbours] == [alone([i], 120) for i in (1, 2)]
+    well(engine)
+
+
+def test_a_prompt_that_cannot_even_begin_ends_alone(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.random, "split", failing(jax.random.split, lambda *args: True))
+        inbox = ask(engine, [1], 5)
+        inbox.wait()
+    assert inbox.reason == "error"
+    assert "could not be read (OverflowError" in inbox.ticket.failure
     well(engine)
 
 
@@ -171,7 +182,10 @@ def test_a_warm_engine_compiles_nothing_more(committed):
     found = Engine(MODEL, params, slots=3, context=300, queue=64, block=4)
     found.warm_up()
     want = alone([3, 4], 6)  # which compiles its own
-    programs = (*layerwise.PROGRAMS, device.insert, device.empty)
+    programs = (
+        layerwise._enter, layerwise._layer, layerwise._leave, reader._start, reader._start_again,
+        _generate._counters, device.insert, device.empty,
+    )  # fmt: skip
     before = [program._cache_size() for program in programs]
     found.start()
     try:
@@ -184,6 +198,28 @@ def test_a_warm_engine_compiles_nothing_more(committed):
     finally:
         found.close()
     assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize(
+    ("attn", "more"),
+    [
+        ("landmark(block=5,retrieve=1,context=24)", {}),
+        ("softmax", {"rope_scaling": RopeScaling("dynamic", 4.0, original_length=24)}),
+    ],
+    ids=["pieces of a mechanism", "whole prompts"],
+)
+def test_every_size_of_a_prompt_is_compiled_before_the_first_comes(attn, more):
+    model, params = model_of(attn, **more)
+    found = Engine(model, params, slots=2, context=300, queue=64, block=4)
+    found.warm_up()
+    before = [program._cache_size() for program in (layerwise._layer, reader._start_again)]
+    found.start()
+    try:
+        for length in (1, 30, 60, 130, 290):
+            assert len(ask(found, [3] * length, 2).wait()) == 2
+    finally:
+        found.close()
+    assert [program._cache_size() for program in (layerwise._layer, reader._start_again)] == before
 
 
 def test_generate_compiles_a_block_once_for_parameters_that_are_bound_to_a_device():
