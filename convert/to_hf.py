@@ -134,16 +134,14 @@ def _own_tokenizer(cfg: RunConfig) -> tuple[dict[str, bytes], dict[str, int | No
 
 
 def _write_files(folder: Path, tensors: dict[str, np.ndarray], layout: dict[str, str], kept: dict[str, bytes]) -> None:
-    from safetensors.numpy import save_file
-
     files: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
         files.setdefault(layout[name], {})[name] = tensors[name]
     for name, group in files.items():
-        save_file(group, folder / name, metadata={"format": "pt"})
+        st.save(group, folder / name)
     if len(files) == 1:
         kept = {name: raw for name, raw in kept.items() if name != st.INDEX}
-    elif st.INDEX not in kept:
+    elif st.INDEX not in kept or as_object(kept[st.INDEX], st.INDEX).get("weight_map") != layout:
         total = sum(x.nbytes for x in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(layout.items()))}
         kept = {**kept, st.INDEX: _json(index)}

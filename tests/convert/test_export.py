@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from convert import hf_config, rules
+from convert import safetensors_files as st
 from convert.from_hf import convert
 from convert.to_hf import export
+from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.rope import RopeScaling
 from tests.convert.families import build
 from tests.convert.numpy_decoder import logits as numpy_logits
+from train.config import RunConfig
 from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
@@ -146,6 +149,58 @@ def test_a_checkpoint_saved_without_its_head_is_read_as_transformers_reads_it(tm
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
+def _sharded(folder, extra, rename=lambda name: name):
+    """The tiny model in shards whose tensors, and those of `extra`, go by `rename`; its index names them all."""
+    from safetensors.numpy import load_file, save_file
+
+    oracle = build("llama-sharded", folder)
+    shards, layout = sorted(folder.glob("model-*.safetensors")), {}
+    for i, path in enumerate(shards):
+        found = {rename(name): value for name, value in load_file(path).items()} | (extra if i == 0 else {})
+        save_file(found, path, metadata={"format": "pt"})
+        layout |= dict.fromkeys(found, path.name)
+    index = {"metadata": {"total_size": 1}, "weight_map": layout}
+    (folder / st.INDEX).write_text(json.dumps(index))
+    return oracle
+
+
+@pytest.mark.parametrize("source", ["computed tensors", "no prefix"])
+def test_the_index_of_an_export_names_what_is_in_its_files(source, tmp_path):
+    """Tensors that were dropped or renamed on the way in are not in the index on the way out."""
+    import transformers
+
+    if source == "no prefix":
+        oracle = _sharded(tmp_path / "hf", {}, lambda name: name.removeprefix("model."))
+    else:
+        names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)]
+        oracle = _sharded(tmp_path / "hf", {name: np.ones(4, np.float32) for name in names})
+    convert(str(tmp_path / "hf"), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    index = json.loads((tmp_path / "back" / st.INDEX).read_text())
+    found = st.entries(tmp_path / "back")
+    assert index["weight_map"] == {name: entry.file.name for name, entry in found.items()}
+    assert index["metadata"]["total_size"] == sum(entry.bytes for entry in found.values())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    with torch.no_grad():
+        ids = torch.tensor(IDS[None])
+        assert torch.equal(again(ids).logits, oracle(ids).logits)
+    convert(str(tmp_path / "back"), tmp_path / "twice")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    import resource
+
+    save_run(tmp_path / "run", RunConfig(model=model_of()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(UserError, match=r"hf cannot be written \(File too large, .* bytes free\): free some space"):
+            export(tmp_path / "run", tmp_path / "hf", tokenizer=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def save_run(folder, cfg):
     """A run folder with random weights."""
     from train.checkpoint import Checkpoints
@@ -166,7 +221,6 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
 
     import jaxattn
     from jaxattn.text import load
-    from train.config import RunConfig
     from train.data import DataConfig
 
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
@@ -199,8 +253,6 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
 def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
     import transformers
 
-    from jaxattn.errors import UserError
-    from train.config import RunConfig
     from train.data import DataConfig
 
     data = DataConfig(source=str(tmp_path / "gone.txt"), tokenizer="bytes", context=48)
