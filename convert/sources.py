@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,21 @@ SIDE_FILES = (
     st.INDEX,
 )
 MOST_SIDE_BYTES = 128 << 20
+
+
+@contextlib.contextmanager
+def reading(origin: str | Path) -> Iterator[None]:
+    """A block that reads a source and writes nothing.
+
+    Raises:
+      Incomplete: in place of any `OSError`, naming its file, or `origin`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Incomplete(
+            f"{error.filename or origin} cannot be read ({error.strerror or error}): check its permissions and its disk."
+        ) from error
 
 
 def side_names(folder: Path) -> list[str]:
@@ -108,14 +123,19 @@ class Folder:
 
     def save_side_files(self, folder: Path) -> None:
         for name in side_names(self.path):
-            path = self.path / name
-            if not path.is_file():
-                continue
-            self._guard(path)
-            if path.stat().st_size > MOST_SIDE_BYTES:
-                raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            with reading(self.path / name):
+                raw = self._side_file(self.path / name)
+            if raw is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(raw)
+
+    def _side_file(self, path: Path) -> bytes | None:
+        if not path.is_file():
+            return None
+        self._guard(path)
+        if path.stat().st_size > MOST_SIDE_BYTES:
+            raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
+        return path.read_bytes()
 
     def files(self) -> list[Path]:
         return sorted({entry.file for entry in self.entries.values()})

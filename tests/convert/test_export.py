@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import hf_config, rules
+from convert import from_hf, hf_config, rules
 from convert import safetensors_files as st
 from convert.from_hf import convert
 from convert.to_hf import export
@@ -147,6 +147,15 @@ def test_a_checkpoint_saved_without_its_head_is_read_as_transformers_reads_it(tm
         theirs = oracle(torch.tensor(IDS[None, :20])).logits[0].numpy()
     ours = numpy_logits(cfg.model, load_params(tmp_path / "ours", cfg)[0], IDS[:20])
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(("kind", "said"), [("llama-bytes", 0), ("llama", 1)])
+def test_only_a_tokenizer_that_is_needed_is_missed(kind, said, tmp_path, monkeypatch, capsys):
+    """A model of bytes has no files for them."""
+    build(kind, tmp_path / "hf")
+    monkeypatch.setattr("sys.argv", ["convert.from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    assert from_hf.main() == 0
+    assert capsys.readouterr().err.count("its tokenizer cannot be used yet") == said
 
 
 def _sharded(folder, extra, rename=lambda name: name):

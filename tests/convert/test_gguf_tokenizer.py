@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_a_file_is_read_as_its_fields(tmp_path):
         fields = GgufFile(write_gguf(tmp_path / "x.gguf", fields_of(name, kept()))).fields
         ours = made(fields, tmp_path / name.replace(" ", "-"))
         assert [ours.encode(text) for text in TEXTS] == kept()["cases"][name]["ids"]
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """For which `new_folder` has a sentence; the library raises a bare Exception."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            gguf_tokenizer.save(fields_of(next(iter(CASES)), kept()), tmp_path, "x.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_word_that_no_merge_reaches(tmp_path):
