@@ -16,7 +16,7 @@ from convert.fields import Fields, check_ids
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
 from jaxattn.chat import ADDITIONAL
-from jaxattn.errors import Incomplete, Unsupported, UserError, shown
+from jaxattn.errors import Incomplete, Unsupported, UserError, one_line, shown
 from jaxattn.json_text import read_object
 
 # Kept beside the weights, byte for byte, and written back on export.
@@ -214,17 +214,18 @@ def _download(name: str) -> Source:
     """The snapshot of a hub repository: JSON, tokenizer and safetensors files alone."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise UserError(f"{name!r} is no path here, and hub names need: pip install 'jaxattn[hf]'.") from error
-    patterns = ["*.safetensors", *SIDE_FILES, f"{ADDITIONAL}/*.jinja"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    patterns = ["model*.safetensors", *SIDE_FILES, f"{ADDITIONAL}/*.jinja"]
+    try:  # a * of the hub's patterns crosses folders
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*.safetensors"]))
     except HFValidationError as error:
         raise UserError(f"{name!r} is neither a path nor a hub name ({error}).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the client lets its HTTP library's own errors pass
+        reason = one_line(str(error)[:160]) or type(error).__name__
         raise UserError(
-            f"{name!r} is no path here and could not be downloaded ({str(error).splitlines()[0][:160]}); "
+            f"{name!r} is no path here and could not be downloaded ({reason}); "
             "check the name, the network and HF_TOKEN."
         ) from error
     return Folder(folder, root=folder.parent.parent)
