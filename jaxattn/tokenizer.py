@@ -42,7 +42,8 @@ def _odd_regex(inner: tokenizers.Tokenizer) -> bool:
 
 
 class Tokenizer:
-    """Text to token ids and back; `bos` and `eos` are the ids of the start and the end of a text, or None.
+    """Text to token ids and back; `bos`, `eos` and `pad` are the ids of a text's start, its end and what fills rows, or
+    None.
 
     Settings of one call that a file may hold (truncation, padding, dropout of merges) are reset: they are no part of
     the tokenizer. `named` are the special tokens with a name, as a chat template sees them.
@@ -63,6 +64,7 @@ class Tokenizer:
         self._guess = next((i for i in ids if i is not None), None)
         find = lambda key: inner.token_to_id(self.named[key]) if key in self.named else None
         self.bos: int | None = find("bos_token")
+        self.pad: int | None = find("pad_token")
         self.eos: int | None = self._guess if (eos := find("eos_token")) is None else eos
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

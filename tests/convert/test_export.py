@@ -210,12 +210,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def save_run(folder, cfg):
-    """A run folder with random weights."""
+def save_run(folder, cfg, scale=None):
+    """A run folder with random weights; `scale` is one of the last norm."""
     from train.checkpoint import Checkpoints
     from train.rundir import write_json_atomic
 
     params = Decoder(cfg.model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    if scale is not None:
+        params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(scale)
     folder.mkdir()
     write_json_atomic(folder / "config.json", cfg.to_dict())
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict()) as checkpoints:
@@ -257,6 +259,55 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
     assert made == loaded.tokenizer.decode(ours.tokens[0][: ours.lengths[0]].tolist())
     again = read_config(convert(str(tmp_path / "hf"), tmp_path / "again"))
     assert again.model.max_positions == 48
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_text_keeps_the_named_tokens_of_its_tokenizer(tmp_path):
+    """Start, end, padding and a model's own tokens, in transformers and in the checkpoint that is made of it again."""
+    import transformers
+    from tokenizers import Tokenizer, processors
+
+    from jaxattn.text import load
+    from train.data import DataConfig
+    from train.data.tokenizer import byte_tokenizer
+
+    inner = Tokenizer.from_str(byte_tokenizer().to_json())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}
+    inner.add_special_tokens(list(names.values()))
+    inner.post_processor = processors.TemplateProcessing(
+        single=["<s>:0", "$A:0"], pair=["<s>:0", "$A:0", "$B:1"], special_tokens=[("<s>", 257)]
+    )
+    (tmp_path / "own").mkdir()
+    inner.save(str(tmp_path / "own" / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(described))
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    text, cache = str(tmp_path / "text.txt"), str(tmp_path / "c")
+    data = DataConfig(source=text, tokenizer=str(tmp_path / "own"), context=48, cache_dir=cache)
+    save_run(tmp_path / "run", RunConfig(model=model_of(vocab_size=261), data=data))
+    export(tmp_path / "run", tmp_path / "hf")
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert after.special_tokens_map == before.special_tokens_map == names
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, key) == getattr(generation, key) == getattr(after, key) == getattr(before, key), key
+    loaded = load(tmp_path / "run")
+    again = load(convert(str(tmp_path / "hf"), tmp_path / "again"))
+    for prompt in ("", "It was"):
+        assert loaded.encode(prompt) == again.encode(prompt) == before(prompt)["input_ids"] == after(prompt)["input_ids"]
+
+
+def test_numbers_that_a_dtype_does_not_hold_are_not_exported_as_infinite(tmp_path):
+    params = save_run(tmp_path / "run", RunConfig(model=model_of()), 65520.0)  # half a step beyond the largest
+    assert params["final_norm"]["scale"][0] == 65520.0
+    with pytest.raises(UserError, match=r"'model\.norm\.weight' has numbers up to 65520, .*--dtype bfloat16 or float32"):
+        export(tmp_path / "run", tmp_path / "hf", dtype="float16", tokenizer=False)
+    assert not (tmp_path / "hf").exists()
+    export(tmp_path / "run", tmp_path / "hf", dtype="bfloat16", tokenizer=False)
+    save_run(tmp_path / "fits", RunConfig(model=model_of()), 65504.0)
+    export(tmp_path / "fits", tmp_path / "half", dtype="float16", tokenizer=False)
 
 
 def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
