@@ -50,7 +50,7 @@ def reading(origin: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Incomplete(
-            f"{error.filename or origin} cannot be read ({error.strerror or error}): check its permissions and its disk."
+            f"{error.filename or origin} cannot be read ({error.strerror or error}): check permissions and disk."
         ) from error
 
 

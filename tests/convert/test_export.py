@@ -296,13 +296,17 @@ def test_a_run_of_text_keeps_the_named_tokens_of_its_tokenizer(tmp_path):
     loaded = load(tmp_path / "run")
     again = load(convert(str(tmp_path / "hf"), tmp_path / "again"))
     for prompt in ("", "It was"):
-        assert loaded.encode(prompt) == again.encode(prompt) == before(prompt)["input_ids"] == after(prompt)["input_ids"]
+        assert (
+            loaded.encode(prompt) == again.encode(prompt) == before(prompt)["input_ids"] == after(prompt)["input_ids"]
+        )
 
 
 def test_numbers_that_a_dtype_does_not_hold_are_not_exported_as_infinite(tmp_path):
     params = save_run(tmp_path / "run", RunConfig(model=model_of()), 65520.0)  # half a step beyond the largest
     assert params["final_norm"]["scale"][0] == 65520.0
-    with pytest.raises(UserError, match=r"'model\.norm\.weight' has numbers up to 65520, .*--dtype bfloat16 or float32"):
+    with pytest.raises(
+        UserError, match=r"'model\.norm\.weight' has numbers up to 65520, .*--dtype bfloat16 or float32"
+    ):
         export(tmp_path / "run", tmp_path / "hf", dtype="float16", tokenizer=False)
     assert not (tmp_path / "hf").exists()
     export(tmp_path / "run", tmp_path / "hf", dtype="bfloat16", tokenizer=False)

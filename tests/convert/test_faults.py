@@ -291,9 +291,13 @@ def test_folders_made_on_the_way_go_with_a_failed_conversion(good, tmp_path):
 
 
 def test_folders_made_on_the_way_stay_where_somebody_else_uses_them(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "p1" / "p2" / "x") as partial:
-        (partial.parents[1] / "file").write_text("")
-        raise ZeroDivisionError
+    def meanwhile():
+        with new_folder(tmp_path / "p1" / "p2" / "x") as partial:
+            (partial.parents[1] / "file").write_text("")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        meanwhile()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "p1"]
     with new_folder(tmp_path / "p1" / "p2" / "x") as partial:
         (partial / "content").write_text("")
@@ -301,7 +305,10 @@ def test_folders_made_on_the_way_stay_where_somebody_else_uses_them(tmp_path):
 
 
 def test_a_folder_that_cannot_be_looked_at_or_filled_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"n cannot be written \(File name too long\)"), new_folder(tmp_path / ("n" * 300)):
+    with (
+        pytest.raises(UserError, match=r"n cannot be written \(File name too long\)"),
+        new_folder(tmp_path / ("n" * 300)),
+    ):
         pass
     with pytest.raises(UserError, match=r"dst cannot be written \(Error\)"), new_folder(tmp_path / "dst"):
         raise shutil.Error([("a", "b", "why")])
@@ -409,6 +416,16 @@ def test_a_hostile_gguf_file_is_refused(fault, tmp_path):
         convert(str(tmp_path / "bad.gguf"), tmp_path / "dst")
     assert len(str(caught.value)) < 600
     assert not (tmp_path / "dst").exists()
+
+
+def test_a_tensor_of_no_numbers_is_refused(tmp_path):
+    """Blocks of nothing where a table of rotary factors is looked for, which is read before the shapes are compared."""
+    pytest.importorskip("gguf")
+    raw = write(tmp_path / "x.gguf", "llama").read_bytes().replace(b"token_embd.weight", b"rope_freqs.weight")
+    at = after(raw, b"rope_freqs.weight")
+    (tmp_path / "x.gguf").write_bytes(put(put(raw, at + 4, 0), at + 20, 8, "<I"))
+    with pytest.raises(CheckpointError, match=r"tensor 'rope_freqs\.weight' has dimensions \[0, [0-9]+\]"):
+        convert(str(tmp_path / "x.gguf"), tmp_path / "dst")
 
 
 def test_the_sound_gguf_file_is_accepted(tmp_path):

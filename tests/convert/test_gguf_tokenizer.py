@@ -11,7 +11,7 @@ import pytest
 from convert import gguf_tokenizer
 from convert.from_hf import convert
 from convert.gguf_pre import PRE
-from jaxattn.chat import read_template
+from jaxattn.chat import choose_template, read_templates
 from jaxattn.errors import UserError
 from jaxattn.text import load
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
@@ -88,13 +88,14 @@ def test_the_tokenizer_counts_as_it_is_whatever_class_its_model_has(tmp_path):
 def test_chat_templates_by_name(tmp_path):
     fields, chat = fields_of("qwen2", kept()), "tokenizer.chat_template"
     made(fields | {chat: "plain"}, tmp_path / "one")
-    assert read_template(tmp_path / "one")[0] == "plain"
+    assert read_templates(tmp_path / "one") == {"default": "plain"}
     made(
         fields | {chat: "plain", f"{chat}.tool_use": "tools", "tokenizer.chat_templates": ["tool_use"]},
         tmp_path / "two",
     )
-    assert read_template(tmp_path / "two")[0] == "plain"
-    assert read_template(tmp_path / "two", tools=True)[0] == "tools"
+    two = read_templates(tmp_path / "two")
+    assert choose_template(two, tmp_path) == "plain"
+    assert choose_template(two, tmp_path, tools=True) == "tools"
 
 
 BAD = {

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -228,6 +229,8 @@ def test_a_sentencepiece_model_is_read_as_transformers_reads_it(tmp_path, family
     assert_alike(oracle(write(tmp_path, files)), read_tokenizer(tmp_path))
 
 
+MERGES = '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", %s]}}'
+BAD_MERGES = ['"a b c"', '"ab"', '["a", 1]', '["a"]', '["a", "b", "c"]', "7", "null"]
 BROKEN = {
     "tokenizer.json": [
         "[1]", "{", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1, 2]}}', "[" * 200_000,
@@ -235,6 +238,7 @@ BROKEN = {
     "tokenizer_config.json": [
         {"bos_token": {}}, {"bos_token": 5}, {"eos_token": ["</s>"]}, {"added_tokens_decoder": [1]},
         {"added_tokens_decoder": {"x": {"content": "a"}}}, {"added_tokens_decoder": {"0": "a"}},
+        {"added_tokens_decoder": {"1" * 5000: {"content": "a"}}},
         {"added_tokens_decoder": {"0": {"content": 5}}}, {"additional_special_tokens": 7},
         {"added_tokens_decoder": {"0": {"content": "a", "special": "yes"}}}, {"additional_special_tokens": [7]},
         {"extra_special_tokens": {"a_token": 7}}, {"split_special_tokens": "no"}, {"tokenizer_class": 3},
@@ -257,6 +261,15 @@ def test_a_broken_file_is_one_sentence(tmp_path, name, value):
     assert name in message
     assert "\n" not in message
     assert len(message) < 500 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("bad", BAD_MERGES)
+def test_of_many_merges_the_broken_one_is_named(tmp_path, bad):
+    plain(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(MERGES % bad)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(UserError, match=re.escape(f"merges has {json.loads(bad)!r} where two pieces")):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("add_prefix_space", "legacy"), [("yes", None), (None, 5)])
