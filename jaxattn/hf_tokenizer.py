@@ -20,6 +20,7 @@ from jaxattn.errors import Corrupt, Incomplete, Unsupported, shown
 from jaxattn.hf_added_tokens import CONFIG, JSON, add, added_tokens, post_process, settings_of, special_tokens
 from jaxattn.json_text import field, optional_object
 from jaxattn.rust import guarded
+from jaxattn.split_regex import QWEN2_SPLIT
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,9 +37,6 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
 }
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclasses.dataclass(frozen=True)

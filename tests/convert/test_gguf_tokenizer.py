@@ -13,6 +13,7 @@ from convert.from_hf import convert
 from convert.gguf_pre import PRE
 from jaxattn.chat import choose_template, read_templates
 from jaxattn.errors import UserError
+from jaxattn.split_regex import KNOWN
 from jaxattn.text import load
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
 from tests.convert import gguf_models
@@ -37,6 +38,10 @@ def test_ids_and_ends_are_llama_cpp_s(name, tmp_path):
 
 def test_every_way_to_cut_text_is_among_the_cases():
     assert {PRE[name] for name in PRES} == set(PRE.values())
+
+
+def test_every_expression_is_one_that_the_library_does_not_fail_over():
+    assert {expression for pre in PRE.values() for expression in pre.expressions} <= KNOWN
 
 
 def test_a_file_is_read_as_its_fields(tmp_path):
