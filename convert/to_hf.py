@@ -18,7 +18,7 @@ from convert import hf_config, rules
 from convert import safetensors_files as st
 from convert.from_hf import EMBEDDING, HEAD
 from convert.new_folder import new_folder
-from convert.sources import side_names
+from convert.sources import reading, side_names
 from jaxattn.errors import Unsupported, UserError, run_cli
 from jaxattn.json_text import as_object, optional_object, read_object
 from jaxattn.models import ModelConfig
@@ -97,7 +97,8 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
 def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], tokenizer: bool) -> dict[str, bytes]:
     """The source's own files or those of the run's tokenizer, and a config.json of the model and the tensors' dtype."""
     folder, model = src / SIDE, cfg.model
-    kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
+    with reading(folder):
+        kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
     dtype = _common_dtype(tensors)
     raw, ids = None, {}
     if "config.json" in kept:

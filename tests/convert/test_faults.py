@@ -20,6 +20,7 @@ from convert import from_hf, hf_config, rules
 from convert.from_hf import convert
 from convert.new_folder import new_folder
 from convert.sources import MOST_SIDE_BYTES
+from convert.to_hf import export
 from jaxattn.errors import CheckpointError, Incomplete, UserError
 from jaxattn.models import ModelConfig
 from tests.convert.gguf_models import write
@@ -324,9 +325,12 @@ def test_a_source_that_cannot_be_read_is_not_a_folder_that_cannot_be_written(goo
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return read(path)
 
+    convert(str(good), tmp_path / "sound")
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     with pytest.raises(Incomplete, match=r"good/tokenizer\.model cannot be read \(Input/output error\)"):
         convert(str(good), tmp_path / "dst")
+    with pytest.raises(Incomplete, match=r"sound/hf/tokenizer\.model cannot be read \(Input/output error\)"):
+        export(tmp_path / "sound", tmp_path / "back")
 
 
 def test_what_is_wrong_with_a_side_file_is_found_before_the_weights_are_read(good, tmp_path, monkeypatch):
