@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from convert import hf_config, rules
 from convert.new_folder import new_folder
-from convert.sources import Source, open_source
+from convert.sources import Source, open_source, reading
 from jaxattn.errors import UserError, run_cli
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
@@ -32,6 +32,7 @@ from train.checkpoint import Checkpoints
 from train.config import EvalConfig, RunConfig
 from train.data import DataConfig
 from train.data.tokenizer import byte_tokenizer
+from train.load import read_config
 from train.manifest import hash_file
 from train.rundir import versions, write_json_atomic
 
@@ -40,16 +41,15 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def read_params(
-    source: Source, model: ModelConfig, *, dtype: str = "source", shardings: Any = None, progress: Any = None
+    source: Source, model: ModelConfig, *, dtype: str = "source", progress: Any = None
 ) -> tuple[dict[str, Any], ModelConfig, set[str]]:
-    """Parameters as our tree, tensor by tensor onto their shardings, the model they are of, and the source's dtypes.
+    """Parameters as our tree on the first device, the model they are of, and the source's dtypes.
 
     A model whose configuration ties its two matrices is another one where the files hold two that differ, as in
     transformers. The host holds one tensor at a time besides what has been placed.
 
     Args:
       dtype: "source" keeps each tensor's, else "float32" or "bfloat16".
-      shardings: path -> sharding; default: the first device.
 
     Raises:
       UserError: a tensor is missing, unknown, of another shape, not finite or of an unsupported dtype.
@@ -64,7 +64,7 @@ def read_params(
     for name, shape in shapes.items():
         if (pair := wanted.get(alias.get(name, name))) is not None:
             rules.check_shape(pair, shape, source.origin)
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat: dict[str, Any] = {}
     dtypes: set[str] = set()
     for name, array in source.read_all():
@@ -75,7 +75,6 @@ def read_params(
         ours = pair.ours(array)
         if dtype != "source":
             ours = ours.astype(jnp.dtype(dtype))
-        place = default if shardings is None else shardings[pair.path]
         flat[pair.path] = jax.device_put(np.ascontiguousarray(ours), place)
         if progress is not None:
             progress(math.prod(pair.shape))
@@ -106,26 +105,29 @@ def convert(text: str, dst: Path, *, dtype: str = "source") -> Path:
       UserError: naming what is wrong; DST is then as it was.
     """
     with new_folder(dst) as partial:
-        source = open_source(text)
-        raw, origin = source.config(), f"{source.origin} (config.json)"
-        rules.check_layers(source.shapes(), hf_config.count_layers(raw, origin), origin)
+        with reading(text):
+            source = open_source(text)
+            raw, origin = source.config(), f"{source.origin} (config.json)"
+            rules.check_layers(source.shapes(), hf_config.count_layers(raw, origin), origin)
         model = hf_config.parse(raw, origin)
         (partial / SIDE).mkdir()
+        source.save_side_files(partial / SIDE)  # before the weights: what is wrong with a tokenizer is soon found
         _write(source, model, partial, dtype)
     return dst
 
 
 def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None:
     total = sum(math.prod(pair.shape) for pair in rules.pairs(model).values())
-    with Progress() as bar:
+    with Progress() as bar, reading(source.origin):
         task = bar.add_task(f"reading {model.num_layers} layers", total=total)
         params, model, dtypes = read_params(source, model, dtype=dtype, progress=lambda n: bar.advance(task, n))
-    source.save_side_files(folder / SIDE)
     cfg = run_config(model, folder / SIDE)
     write_json_atomic(folder / "config.json", cfg.to_dict())
     (folder / "metrics.jsonl").write_text('{"step": 0}\n', "utf-8")  # what a report begins with
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict(), async_save=False) as checkpoints:
         checkpoints.save(0, {"params": params})
+    with reading(source.origin):
+        files = {path.name: dataclasses.asdict(hash_file(path)) for path in source.files()}
     write_json_atomic(
         folder / "provenance.json",
         {
@@ -135,7 +137,7 @@ def _write(source: Source, model: ModelConfig, folder: Path, dtype: str) -> None
             "kept_as": dtype,
             "layout": source.layout(),
             "notes": source.notes(),
-            "files": {path.name: dataclasses.asdict(hash_file(path)) for path in source.files()},
+            "files": files,
             "versions": versions(),
         },
     )
@@ -151,7 +153,8 @@ def main() -> int:
     args = parser.parse_args()
     folder = convert(args.src, args.dst, dtype=args.dtype)
     try:
-        read_tokenizer(folder / SIDE)
+        if has_tokenizer(folder / SIDE) or read_config(folder).data.tokenizer != "bytes":
+            read_tokenizer(folder / SIDE)
     except UserError as error:  # the weights are there all the same
         print(f"its tokenizer cannot be used yet: {error}", file=sys.stderr)
     for note in json.loads((folder / "provenance.json").read_text("utf-8"))["notes"]:

@@ -110,6 +110,8 @@ class Header(Mapping[str, Any]):
             if not 1 <= rank <= 4:
                 raise Corrupt(f"{self.origin}: tensor {shown(name)} has {rank} dimensions; weights have 1 or 2.")
             dims = tuple(self._number("<Q") for _ in range(rank))
+            if 0 in dims:
+                raise Corrupt(f"{self.origin}: tensor {shown(name)} has dimensions {list(dims)}; weights have no 0.")
             kind, offset = self._number("<I"), self._number("<Q")
             # No type packs more than 8 numbers in a byte.
             if offset > len(self._data) or math.prod(dims) > 16 * len(self._data):

@@ -104,7 +104,7 @@ def _pieces(vocab: Vocabulary) -> Any:
 def save(fields: dict[str, Any], folder: Path, origin: str) -> None:
     """Write tokenizer.json, tokenizer_config.json (special tokens, chat templates) and generation_config.json (the
     tokens at which generation ends)."""
-    tokenizer_of(fields, origin).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer_of(fields, origin).to_str(pretty=True), "utf-8")
     vocab = gguf_vocab.read(fields, origin)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

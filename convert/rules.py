@@ -124,7 +124,7 @@ def check_layers(found: Iterable[str], layers: int, origin: str) -> None:
         )
 
 
-def check_names(found: Mapping[str, Any], wanted: Mapping[str, Pair], origin: str, *, also: Iterable[str] = ()) -> None:
+def check_names(found: Mapping[str, Any], wanted: Mapping[str, Pair], origin: str) -> None:
     """Refuse a source that lacks a tensor, or has one that the model does not.
 
     Raises:
@@ -137,7 +137,7 @@ def check_names(found: Mapping[str, Any], wanted: Mapping[str, Pair], origin: st
             f"{origin} lacks {_some(missing)} of the {len(wanted)} tensors its configuration asks for; "
             "nothing is filled with random numbers: download the whole checkpoint."
         )
-    unknown = sorted(n for n in set(found) - set(wanted) - set(also) if not any(r.fullmatch(n) for r in COMPUTED))
+    unknown = sorted(n for n in set(found) - set(wanted) if not any(r.fullmatch(n) for r in COMPUTED))
     if unknown:
         raise Mismatch(
             f"{origin} has {_some(unknown)}, which the architecture of its configuration does not have; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, shown
+from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, UserError, shown
 from jaxattn.json_text import as_object, read_object
 
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -88,6 +89,24 @@ def read_all(found: dict[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
         except SafetensorError as error:
             raise Corrupt(f"{entry.file} cannot be read ({str(error)[:120]}); download it again.") from error
         yield name, finite(name, array, str(entry.file))
+
+
+def save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write one file as PyTorch does.
+
+    Raises:
+      OSError: the disk refuses, which the library tells by an error of its own.
+      UserError: the library refuses.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (code := re.search(r"os error (\d+)", str(error))) is None:
+            raise UserError(f"{path} cannot be written ({str(error)[:160]}).") from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def finite(name: str, array: np.ndarray, origin: str) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from convert.fields import Fields, check_ids
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
 from jaxattn.chat import ADDITIONAL
-from jaxattn.errors import Incomplete, Unsupported, UserError, shown
+from jaxattn.errors import Incomplete, Unsupported, UserError, one_line, shown
 from jaxattn.json_text import read_object
 
 # Kept beside the weights, byte for byte, and written back on export.
@@ -37,6 +37,21 @@ SIDE_FILES = (
     st.INDEX,
 )
 MOST_SIDE_BYTES = 128 << 20
+
+
+@contextlib.contextmanager
+def reading(origin: str | Path) -> Iterator[None]:
+    """A block that reads a source and writes nothing.
+
+    Raises:
+      Incomplete: in place of any `OSError`, naming its file, or `origin`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Incomplete(
+            f"{error.filename or origin} cannot be read ({error.strerror or error}): check permissions and disk."
+        ) from error
 
 
 def side_names(folder: Path) -> list[str]:
@@ -108,14 +123,19 @@ class Folder:
 
     def save_side_files(self, folder: Path) -> None:
         for name in side_names(self.path):
-            path = self.path / name
-            if not path.is_file():
-                continue
-            self._guard(path)
-            if path.stat().st_size > MOST_SIDE_BYTES:
-                raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            with reading(self.path / name):
+                raw = self._side_file(self.path / name)
+            if raw is not None:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(raw)
+
+    def _side_file(self, path: Path) -> bytes | None:
+        if not path.is_file():
+            return None
+        self._guard(path)
+        if path.stat().st_size > MOST_SIDE_BYTES:
+            raise UserError(f"{path} has more than {MOST_SIDE_BYTES:,} bytes; no tokenizer is that large.")
+        return path.read_bytes()
 
     def files(self) -> list[Path]:
         return sorted({entry.file for entry in self.entries.values()})
@@ -194,17 +214,18 @@ def _download(name: str) -> Source:
     """The snapshot of a hub repository: JSON, tokenizer and safetensors files alone."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise UserError(f"{name!r} is no path here, and hub names need: pip install 'jaxattn[hf]'.") from error
-    patterns = ["*.safetensors", *SIDE_FILES, f"{ADDITIONAL}/*.jinja"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    patterns = ["model*.safetensors", *SIDE_FILES, f"{ADDITIONAL}/*.jinja"]
+    try:  # a * of the hub's patterns crosses folders
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*.safetensors"]))
     except HFValidationError as error:
         raise UserError(f"{name!r} is neither a path nor a hub name ({error}).") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the client lets its HTTP library's own errors pass
+        reason = one_line(str(error)[:160]) or type(error).__name__
         raise UserError(
-            f"{name!r} is no path here and could not be downloaded ({str(error).splitlines()[0][:160]}); "
+            f"{name!r} is no path here and could not be downloaded ({reason}); "
             "check the name, the network and HF_TOKEN."
         ) from error
     return Folder(folder, root=folder.parent.parent)

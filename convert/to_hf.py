@@ -18,7 +18,7 @@ from convert import hf_config, rules
 from convert import safetensors_files as st
 from convert.from_hf import EMBEDDING, HEAD
 from convert.new_folder import new_folder
-from convert.sources import side_names
+from convert.sources import reading, side_names
 from jaxattn.errors import Unsupported, UserError, run_cli
 from jaxattn.json_text import as_object, optional_object, read_object
 from jaxattn.models import ModelConfig
@@ -29,6 +29,7 @@ from train.load import load_params, open_source, read_config
 
 MOST_BYTES = 5 << 30  # of one file
 FLOATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32", "float32": "source"}
 
 
 def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = None, tokenizer: bool = True) -> Path:
@@ -47,7 +48,7 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
     tensors = {}
     for name, pair in wanted.items():
         array = pair.theirs(np.asarray(flat[pair.path]))
-        tensors[name] = np.ascontiguousarray(array if dtype == "source" else array.astype(np.dtype(dtype)))
+        tensors[name] = np.ascontiguousarray(array if dtype == "source" else _cast(name, array, dtype))
     layout = _layout(src, tensors, cfg.model)
     if HEAD in layout and cfg.model.tie_embeddings:
         tensors[HEAD] = tensors[EMBEDDING]
@@ -55,6 +56,18 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
     with new_folder(dst) as partial:
         _write_files(partial, tensors, layout, kept)
     return dst
+
+
+def _cast(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """Raises `UserError` if a number of the array is infinite in `dtype`."""
+    with np.errstate(over="ignore"):
+        made = array.astype(np.dtype(dtype))
+    if not np.isfinite(made).all():
+        most = float(np.abs(array).max())
+        raise UserError(
+            f"tensor {name!r} has numbers up to {most:.6g}, which {dtype} does not hold: use --dtype {WIDER[dtype]}."
+        )
+    return made
 
 
 def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> dict[str, str]:
@@ -84,7 +97,8 @@ def _layout(src: Path, tensors: dict[str, np.ndarray], model: ModelConfig) -> di
 def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], tokenizer: bool) -> dict[str, bytes]:
     """The source's own files or those of the run's tokenizer, and a config.json of the model and the tensors' dtype."""
     folder, model = src / SIDE, cfg.model
-    kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
+    with reading(folder):
+        kept = {name: (folder / name).read_bytes() for name in side_names(folder) if (folder / name).is_file()}
     dtype = _common_dtype(tensors)
     raw, ids = None, {}
     if "config.json" in kept:
@@ -117,33 +131,29 @@ def _own_tokenizer(cfg: RunConfig) -> tuple[dict[str, bytes], dict[str, int | No
     ids: dict[str, int | None] = {key: None for key in hf_config.TOKEN_IDS}
     if own is None:
         return {"generation_config.json": _json(ids)}, ids
-    import tokenizers
-
-    body = own.to_json()
-    ids |= {"eos_token_id": own.eos, "pad_token_id": own.eos}
+    ids |= {"bos_token_id": own.bos, "eos_token_id": own.eos, "pad_token_id": own.eos if own.pad is None else own.pad}
     described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     described["model_max_length"] = cfg.data.context
     if own.eos is not None:
-        token = tokenizers.Tokenizer.from_str(body).id_to_token(own.eos)
+        token = own.token(own.eos)
         described |= {"eos_token": token, "pad_token": token}
+    described |= own.named
     return {
-        "tokenizer.json": body.encode(),
+        "tokenizer.json": own.to_json().encode(),
         "tokenizer_config.json": _json(described),
         "generation_config.json": _json(ids),
     }, ids
 
 
 def _write_files(folder: Path, tensors: dict[str, np.ndarray], layout: dict[str, str], kept: dict[str, bytes]) -> None:
-    from safetensors.numpy import save_file
-
     files: dict[str, dict[str, np.ndarray]] = {}
     for name in tensors:
         files.setdefault(layout[name], {})[name] = tensors[name]
     for name, group in files.items():
-        save_file(group, folder / name, metadata={"format": "pt"})
+        st.save(group, folder / name)
     if len(files) == 1:
         kept = {name: raw for name, raw in kept.items() if name != st.INDEX}
-    elif st.INDEX not in kept:
+    elif st.INDEX not in kept or as_object(kept[st.INDEX], st.INDEX).get("weight_map") != layout:
         total = sum(x.nbytes for x in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(layout.items()))}
         kept = {**kept, st.INDEX: _json(index)}

@@ -160,7 +160,7 @@ def verify(src: str, dst: Path, *, prompts: list[str], tolerance: float, console
         found = Agreement.of(oracle.logits(ids), np.asarray(run(params, jnp.asarray(ids[None])))[0])
         numbers = (f"{found.max_abs:.2e}", f"{found.kl:.2e}", f"{found.top1:.1%}", f"{found.top5:.1%}")
         table.add_row(repr(text)[:48], str(len(ids)), *numbers)
-        worst = max(worst, found.max_abs)
+        worst = float(np.maximum(worst, found.max_abs))  # NaN is the worst of all
         if not found.max_abs <= tolerance and failed is None:
             failed = ids
     console.print(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.sources import Folder, Gguf
-from jaxattn.chat import read_template, read_templates, render
+from jaxattn.chat import choose_template, read_templates, render
 from jaxattn.errors import UserError, shown
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.tokenizer import read_tokenizer
@@ -66,20 +66,21 @@ def compare(source: Folder | Gguf, side: Path, texts: list[str]) -> Compared:
     if theirs.chat_template is None or "default" not in templates:
         missing = (theirs.chat_template is None) == (not templates)
         return Compared(f"tokens: {len(texts)} texts equal those of transformers; no chat template", missing)
+    template = choose_template(templates, side)
     for messages in CHATS:
-        if (pair := _chat(theirs, ours, side, messages)) is not None:
+        if (pair := _chat(theirs, ours, template, messages)) is not None:
             return Compared(_difference(f"a chat of {len(messages)}", *pair), False)
     return Compared(f"tokens: {len(texts)} texts and {len(CHATS)} chats equal those of transformers", True)
 
 
-def _chat(theirs: Any, ours: Any, side: Path, messages: list[dict[str, str]]) -> tuple[Any, Any] | None:
+def _chat(theirs: Any, ours: Any, template: str, messages: list[dict[str, str]]) -> tuple[Any, Any] | None:
     """Both renderings, or both rows of ids, where they differ; a template that refuses has to refuse both."""
     try:
         wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception:  # noqa: BLE001  a template can raise anything
         wanted = None
     try:
-        found = render(read_template(side)[0], ours.named, messages)
+        found = render(template, ours.named, messages)
     except UserError:
         found = None
     if found != wanted:

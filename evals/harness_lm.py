@@ -17,7 +17,7 @@ from rich.progress import track
 from evals.gen_kwargs import Generation, read_gen_kwargs
 from evals.harness_chat import check_variables, conversation
 from jaxattn._generate import stream
-from jaxattn.chat import read_template
+from jaxattn.chat import choose_template, read_templates
 from jaxattn.errors import ConfigError, UserError, shown
 from jaxattn.json_text import field, optional_object
 from jaxattn.reader import hidden_of, scores
@@ -126,7 +126,8 @@ class JaxattnLM(TemplateLM):
         Raises:
           UserError: the checkpoint has none.
         """
-        return read_template(self.loaded.folder / SIDE)[0] if chat_template else None
+        side = self.loaded.folder / SIDE
+        return choose_template(read_templates(side), side) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation in the checkpoint's template; see `evals.harness_chat.conversation`."""

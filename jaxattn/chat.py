@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -17,7 +17,6 @@ from typing import Any
 
 from jaxattn import _chat_child
 from jaxattn.errors import Corrupt, UserError, shown
-from jaxattn.hf_tokenizer import named_tokens
 from jaxattn.json_text import optional_object, read_text
 
 Messages = Sequence[Mapping[str, Any]]
@@ -26,21 +25,15 @@ ADDITIONAL = "additional_chat_templates"  # the folder of templates other than t
 STARTING_SECONDS = 60.0  # of the rendering process, on a busy machine
 
 
-def read_template(folder: Path, *, tools: bool = False) -> tuple[str, dict[str, str]]:
-    """The template of a tokenizer folder and the special tokens it may name.
+def choose_template(found: Mapping[str, str], folder: Path, *, tools: bool = False) -> str:
+    """The template for a conversation, among all of a folder (`read_templates`).
 
     Args:
       tools: take the template for tool use where there is one of its own.
 
     Raises:
       UserError: the folder has none, or several of which none is the default.
-      Corrupt: a file of it is broken.
     """
-    return choose_template(read_templates(folder), folder, tools=tools), named_tokens(folder)
-
-
-def choose_template(found: Mapping[str, str], folder: Path, *, tools: bool = False) -> str:
-    """The template for a conversation, with or without tools, among all of a folder. Raises as `read_template`."""
     if tools and "tool_use" in found:
         return found["tool_use"]
     if found and "default" not in found:
@@ -51,7 +44,11 @@ def choose_template(found: Mapping[str, str], folder: Path, *, tools: bool = Fal
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """All templates of a folder by name: its .jinja files if there are any, else those in its JSON."""
+    """All templates of a folder by name: its .jinja files if there are any, else those in its JSON.
+
+    Raises:
+      Corrupt: a file of it is broken.
+    """
     files = {p.name.removesuffix(".jinja"): p for p in sorted((folder / ADDITIONAL).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files = {"default": folder / "chat_template.jinja", **files}
@@ -62,15 +59,17 @@ def read_templates(folder: Path) -> dict[str, str]:
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-            value = {entry.get("name"): entry.get("template") for entry in value}
+            entries = [(entry.get("name"), entry.get("template")) for entry in value]
+        else:
+            entries = list(value.items()) if isinstance(value, dict) else None
         if value is None:
             continue
-        if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+        if entries is None or not all(isinstance(x, str) for entry in entries for x in entry):
             raise Corrupt(
                 f"{folder / name}: chat_template is {shown(value)} but must be text, or a list of objects with a name "
                 "and a template."
             )
-        return value
+        return dict(entries)
     return {}
 
 
@@ -174,13 +173,15 @@ class Renderer:
         assert self._process is not None
         assert self._process.stdout is not None
         until, pipe, raw = time.monotonic() + seconds, self._process.stdout, b""
-        while len(raw) < 8 or len(raw) < 8 + int.from_bytes(raw[:8], "big"):
-            if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError
-            part = os.read(pipe.fileno(), 1 << 20)
-            if not part:
-                raise ValueError("the process has ended")
-            raw += part
+        with selectors.DefaultSelector() as ready:  # select() does not know descriptors from 1024 on
+            ready.register(pipe, selectors.EVENT_READ)
+            while len(raw) < 8 or len(raw) < 8 + int.from_bytes(raw[:8], "big"):
+                if not ready.select(max(0.0, until - time.monotonic())):
+                    raise TimeoutError
+                part = os.read(pipe.fileno(), 1 << 20)
+                if not part:
+                    raise ValueError("the process has ended")
+                raw += part
         return json.loads(raw[8:])
 
     def _stop(self) -> None:

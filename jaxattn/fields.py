@@ -32,10 +32,16 @@ def hints(kind: type) -> dict[str, Any]:
 def check_fields(group: str, config: Any) -> None:
     """Check every field of a dataclass; `group` (as "optim") is put before the names, "" for none.
 
+    A whole number in a field of floats that no int32 holds becomes the float it stands for.
+
     Raises:
       ConfigError: a value of another type, NaN or infinite, or a number that no device holds.
     """
     check_values(group, type(config), vars(config))
+    for name, hint in hints(type(config)).items():
+        value = getattr(config, name)
+        if type(value) is int and abs(value) > INT32 and _is_real(hint):
+            object.__setattr__(config, name, float(value))
 
 
 def check_values(group: str, kind: type, values: Mapping[str, Any]) -> None:
@@ -49,7 +55,7 @@ def _check(label: str, name: str, hint: Any, value: Any) -> None:
     if not _fits(hint, value):
         raise ConfigError(f"{label} is {shown(value)} but must be {_noun(hint)}.")
     for part in value if isinstance(value, tuple) else (value,):
-        _check_number(label, name, part)
+        _check_number(label, name, part, _is_real(hint))
         if isinstance(part, str) and not _is_text(part):
             raise ConfigError(f"{label} is {shown(part)} but must be text, without NUL and half surrogate pairs.")
 
@@ -62,11 +68,17 @@ def _is_text(value: str) -> bool:
         return False
 
 
-def _check_number(label: str, name: str, value: Any) -> None:
+def _is_real(hint: Any) -> bool:
+    """Whether the numbers of a field are floats, of which some may be written as whole numbers."""
+    args = typing.get_args(hint)
+    return hint is float or (float in args and int not in args)
+
+
+def _check_number(label: str, name: str, value: Any, real: bool) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{label} is {value} but must be a finite number.")
     if isinstance(value, int | float):
-        most = MOST.get(name, INT32) if isinstance(value, int) else FLOAT32
+        most = FLOAT32 if real or isinstance(value, float) else MOST.get(name, INT32)
         least = LEAST.get(name, -most)
         if not least <= value <= most:
             raise ConfigError(f"{label} is {shown(value)} but must lie between {least:,} and {most:,}.")

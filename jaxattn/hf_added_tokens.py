@@ -19,6 +19,7 @@ JSON, CONFIG, SPECIAL_MAP, ADDED = (
     "added_tokens.json",
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_DIGITS = 20  # of an id that is written as text: Python turns thousands of them into no number
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -52,8 +53,10 @@ def added_tokens(
     by_text: dict[str, AddedToken] = {}
 
     def keep(number: Any, token: Any, origin: Path, key: str) -> None:
-        if not ((isinstance(number, str) and number.isdecimal()) or (type(number) is int and number >= 0)):
-            raise Corrupt(f"{origin}: {key} has the id {shown(number)}, which is no whole number from 0 on.")
+        written = isinstance(number, str) and number.isdecimal() and len(number) <= MOST_DIGITS
+        if not (written or (type(number) is int and number >= 0)):
+            wanted = f"a whole number from 0 on, of at most {MOST_DIGITS} digits"
+            raise Corrupt(f"{origin}: {key} has the id {shown(number)} but must have {wanted}.")
         made = _token(token, f"{origin}: {key}")
         by_id[int(number)] = by_text[made.content] = made
 

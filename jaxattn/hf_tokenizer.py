@@ -20,6 +20,7 @@ from jaxattn.errors import Corrupt, Incomplete, Unsupported, shown
 from jaxattn.hf_added_tokens import CONFIG, JSON, add, added_tokens, post_process, settings_of, special_tokens
 from jaxattn.json_text import field, optional_object
 from jaxattn.rust import guarded
+from jaxattn.split_regex import QWEN2_SPLIT
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,9 +37,6 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
 }
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +81,6 @@ def read(folder: Path) -> Parts:
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is a file that a tokenizer can be made of."""
     return any((folder / name).is_file() for name in FILES)
-
-
-def named_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens with a name, as a chat template sees them, without building the tokenizer.
-
-    Raises:
-      Corrupt: a file that names one is broken.
-    """
-    config = optional_object(folder / CONFIG)
-    settings = settings_of(folder, config, {} if (folder / JSON).is_file() else None)
-    named, _ = special_tokens(settings, DEFAULTS.get(_class_of(folder, config)[0] or "", {}), {}, folder / CONFIG)
-    return {name: token.content for name, token in named.items()}
 
 
 def _class_of(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
@@ -174,9 +160,9 @@ def _vocabulary(model: dict[str, Any], origin: Path) -> tuple[dict[str, int], li
     if not all(type(number) is int for number in vocab.values()):
         raise Corrupt(f"{origin}: its vocabulary has ids that are no whole numbers; download it again.")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
-    if not all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
-        bad = next(p for p in merges if not isinstance(p, list | str) or len(p) != 2)
-        raise Corrupt(f"{origin}: merges has {shown(bad)} where two pieces of text belong.")
+    for merge, pair in zip(merges, pairs, strict=True):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
+            raise Corrupt(f"{origin}: merges has {shown(merge)} where two pieces of text belong.")
     return vocab, [tuple(p) for p in pairs]
 
 

@@ -42,10 +42,12 @@ def guarded(what: str, *, quiet: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def _stderr(forget: Callable[[], bool]) -> Iterator[None]:
     """Hold back what is written to file descriptor 2 and pass it on afterwards, unless `forget()` says not to."""
-    with _LOCK, tempfile.TemporaryFile() as held:
-        try:
+    with _LOCK, contextlib.ExitStack() as stack:
+        saved = None
+        with contextlib.suppress(OSError):  # a process without stderr, or without room for a file
+            held = stack.enter_context(tempfile.TemporaryFile())
             saved = os.dup(2)
-        except OSError:  # a process without stderr
+        if saved is None:
             yield
             return
         os.dup2(held.fileno(), 2)

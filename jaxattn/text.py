@@ -37,7 +37,7 @@ class Loaded:
     stop_tokens: tuple[int, ...]
     folder: Path
     context: int
-    """Tokens of the longest sequence that was trained."""
+    """Tokens that prompt and answer may have together."""
     first_token: int | None = None
     """What an empty prompt begins with."""
 

@@ -14,26 +14,25 @@ from jaxattn import hf_tokenizer
 from jaxattn.errors import UserError
 from jaxattn.long_text import SIZE, cutter
 from jaxattn.rust import guarded
+from jaxattn.split_regex import KNOWN, QUIET
 
 if TYPE_CHECKING:
     import tokenizers
 
 END = "<|endoftext|>"
+PROBES = ("a", "0", " ", "\n", "。", "é", "A", "1", "!")
 END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
 
 
-KNOWN_REGEX = (hf_tokenizer.QWEN2_SPLIT,)
-
-
 def _odd_regex(inner: tokenizers.Tokenizer) -> bool:
-    """Whether it cuts or rewrites text by a regular expression that is not known to be harmless."""
+    """Whether it cuts or rewrites text by an expression that nobody here knows, over which the library may panic."""
     parts = [json.loads(part.__getstate__()) for part in (inner.normalizer, inner.pre_tokenizer) if part is not None]
     odd = False
 
     def look(value: object) -> None:
         nonlocal odd
         if isinstance(value, dict):
-            odd |= "Regex" in value and value["Regex"] not in KNOWN_REGEX
+            odd |= "Regex" in value and value["Regex"] not in KNOWN
         for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             look(below)
 
@@ -42,7 +41,8 @@ def _odd_regex(inner: tokenizers.Tokenizer) -> bool:
 
 
 class Tokenizer:
-    """Text to token ids and back; `bos` and `eos` are the ids of the start and the end of a text, or None.
+    """Text to token ids and back; `bos`, `eos` and `pad` are the ids of a text's start, its end and what fills rows, or
+    None.
 
     Settings of one call that a file may hold (truncation, padding, dropout of merges) are reset: they are no part of
     the tokenizer. `named` are the special tokens with a name, as a chat template sees them.
@@ -63,6 +63,7 @@ class Tokenizer:
         self._guess = next((i for i in ids if i is not None), None)
         find = lambda key: inner.token_to_id(self.named[key]) if key in self.named else None
         self.bos: int | None = find("bos_token")
+        self.pad: int | None = find("pad_token")
         self.eos: int | None = self._guess if (eos := find("eos_token")) is None else eos
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -91,14 +92,14 @@ class Tokenizer:
         yield back
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        with guarded("the tokenizer fails on this text", quiet=self._quiet):
+        with guarded("the tokenizer fails on this text", quiet=self._quiet or len(text) > QUIET):
             return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of several texts, on all cores."""
         for text in texts:
             check_text(text)
-        with guarded("the tokenizer fails on a text", quiet=self._quiet):
+        with guarded("the tokenizer fails on a text", quiet=self._quiet or max(map(len, texts), default=0) > QUIET):
             return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -114,7 +115,11 @@ class Tokenizer:
     @functools.cached_property
     def around(self) -> tuple[list[int], list[int]]:
         """The ids put before a text and behind it."""
-        ids, body = self._ids("a", True), self._ids("a", False)
+        # A vocabulary need not have letters, and a text that has no token is nowhere.
+        body, text = next(((ids, x) for x in PROBES if (ids := self._ids(x, False))), ([], ""))
+        ids = self._ids(text, True)
+        if not body:
+            return ids, []
         at = next(i for i in range(len(ids) + 1) if ids[i : i + len(body)] == body)
         return ids[:at], ids[at + len(body) :]
 

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import hf_config, rules
+from convert import from_hf, hf_config, rules
+from convert import safetensors_files as st
 from convert.from_hf import convert
 from convert.to_hf import export
+from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.rope import RopeScaling
 from tests.convert.families import build
 from tests.convert.numpy_decoder import logits as numpy_logits
+from train.config import RunConfig
 from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
@@ -146,12 +149,75 @@ def test_a_checkpoint_saved_without_its_head_is_read_as_transformers_reads_it(tm
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-def save_run(folder, cfg):
-    """A run folder with random weights."""
+@pytest.mark.parametrize(("kind", "said"), [("llama-bytes", 0), ("llama", 1)])
+def test_only_a_tokenizer_that_is_needed_is_missed(kind, said, tmp_path, monkeypatch, capsys):
+    """A model of bytes has no files for them."""
+    build(kind, tmp_path / "hf")
+    monkeypatch.setattr("sys.argv", ["convert.from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")])
+    assert from_hf.main() == 0
+    assert capsys.readouterr().err.count("its tokenizer cannot be used yet") == said
+
+
+def _sharded(folder, extra, rename=lambda name: name):
+    """The tiny model in shards whose tensors, and those of `extra`, go by `rename`; its index names them all."""
+    from safetensors.numpy import load_file, save_file
+
+    oracle = build("llama-sharded", folder)
+    shards, layout = sorted(folder.glob("model-*.safetensors")), {}
+    for i, path in enumerate(shards):
+        found = {rename(name): value for name, value in load_file(path).items()} | (extra if i == 0 else {})
+        save_file(found, path, metadata={"format": "pt"})
+        layout |= dict.fromkeys(found, path.name)
+    index = {"metadata": {"total_size": 1}, "weight_map": layout}
+    (folder / st.INDEX).write_text(json.dumps(index))
+    return oracle
+
+
+@pytest.mark.parametrize("source", ["computed tensors", "no prefix"])
+def test_the_index_of_an_export_names_what_is_in_its_files(source, tmp_path):
+    """Tensors that were dropped or renamed on the way in are not in the index on the way out."""
+    import transformers
+
+    if source == "no prefix":
+        oracle = _sharded(tmp_path / "hf", {}, lambda name: name.removeprefix("model."))
+    else:
+        names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)]
+        oracle = _sharded(tmp_path / "hf", {name: np.ones(4, np.float32) for name in names})
+    convert(str(tmp_path / "hf"), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back")
+    index = json.loads((tmp_path / "back" / st.INDEX).read_text())
+    found = st.entries(tmp_path / "back")
+    assert index["weight_map"] == {name: entry.file.name for name, entry in found.items()}
+    assert index["metadata"]["total_size"] == sum(entry.bytes for entry in found.values())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    with torch.no_grad():
+        ids = torch.tensor(IDS[None])
+        assert torch.equal(again(ids).logits, oracle(ids).logits)
+    convert(str(tmp_path / "back"), tmp_path / "twice")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    import resource
+
+    save_run(tmp_path / "run", RunConfig(model=model_of()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(UserError, match=r"hf cannot be written \(File too large, .* bytes free\): free some space"):
+            export(tmp_path / "run", tmp_path / "hf", tokenizer=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def save_run(folder, cfg, scale=None):
+    """A run folder with random weights; `scale` is one of the last norm."""
     from train.checkpoint import Checkpoints
     from train.rundir import write_json_atomic
 
     params = Decoder(cfg.model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    if scale is not None:
+        params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(scale)
     folder.mkdir()
     write_json_atomic(folder / "config.json", cfg.to_dict())
     with Checkpoints(folder / "checkpoints", config=cfg.to_dict()) as checkpoints:
@@ -166,7 +232,6 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
 
     import jaxattn
     from jaxattn.text import load
-    from train.config import RunConfig
     from train.data import DataConfig
 
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
@@ -196,11 +261,62 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
     assert again.model.max_positions == 48
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_text_keeps_the_named_tokens_of_its_tokenizer(tmp_path):
+    """Start, end, padding and a model's own tokens, in transformers and in the checkpoint that is made of it again."""
+    import transformers
+    from tokenizers import Tokenizer, processors
+
+    from jaxattn.text import load
+    from train.data import DataConfig
+    from train.data.tokenizer import byte_tokenizer
+
+    inner = Tokenizer.from_str(byte_tokenizer().to_json())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}
+    inner.add_special_tokens(list(names.values()))
+    inner.post_processor = processors.TemplateProcessing(
+        single=["<s>:0", "$A:0"], pair=["<s>:0", "$A:0", "$B:1"], special_tokens=[("<s>", 257)]
+    )
+    (tmp_path / "own").mkdir()
+    inner.save(str(tmp_path / "own" / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(described))
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 200)
+    text, cache = str(tmp_path / "text.txt"), str(tmp_path / "c")
+    data = DataConfig(source=text, tokenizer=str(tmp_path / "own"), context=48, cache_dir=cache)
+    save_run(tmp_path / "run", RunConfig(model=model_of(vocab_size=261), data=data))
+    export(tmp_path / "run", tmp_path / "hf")
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert after.special_tokens_map == before.special_tokens_map == names
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, key) == getattr(generation, key) == getattr(after, key) == getattr(before, key), key
+    loaded = load(tmp_path / "run")
+    again = load(convert(str(tmp_path / "hf"), tmp_path / "again"))
+    for prompt in ("", "It was"):
+        assert (
+            loaded.encode(prompt) == again.encode(prompt) == before(prompt)["input_ids"] == after(prompt)["input_ids"]
+        )
+
+
+def test_numbers_that_a_dtype_does_not_hold_are_not_exported_as_infinite(tmp_path):
+    params = save_run(tmp_path / "run", RunConfig(model=model_of()), 65520.0)  # half a step beyond the largest
+    assert params["final_norm"]["scale"][0] == 65520.0
+    with pytest.raises(
+        UserError, match=r"'model\.norm\.weight' has numbers up to 65520, .*--dtype bfloat16 or float32"
+    ):
+        export(tmp_path / "run", tmp_path / "hf", dtype="float16", tokenizer=False)
+    assert not (tmp_path / "hf").exists()
+    export(tmp_path / "run", tmp_path / "hf", dtype="bfloat16", tokenizer=False)
+    save_run(tmp_path / "fits", RunConfig(model=model_of()), 65504.0)
+    export(tmp_path / "fits", tmp_path / "half", dtype="float16", tokenizer=False)
+
+
 def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
     import transformers
 
-    from jaxattn.errors import UserError
-    from train.config import RunConfig
     from train.data import DataConfig
 
     data = DataConfig(source=str(tmp_path / "gone.txt"), tokenizer="bytes", context=48)

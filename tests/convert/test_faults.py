@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,9 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import hf_config, rules
+from convert import from_hf, hf_config, rules
 from convert.from_hf import convert
-from jaxattn.errors import CheckpointError, UserError
+from convert.new_folder import new_folder
+from convert.sources import MOST_SIDE_BYTES
+from convert.to_hf import export
+from jaxattn.errors import CheckpointError, Incomplete, UserError
 from jaxattn.models import ModelConfig
 from tests.convert.gguf_models import write
 
@@ -277,6 +282,65 @@ def test_a_folder_that_exists_is_not_touched(good, tmp_path):
         convert(str(good), tmp_path / "dst")
 
 
+def test_folders_made_on_the_way_go_with_a_failed_conversion(good, tmp_path):
+    truncated(good)
+    (tmp_path / "there").mkdir()
+    for dst in ("p1/p2/x", "there/p/x"):
+        with pytest.raises(CheckpointError):
+            convert(str(good), tmp_path / dst)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_dir()) == ["good", "there"]
+
+
+def test_folders_made_on_the_way_stay_where_somebody_else_uses_them(tmp_path):
+    def meanwhile():
+        with new_folder(tmp_path / "p1" / "p2" / "x") as partial:
+            (partial.parents[1] / "file").write_text("")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        meanwhile()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "p1"]
+    with new_folder(tmp_path / "p1" / "p2" / "x") as partial:
+        (partial / "content").write_text("")
+    assert [p.name for p in (tmp_path / "p1" / "p2" / "x").iterdir()] == ["content"]
+
+
+def test_a_folder_that_cannot_be_looked_at_or_filled_is_one_sentence(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"n cannot be written \(File name too long\)"),
+        new_folder(tmp_path / ("n" * 300)),
+    ):
+        pass
+    with pytest.raises(UserError, match=r"dst cannot be written \(Error\)"), new_folder(tmp_path / "dst"):
+        raise shutil.Error([("a", "b", "why")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_cannot_be_read_is_not_a_folder_that_cannot_be_written(good, tmp_path, monkeypatch):
+    (good / "tokenizer.model").write_bytes(b"x")
+    read = Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "tokenizer.model":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    convert(str(good), tmp_path / "sound")
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(Incomplete, match=r"good/tokenizer\.model cannot be read \(Input/output error\)"):
+        convert(str(good), tmp_path / "dst")
+    with pytest.raises(Incomplete, match=r"sound/hf/tokenizer\.model cannot be read \(Input/output error\)"):
+        export(tmp_path / "sound", tmp_path / "back")
+
+
+def test_what_is_wrong_with_a_side_file_is_found_before_the_weights_are_read(good, tmp_path, monkeypatch):
+    with open(good / "tokenizer.model", "wb") as file:
+        file.truncate(MOST_SIDE_BYTES + 1)
+    monkeypatch.setattr(from_hf, "read_params", None)
+    with pytest.raises(UserError, match="no tokenizer is that large"):
+        convert(str(good), tmp_path / "dst")
+
+
 def test_a_name_that_is_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         convert(str(tmp_path / "nowhere"), tmp_path / "dst")
@@ -356,6 +420,16 @@ def test_a_hostile_gguf_file_is_refused(fault, tmp_path):
         convert(str(tmp_path / "bad.gguf"), tmp_path / "dst")
     assert len(str(caught.value)) < 600
     assert not (tmp_path / "dst").exists()
+
+
+def test_a_tensor_of_no_numbers_is_refused(tmp_path):
+    """Blocks of nothing where a table of rotary factors is looked for, which is read before the shapes are compared."""
+    pytest.importorskip("gguf")
+    raw = write(tmp_path / "x.gguf", "llama").read_bytes().replace(b"token_embd.weight", b"rope_freqs.weight")
+    at = after(raw, b"rope_freqs.weight")
+    (tmp_path / "x.gguf").write_bytes(put(put(raw, at + 4, 0), at + 20, 8, "<I"))
+    with pytest.raises(CheckpointError, match=r"tensor 'rope_freqs\.weight' has dimensions \[0, [0-9]+\]"):
+        convert(str(tmp_path / "x.gguf"), tmp_path / "dst")
 
 
 def test_the_sound_gguf_file_is_accepted(tmp_path):

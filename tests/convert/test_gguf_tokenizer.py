@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 
 import pytest
 
 from convert import gguf_tokenizer
 from convert.from_hf import convert
 from convert.gguf_pre import PRE
-from jaxattn.chat import read_template
+from jaxattn.chat import choose_template, read_templates
 from jaxattn.errors import UserError
+from jaxattn.split_regex import KNOWN
 from jaxattn.text import load
 from jaxattn.tokenizer import Tokenizer, read_tokenizer
 from tests.convert import gguf_models
@@ -38,6 +40,10 @@ def test_every_way_to_cut_text_is_among_the_cases():
     assert {PRE[name] for name in PRES} == set(PRE.values())
 
 
+def test_every_expression_is_one_that_the_library_does_not_fail_over():
+    assert {expression for pre in PRE.values() for expression in pre.expressions} <= KNOWN
+
+
 def test_a_file_is_read_as_its_fields(tmp_path):
     """Through the package, and with what a GGUF file alone can hold: f32 scores, u32 ids."""
     pytest.importorskip("gguf")
@@ -47,6 +53,17 @@ def test_a_file_is_read_as_its_fields(tmp_path):
         fields = GgufFile(write_gguf(tmp_path / "x.gguf", fields_of(name, kept()))).fields
         ours = made(fields, tmp_path / name.replace(" ", "-"))
         assert [ours.encode(text) for text in TEXTS] == kept()["cases"][name]["ids"]
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """For which `new_folder` has a sentence; the library raises a bare Exception."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            gguf_tokenizer.save(fields_of(next(iter(CASES)), kept()), tmp_path, "x.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_word_that_no_merge_reaches(tmp_path):
@@ -76,13 +93,14 @@ def test_the_tokenizer_counts_as_it_is_whatever_class_its_model_has(tmp_path):
 def test_chat_templates_by_name(tmp_path):
     fields, chat = fields_of("qwen2", kept()), "tokenizer.chat_template"
     made(fields | {chat: "plain"}, tmp_path / "one")
-    assert read_template(tmp_path / "one")[0] == "plain"
+    assert read_templates(tmp_path / "one") == {"default": "plain"}
     made(
         fields | {chat: "plain", f"{chat}.tool_use": "tools", "tokenizer.chat_templates": ["tool_use"]},
         tmp_path / "two",
     )
-    assert read_template(tmp_path / "two")[0] == "plain"
-    assert read_template(tmp_path / "two", tools=True)[0] == "tools"
+    two = read_templates(tmp_path / "two")
+    assert choose_template(two, tmp_path) == "plain"
+    assert choose_template(two, tmp_path, tools=True) == "tools"
 
 
 BAD = {

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from convert.from_hf import convert
 from convert.sources import Folder
-from convert.verify import Agreement, verify
+from convert.verify import Agreement, Oracle, verify
 from convert.verify_tokens import compare as compare_tokens
 from tests.convert.families import build
 from tests.generate import checkpoints
@@ -63,6 +63,20 @@ def test_a_changed_layer_is_found(twin, tmp_path):
             gaps[cells[0]] = float(cells[2])
     assert gaps["embedding"] == 0
     assert gaps["layer 0"] < 1e-5 < 1e-2 < gaps["layer 1"]
+
+
+def test_a_logit_that_is_no_number_is_the_largest_difference(twin, monkeypatch):
+    """Wherever it comes among the prompts."""
+    logits, calls = Oracle.logits, []
+
+    def second_is_none(self, ids):
+        calls.append(ids)
+        return logits(self, ids) * (np.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(Oracle, "logits", second_is_none)
+    same, text = compare(*twin)
+    assert not same
+    assert "different: logits differ by up to nan" in text
 
 
 def test_the_command_ends_with_zero_when_equal(twin):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import resource
 import threading
 from pathlib import Path
 
 import pytest
 
 from jaxattn import _chat_child, chat
-from jaxattn.chat import read_template, read_templates, render
+from jaxattn.chat import choose_template, read_templates, render
 from jaxattn.errors import Corrupt, UserError
 from tests.generate.checkpoints import TEMPLATES, tokenizer_files
 
@@ -125,18 +127,18 @@ def test_files_come_before_configurations_and_names_are_kept(tmp_path):
     more.mkdir()
     (more / "tool_use.jinja").write_text("tools")
     assert read_templates(tmp_path) == oracle()
-    assert read_template(tmp_path, tools=True)[0] == "tools"
+    assert choose_template(read_templates(tmp_path), tmp_path, tools=True) == "tools"
     (tmp_path / "chat_template.jinja").unlink()
     assert read_templates(tmp_path) == oracle() == {"tool_use": "tools"}
     with pytest.raises(UserError, match="none is the default"):
-        read_template(tmp_path)
+        choose_template(read_templates(tmp_path), tmp_path)
     (more / "tool_use.jinja").unlink()
     assert read_templates(tmp_path) == as_dict(oracle()) == {"default": "config"}
     put([{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}])
     assert read_templates(tmp_path) == oracle() == {"default": "a", "tool_use": "b"}
     put(None)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "old"}))
-    assert read_template(tmp_path)[0] == "old"
+    assert read_templates(tmp_path) == {"default": "old"}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,8 @@ def test_files_come_before_configurations_and_names_are_kept(tmp_path):
         ("tokenizer_config.json", json.dumps({"chat_template": [1, 2]}), r"chat_template is \[1, 2\] but must be text"),
         ("tokenizer_config.json", json.dumps({"chat_template": 7}), "chat_template is 7 but must be text"),
         ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "x"}]}), "must be text, or a list"),
-        ("tokenizer_config.json", json.dumps({"chat_template": "a", "bos_token": {}}), "bos_token is {} but must"),
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": [], "template": ""}]}), "must be text, or"),
+        ("tokenizer_config.json", json.dumps({"chat_template": {"default": {}}}), "must be text, or a list"),
         ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
         ("chat_template.json", "[1]", "holds a JSON list but must hold an object"),
     ],
@@ -153,7 +156,7 @@ def test_files_come_before_configurations_and_names_are_kept(tmp_path):
 def test_a_broken_file_is_named(tmp_path, name, raw, words):
     (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     with pytest.raises(Corrupt, match=words):
-        read_template(tmp_path)
+        read_templates(tmp_path)
 
 
 HOSTILE = {
@@ -215,6 +218,27 @@ def test_a_process_that_was_killed_is_replaced():
     chat._RENDERER._process.kill()
     chat._RENDERER._process.wait()
     assert render("b", {}, [USER]) == "b"
+
+
+def test_a_process_with_many_open_files_renders_too():
+    """`select.select` knows no descriptor from 1024 on, as a busy server has them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip(f"this system allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = []
+    renderer = chat.Renderer()
+    try:
+        while not held or held[-1] < 1030:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        request = json.dumps({"template": "{{ x }}", "variables": {"x": "found"}}).encode()
+        assert renderer.ask(request) == {"text": "found"}
+        assert renderer._process.stdout.fileno() >= 1024
+    finally:
+        renderer.close()
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_many_threads_get_their_own_answers():

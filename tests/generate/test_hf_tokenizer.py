@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
-from jaxattn import hf_tokenizer
+from jaxattn import hf_tokenizer, rust
 from jaxattn.errors import UserError
+from jaxattn.split_regex import KNOWN, QUIET
 from jaxattn.tokenizer import Tokenizer as Tokenized
 from jaxattn.tokenizer import check_text, read_tokenizer
 from tests.generate.checkpoints import LLAMA3, QWEN2, byte_bpe, pieces_bpe
@@ -228,6 +231,8 @@ def test_a_sentencepiece_model_is_read_as_transformers_reads_it(tmp_path, family
     assert_alike(oracle(write(tmp_path, files)), read_tokenizer(tmp_path))
 
 
+MERGES = '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", %s]}}'
+BAD_MERGES = ['"a b c"', '"ab"', '["a", 1]', '["a"]', '["a", "b", "c"]', "7", "null"]
 BROKEN = {
     "tokenizer.json": [
         "[1]", "{", '{"model": 3}', '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [1, 2]}}', "[" * 200_000,
@@ -235,6 +240,7 @@ BROKEN = {
     "tokenizer_config.json": [
         {"bos_token": {}}, {"bos_token": 5}, {"eos_token": ["</s>"]}, {"added_tokens_decoder": [1]},
         {"added_tokens_decoder": {"x": {"content": "a"}}}, {"added_tokens_decoder": {"0": "a"}},
+        {"added_tokens_decoder": {"1" * 5000: {"content": "a"}}},
         {"added_tokens_decoder": {"0": {"content": 5}}}, {"additional_special_tokens": 7},
         {"added_tokens_decoder": {"0": {"content": "a", "special": "yes"}}}, {"additional_special_tokens": [7]},
         {"extra_special_tokens": {"a_token": 7}}, {"split_special_tokens": "no"}, {"tokenizer_class": 3},
@@ -257,6 +263,15 @@ def test_a_broken_file_is_one_sentence(tmp_path, name, value):
     assert name in message
     assert "\n" not in message
     assert len(message) < 500 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("bad", BAD_MERGES)
+def test_of_many_merges_the_broken_one_is_named(tmp_path, bad):
+    plain(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(MERGES % bad)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(UserError, match=re.escape(f"merges has {json.loads(bad)!r} where two pieces")):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("add_prefix_space", "legacy"), [("yes", None), (None, 5)])
@@ -308,6 +323,41 @@ def test_others_messages_pass_while_a_panic_is_held_back(capfd):
     assert capfd.readouterr().err == "from elsewhere\n"
 
 
+@pytest.mark.parametrize("expression", sorted(KNOWN))
+def test_known_expressions_need_steps_by_the_length_of_a_text_alone(expression):
+    """So that the library's limit of 10,000,000 is out of reach: blanks and capitals are what they try longest on."""
+    split = pre_tokenizers.Split(Regex(expression), behavior="isolated", invert=False)
+    for text in (" " * QUIET, "A" * (QUIET // 16)):
+        assert "".join(piece for piece, _ in split.pre_tokenize_str(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("expression", "text", "held"),
+    [(LLAMA3, "hello world", 0), (QWEN2, "hello", 0), ("[a-z]+", "hello", 1), (LLAMA3, "hello " * 9, 1)],
+)
+def test_stderr_is_held_back_only_where_a_panic_can_be(expression, text, held, tmp_path, monkeypatch):
+    """It is one for all threads, which wait for each other meanwhile."""
+    plain(tmp_path, pre_tokenizer={**SPLIT, "pattern": {"Regex": expression}})
+    tokenizer, seen = read_tokenizer(tmp_path), []
+    monkeypatch.setattr("jaxattn.tokenizer.QUIET", 20)
+    monkeypatch.setattr(rust, "_stderr", lambda forget: seen.append(forget) or contextlib.nullcontext())
+    tokenizer.encode(text)
+    tokenizer.encode_batch(["", text])
+    assert len(seen) == 2 * held
+
+
+def test_a_full_temporary_folder_does_not_matter(monkeypatch, capfd):
+    def full():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(rust.tempfile, "TemporaryFile", full)
+    with rust.guarded("nothing"):
+        os.write(2, b"from elsewhere\n")
+    with pytest.raises(UserError, match=r"nothing \(why\)"), rust.guarded("nothing"):
+        raise ValueError("why")
+    assert capfd.readouterr().err == "from elsewhere\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -346,6 +396,19 @@ def test_start_and_end_tokens_go_around_long_texts_once(tmp_path):
     parts = list(ours.encode_parts(text, size=100))
     assert len(parts) > 8
     assert [*itertools.chain(*parts)] == inner.encode(text).ids
+
+
+def test_the_start_token_goes_before_a_text_whatever_its_letters_are():
+    """The vocabulary need not have the letter a."""
+    inner = Tokenizer(models.BPE(vocab={"<s>": 0, "1": 1, "</s>": 2}, merges=[]))
+    inner.add_special_tokens(["<s>", "</s>"])
+    around = [("<s>", 0), ("</s>", 2)]
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="$A $B", special_tokens=around)
+    tokenizer = Tokenized(inner)
+    assert tokenizer.around == ([0], [2])
+    text = "1" * 50
+    parts = list(tokenizer.encode_parts(text, size=10))
+    assert [i for part in parts for i in part] == inner.encode(text).ids == [0, *[1] * 50, 2]
 
 
 def test_long_texts_are_cut_only_where_characters_are_composed_already(tmp_path):

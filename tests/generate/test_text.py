@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
 import pytest
 
-from jaxattn.chat import read_template, render
+from jaxattn.chat import choose_template, read_templates, render
 from jaxattn.errors import Corrupt, UserError
 from jaxattn.text import TextStream, load
 from tests.generate.helpers import byte_run
@@ -44,12 +43,10 @@ def test_broken_text_at_the_end_is_given_out():
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>{{ eos_token }}"
 
 
-def test_a_template_is_rendered_with_the_special_tokens(tmp_path):
-    config = {"chat_template": TEMPLATE, "eos_token": {"content": "</s>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert render(*read_template(tmp_path), [{"role": "user", "content": "hi"}]) == "<user>hi<assistant></s>"
-    (tmp_path / "chat_template.jinja").write_text("x{{ bos_token }}")
-    assert render(*read_template(tmp_path), []) == "x"
+def test_a_template_is_rendered_with_the_special_tokens():
+    found = render(TEMPLATE, {"eos_token": "</s>"}, [{"role": "user", "content": "hi"}])
+    assert found == "<user>hi<assistant></s>"
+    assert render("x{{ bos_token }}", {"eos_token": "</s>"}, []) == "x"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +66,7 @@ def test_a_template_cannot_leave_its_sandbox(template, kind, message):
 
 def test_a_folder_without_a_template_is_named(tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
-        read_template(tmp_path)
+        choose_template(read_templates(tmp_path), tmp_path)
 
 
 @pytest.fixture

@@ -6,10 +6,13 @@ import dataclasses
 import json
 
 import helpers as h
+import jax.numpy as jnp
 import pytest
 
-from jaxattn.errors import UserError
-from train.config import RunConfig
+from jaxattn.errors import ConfigError, UserError
+from jaxattn.fields import check_values
+from jaxattn.models import ModelConfig
+from train.config import LoraConfig, OptimConfig, RunConfig
 from train.load import config_from_dict, read_config
 from train.presets import get_preset
 
@@ -71,6 +74,18 @@ def test_every_field_with_every_kind_of_value(path):
             accepted += 1
             assert of_its_kind(path[-1], default, value), value
     assert accepted < len(ODD) / 2
+
+
+@pytest.mark.parametrize(("kind", "name"), [(OptimConfig, "lr"), (LoraConfig, "alpha")])
+def test_a_whole_number_in_a_field_of_floats_is_held_to_the_range_of_floats(kind, name):
+    """10**10 is 1e10, also where JAX computes with it, which takes a larger int than 2**31 - 1 for a mistake."""
+    assert kind(**{name: 10**10}) == kind(**{name: 1e10})
+    jnp.float32(1) * getattr(kind(**{name: 10**10}), name)
+    with pytest.raises(ConfigError, match=rf"{name} is 1000*\.*0* but must lie between"):
+        kind(**{name: 10**39})
+    check_values("model", ModelConfig, {"rope_base": 10**10})
+    with pytest.raises(ConfigError, match=r"d_model is 10000000000 but must lie between"):
+        check_values("model", ModelConfig, {"d_model": 10**10})
 
 
 def test_what_a_run_writes_is_read():

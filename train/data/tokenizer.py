@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxattn.errors import DataError, UserError
+from jaxattn.errors import DataError, UserError, one_line
 from jaxattn.hf_added_tokens import ADDED, CONFIG, JSON, SPECIAL_MAP
 from jaxattn.hf_tokenizer import FILES
 from jaxattn.json_text import read_text
@@ -145,8 +145,8 @@ def _from_hub(name: str) -> Path:
     files = [*FILES, "merges.txt", CONFIG, SPECIAL_MAP, ADDED, "config.json"]
     try:
         return Path(huggingface_hub.snapshot_download(name.removeprefix("hf:"), allow_patterns=files))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")[:300]
+    except Exception as error:  # the client lets its HTTP library's own errors pass
+        reason = one_line(str(error)[:300]).rstrip(".") or type(error).__name__
         raise DataError(
             f"data.tokenizer={name!r} cannot be fetched ({reason}): check the name and the network, or "
             "give a local path."
