@@ -71,6 +71,14 @@ def test_bad_folders_are_refused_in_one_sentence(
     assert not list(run.glob(".*tmp"))
 
 
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_page_is_not_written_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    run = make_run(tmp_path / "run", steps=10)
+    monkeypatch.chdir(run)
+    with pytest.raises(DataError, match="a folder: name a file with --out"):
+        write_report([run], out)
+
+
 def test_maps_are_shares_whatever_the_weights_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attn="identity")
     weights = np.random.default_rng(0).normal(size=(1, LAYERS, 1, 8, 10)) * 30
