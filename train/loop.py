@@ -19,7 +19,7 @@ import numpy as np
 from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
 from evals.sinks import bigram_task, finish_run, held_out, table
-from jaxattn.errors import DataError, Mismatch, TrainingStopped, writing
+from jaxattn.errors import ConfigError, DataError, Mismatch, TrainingStopped, writing
 from jaxattn.models import at_context
 from jaxattn.signals import StopSignal
 from train import sessions
@@ -79,6 +79,10 @@ def run(cfg: RunConfig) -> int:
             iterator = source.train_iterator()
             try:
                 state, frozen, start = _first_state(cfg, checkpoints, iterator, mesh)
+                if cfg.steps < start:
+                    raise ConfigError(
+                        f"steps is {cfg.steps} but the run in {folder} is at step {start}: give --steps={start} or more."
+                    )
                 _describe(place, saved, source, start)
                 print(backends, flush=True)
                 copy_side_files(cfg, place.path)
