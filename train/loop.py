@@ -81,7 +81,8 @@ def run(cfg: RunConfig) -> int:
                 state, frozen, start = _first_state(cfg, checkpoints, iterator, mesh)
                 if cfg.steps < start:
                     raise ConfigError(
-                        f"steps is {cfg.steps} but the run in {folder} is at step {start}: give --steps={start} or more."
+                        f"steps is {cfg.steps} but the run in {folder} is at step {start}: "
+                        f"give --steps={start} or more."
                     )
                 _describe(place, saved, source, start)
                 print(backends, flush=True)
