@@ -455,3 +455,16 @@ def test_sinks_refuses(done, tmp_path, monkeypatch):
         sinks_main(monkeypatch, done, "--json", tmp_path / "text.txt" / "out.json")
     with pytest.raises(UserError, match="finished steps are 4, 8, 12"):
         sinks_main(monkeypatch, done, "--step", 5)
+    with pytest.raises(ConfigError, match=r"--length is 8 but all sequences of 'bb' have .* context of 16 tokens"):
+        sinks_main(monkeypatch, done, "--length", 8)
+
+
+def test_what_sinks_measured_is_said_where_it_cannot_be_written(copy, tmp_path, monkeypatch, capsys):
+    (copy / "maps.npz").unlink()
+    (copy / "maps.npz").mkdir()
+    for words, says in ((["--json", tmp_path], "another --json"), ([], "maps.npz.* or give --step=12 to leave it")):
+        with pytest.raises(UserError, match=says):
+            sinks_main(monkeypatch, copy, *words)
+        assert "Sink_1 (0.3)" in capsys.readouterr().out
+    assert sinks_main(monkeypatch, copy, "--step", 12, "--json", tmp_path / "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["step"] == 12
