@@ -107,6 +107,30 @@ def test_a_kept_file_that_was_damaged_is_refused(offered, tmp_path):
         get.fetch("x", tmp_path)
 
 
+@pytest.mark.parametrize(("value", "place"), [("", ".cache/jaxattn"), ("~/mine", "mine"), (None, ".cache/jaxattn")])
+def test_all_that_is_kept_is_kept_in_one_folder(value, place, tmp_path, monkeypatch):
+    import jax
+
+    from train.data.cache import cache_root
+    from train.pretrain import prepare_jax
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAXATTN_CACHE", value) if value is not None else monkeypatch.delenv("JAXATTN_CACHE", False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    said = {}
+    monkeypatch.setattr(type(jax.config), "update", lambda _, key, value: said.update({key: value}))
+    prepare_jax()
+    assert said["jax_compilation_cache_dir"] == str(tmp_path / place / "xla")
+    assert cache_root() == tmp_path / place
+    assert get.path_of("smollm2").parent == tmp_path / place
+
+
+def test_a_folder_that_cannot_be_is_refused(offered, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x.* cannot be written \(.*\): name another folder as DST"):
+        get.fetch("x", tmp_path / "file" / "x")
+
+
 def test_a_name_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(UserError, match="did you mean 'smollm2'"):
         get.fetch("smollm")
