@@ -122,12 +122,10 @@ def token_label(source: Source, token: int) -> str:
     return "<s>" if token == START else CHARS[token] if token < len(CHARS) else "<d>"
 
 
-def finish_run(folder: Path, cfg: RunConfig, source: Source, params: Any, step: int) -> dict[str, Any]:
-    """Write sinks.json and maps.npz of a run that has just ended."""
-    result = evaluate(cfg, source, params, step)
-    write_json_atomic(folder / "sinks.json", result)
+def write_study(folder: Path, cfg: RunConfig, source: Source, params: Any, result: dict[str, Any]) -> None:
+    """maps.npz and, last, sinks.json, which holds the `result` of `evaluate`. Raises `OSError`."""
     write_maps(folder / "maps.npz", cfg, source, params)
-    return result
+    write_json_atomic(folder / "sinks.json", result)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -199,8 +197,7 @@ def main() -> int:
     if args.text is not None or args.step is not None or changes:
         return 0  # what the folder holds is about the newest step, as configured
     with writing(args.run_dir, f"make the folder writable, or give --step={step} to leave it as it is"):
-        write_maps(args.run_dir / "maps.npz", cfg, source, params)
-        write_json_atomic(args.run_dir / "sinks.json", result)
+        write_study(args.run_dir, cfg, source, params, result)
     if cfg.preset == "converted":  # a trained run has its report already
         from evals.report import write_report
 

@@ -80,7 +80,7 @@ def train(cfg: RunConfig) -> list[Row]:
 
 
 def _finished(folder: Path, cfg: RunConfig) -> bool:
-    """Whether the folder holds this configuration, trained to its end (only then is `sinks.json` written)."""
+    """Whether the folder holds this configuration, trained to its end (`sinks.json` is written last)."""
     if not (folder / "sinks.json").exists():
         return False
     saved = read_config(folder)

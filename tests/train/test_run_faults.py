@@ -459,6 +459,16 @@ def test_sinks_refuses(done, tmp_path, monkeypatch):
         sinks_main(monkeypatch, done, "--length", 8)
 
 
+def test_the_last_numbers_of_a_run_are_said_where_they_cannot_be_written(copy, capsys):
+    (copy / "sinks.json").unlink()
+    (copy / "maps.npz").unlink()
+    (copy / "maps.npz").mkdir()
+    with pytest.raises(UserError, match=r"maps\.npz.* cannot be written"):
+        resumed(copy)
+    assert "Sink_1 (0.3)" in capsys.readouterr().out
+    assert not (copy / "sinks.json").exists()
+
+
 def test_what_sinks_measured_is_said_where_it_cannot_be_written(copy, tmp_path, monkeypatch, capsys):
     (copy / "maps.npz").unlink()
     (copy / "maps.npz").mkdir()
