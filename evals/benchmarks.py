@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import Corrupt, UserError, shown
+from jaxattn.errors import BAD_ARCHIVE, Corrupt, UserError, shown
 
 
 def read_documents(archive: Path, member: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -37,5 +37,5 @@ def read_documents(archive: Path, member: str, limit: int | None = None) -> list
         raise UserError(f"{archive} has no member {shown(member)}.") from None
     except FileNotFoundError:
         raise UserError(f"{archive} is not there; python -m scripts.get --list says what can be fetched.") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, pa.ArrowInvalid) as error:
+    except (pa.ArrowInvalid, *BAD_ARCHIVE) as error:
         raise Corrupt(f"{member} of {archive} cannot be read ({str(error)[:120]}); fetch it again.") from error

@@ -15,7 +15,13 @@ from jaxattn.errors import DataError
 
 
 def folder_for(out: Path, run_dir: Path | None) -> Path:
-    """Where the files of the page `out` go: a run's own `plots` for its own report, else NAME_files beside it."""
+    """Where the files of the page `out` go: a run's own `plots` for its own report, else NAME_files beside it.
+
+    Raises:
+      DataError: `out` is a folder.
+    """
+    if not out.name or out.is_dir():
+        raise DataError(f"the report cannot be written to {out}, a folder: name a file with --out.")
     own = run_dir is not None and out.absolute().parent == run_dir.absolute() and out.name == "report.html"
     return out.with_name("plots" if own else f"{out.stem}_files")
 

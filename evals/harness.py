@@ -197,9 +197,9 @@ def main() -> int:
     )  # fmt: skip
     names = ("limit", "num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "seed")
     results = evaluate(model, tasks, gen_kwargs=gen_kwargs, **{name: getattr(args, name) for name in names})
+    print(json.dumps(results, indent=2), flush=True)
     if args.json:
         write_result(args.json, results)
-    print(json.dumps(results, indent=2))
     return 0
 
 

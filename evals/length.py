@@ -142,18 +142,20 @@ def main() -> int:
     if args.sequences < 1:
         raise ConfigError(f"--sequences is {args.sequences} but must be at least 1.")
 
+    from train.data.task_source import TaskSource
     from train.load import open_source
 
     trained = open_trained(args.run_dir, args.attn, args.step)
     context = trained.cfg.data.context
     lengths = choose_lengths(args.lengths, context)
-    trained.check_length(lengths[-1])
     source, _ = open_source(trained.cfg)
     if source.whole:
-        raise ConfigError(
-            f"{args.run_dir} was trained on {source.name!r}, which is no text: measure other lengths of a task with "
-            f"python -m evals.tasks {args.run_dir} --task='{source.name}(context={lengths[-1]})'."
-        )
+        remedy = f"all its sequences have the training context of {context} tokens, so name a run of text"
+        if isinstance(source, TaskSource):
+            task = f"{source.name}(context={lengths[-1]})"
+            remedy = f"measure other lengths of a task with python -m evals.tasks {args.run_dir} --task='{task}'"
+        raise ConfigError(f"{args.run_dir} was trained on {source.name!r}, which is no text: {remedy}.")
+    trained.check_length(lengths[-1])
     front = source.tokenizer.around[0][-1:] if source.tokenizer else []
     rows = loss_by_length(trained, source.held_out(args.sequences, lengths[-1] + 1), lengths, *front)
     result = {

@@ -152,9 +152,9 @@ def main() -> int:
     result = perplexity(
         loaded, text, context=context, stride=stride, by_steps=args.token_by_token, max_tokens=args.max_tokens
     )
+    print(json.dumps(result, indent=2), flush=True)
     if args.json:
         write_result(args.json, result)
-    print(json.dumps(result, indent=2))
     return 0
 
 

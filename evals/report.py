@@ -95,9 +95,9 @@ def _folders(runs: Sequence[Run]) -> str:
 
 
 def _missing(runs: Iterable[Run], file: str, what: str) -> str:
-    """A note for each run that lacks a file."""
+    """A note for each run that lacks a file, or went on after it was written."""
     return "".join(
-        f'<p class="missing"><b>{escape(run.label)}</b> has no {file} yet ({escape(progress(run))}): {what}</p>'
+        f'<p class="missing"><b>{escape(run.label)}</b> has no final {file} yet ({escape(progress(run))}): {what}</p>'
         for run in runs
     )
 

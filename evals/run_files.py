@@ -1,13 +1,13 @@
 """Reading the folder of one run, finished or still training, without importing JAX.
 
 `read_run` checks what it reads: whatever a person could have broken ends in one sentence that names the
-file (and the line). Files that only a finished run has (`sinks.json`, `maps.npz`) may be absent.
+file (and the line). Files that only a finished run has (`sinks.json`, `maps.npz`) may be absent, and are left out
+where the run went on after they were written.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from evals.definitions import NO_DISTRIBUTION, SHARE_EPS
-from jaxattn.errors import DataError
+from jaxattn.errors import BAD_ARCHIVE, DataError
 from jaxattn.json_text import loads
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
@@ -88,7 +88,10 @@ class Run:
 
     @property
     def epsilon(self) -> float:
-        return float((self.sinks or {}).get("epsilon") or EPSILON)
+        """Threshold of the sink indicator: of the final evaluation, else of the run's configuration."""
+        evaluation = self.config.get("eval")
+        given = (self.sinks or {}, evaluation if isinstance(evaluation, dict) else {})
+        return next((eps for eps in (number(place.get("epsilon")) for place in given) if eps > 0), EPSILON)
 
     def latest(self) -> dict[str, Any]:
         """The final evaluation, or the newest one in the metrics while there is none."""
@@ -146,8 +149,11 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN for null and for what is no number."""
-    return float(value) if isinstance(value, (int, float)) else float("nan")
+    """`value` as a float; NaN for null, for what is no number and for an integer that no float holds."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else float("nan")
+    except OverflowError:
+        return float("nan")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -170,7 +176,11 @@ def read_run(folder: str | Path) -> Run:
     optional = [_read_json(path / n) if (path / n).is_file() else None for n in ("environment.json", "data.json")]
     data = optional[1] or {}
     sinks = _read_json(path / "sinks.json") if (path / "sinks.json").is_file() else None
-    maps = _read_maps(path / "maps.npz") if (path / "maps.npz").is_file() else None
+    newest = max((number(row["step"]) for row in metrics if "sink_rate" in row), default=0.0)
+    if sinks is not None and number(sinks.get("step")) < newest:
+        sinks = maps = None  # of before the run went on
+    else:
+        maps = _read_maps(path / "maps.npz") if (path / "maps.npz").is_file() else None
     found = data.get("entropies")
     found = found if isinstance(found, dict) else {}
     entropies = {k: float(v) for k, v in found.items() if np.isfinite(number(v))}
@@ -238,7 +248,7 @@ def _read_maps(path: Path) -> Maps:
             weights, tokens = np.asarray(file["weights"]), np.asarray(file["tokens"])
             slots = int(file["slots"]) if "slots" in file else 0
             labels = file["labels"].astype(str).tolist() if "labels" in file else tokens.astype(str).tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, *BAD_ARCHIVE) as error:
         raise DataError(f"{path} cannot be read as attention maps ({error}): delete it or evaluate again.") from error
     n, length = tokens.shape if tokens.ndim == 2 else (-1, -1)
     if weights.ndim != 5 or weights.shape[0] != n or weights.shape[3:] != (length, length + slots):

@@ -1,8 +1,9 @@
 """`python -m evals.sinks RUN_DIR [--text FILE] [--json OUT]`: the sink study of one trained run.
 
 Reads the newest valid checkpoint, measures sinks and extreme tokens on held-out sequences (or on a text
-file), writes `sinks.json` and `maps.npz` into the run directory and prints a table. A converted checkpoint also gets
-its `report.html` with the heat maps.
+file), prints a table and writes `sinks.json` and `maps.npz` into the run directory; a converted checkpoint also gets
+its `report.html` with the heat maps. With --text, --step or another --epsilon, --sequences or --length the directory
+stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from evals.definitions import NEARLY_EMPTY, SHARE_EPS, definitions
 from evals.measure import BigramTask, attention_maps, make_measure, summarise
 from jaxattn.analysis import look
-from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.errors import ConfigError, run_cli, writing
 from jaxattn.mechanisms import resolve_mixer
 from train.config import RunConfig
 from train.data import Source
@@ -121,12 +122,10 @@ def token_label(source: Source, token: int) -> str:
     return "<s>" if token == START else CHARS[token] if token < len(CHARS) else "<d>"
 
 
-def finish_run(folder: Path, cfg: RunConfig, source: Source, params: Any, step: int) -> dict[str, Any]:
-    """Write sinks.json and maps.npz of a run that has just ended."""
-    result = evaluate(cfg, source, params, step)
-    write_json_atomic(folder / "sinks.json", result)
+def write_study(folder: Path, cfg: RunConfig, source: Source, params: Any, result: dict[str, Any]) -> None:
+    """maps.npz and, last, sinks.json, which holds the `result` of `evaluate`. Raises `OSError`."""
     write_maps(folder / "maps.npz", cfg, source, params)
-    return result
+    write_json_atomic(folder / "sinks.json", result)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -173,30 +172,33 @@ def main() -> int:
 
     import dataclasses
 
+    from evals.trained import write_result
     from train.load import load_params, open_source, read_config
 
     cfg = read_config(args.run_dir)
     changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **changes))
-    if cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
+    source, model = open_source(cfg)
+    if source.whole and args.length not in (None, cfg.data.context):
+        raise ConfigError(
+            f"--length is {args.length} but all sequences of {source.name!r} have the training context of "
+            f"{cfg.data.context} tokens: leave it out."
+        )
+    if not source.whole and cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
         raise ConfigError(
             f"--length is {cfg.eval.length} but the model has {cfg.model.max_positions} learned positions; lower it."
         )
-    source, model = open_source(cfg)
     cfg = dataclasses.replace(cfg, model=model)
     params, step = load_params(args.run_dir, cfg, args.step)
     result = evaluate(cfg, source, params, step, args.text)
-    targets = [args.json] if args.json else []
-    if args.text is None and args.step is None and not changes:
-        targets.append(args.run_dir / "sinks.json")
-        write_maps(args.run_dir / "maps.npz", cfg, source, params)
-    for path in targets:
-        try:
-            write_json_atomic(path, result)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json.") from error
-    print(table(result))
-    if cfg.preset == "converted" and not args.text:  # a trained run has its report already
+    print(table(result), flush=True)
+    if args.json:
+        write_result(args.json, result)
+    if args.text is not None or args.step is not None or changes:
+        return 0  # what the folder holds is about the newest step, as configured
+    with writing(args.run_dir, f"make the folder writable, or give --step={step} to leave it as it is"):
+        write_study(args.run_dir, cfg, source, params, result)
+    if cfg.preset == "converted":  # a trained run has its report already
         from evals.report import write_report
 
         print(f"report: {write_report([args.run_dir], args.run_dir / 'report.html')}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxattn.errors import ConfigError, UserError
+from jaxattn.errors import ConfigError, cannot_write
 from jaxattn.models import ModelConfig, at_context
 from train.config import RunConfig
 from train.load import abstract_state, load_params, open_source, read_config
@@ -80,4 +80,4 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     try:
         write_json_atomic(path, result)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --json.") from error
+        raise cannot_write(path, error, "choose another --json") from error

@@ -19,8 +19,8 @@ MANY_HEADS = 32  # from which on more heads than tokens are looked at twice
 
 
 def known(x: Any) -> bool:
-    """Whether the values of an array can be read: not while a program is traced."""
-    return not isinstance(x, jax.core.Tracer)
+    """Whether the values of an array can be read: not while a program is traced, nor of a mere shape."""
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
 def array(label: str, x: Any, axes: str, kind: Any) -> None:
@@ -91,7 +91,7 @@ def tokens(x: Any, vocab_size: int) -> None:
       ConfigError
     """
     array("tokens", x, "[batch, length]", jnp.integer)
-    if known(x) and not isinstance(x, jax.ShapeDtypeStruct):
+    if known(x):
         values = np.asarray(x)
         low, high = values.min(), values.max()
         if low < 0 or high >= vocab_size:

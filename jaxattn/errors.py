@@ -13,6 +13,8 @@ import re
 import reprlib
 import shutil
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -21,6 +23,8 @@ from jaxattn import signals
 
 MOST, TAIL = 2000, 600  # characters of a sentence, and of its end (the remedy) where the middle is left out
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What reading a damaged zip or gzip file raises; RuntimeError, where its bytes now say encrypted or of another version.
+BAD_ARCHIVE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100

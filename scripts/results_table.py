@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxattn.errors import UserError, run_cli
+from scripts.readme import README, between
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-START, END = "<!-- results -->", "<!-- /results -->"
+MARK = "results"
 STUDIES, BENCHES = "scripts/reproduce/results", "scripts/bench/results"
 CPU = "2-core CPU"
 OURS = "jaxattn"
@@ -233,18 +233,11 @@ def table(root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
-    """README text with a fresh table between the markers."""
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n{table()}\n{END}{after}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.results_table", description=__doc__)
     parser.add_argument("--write", action="store_true", help="update README.md")
     if parser.parse_args().write:
-        README.write_text(with_table(README.read_text("utf-8")), "utf-8")
+        README.write_text(between(README.read_text("utf-8"), MARK, table()), "utf-8")
     else:
         sys.stdout.write(table() + "\n")
     return 0

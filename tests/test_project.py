@@ -27,17 +27,35 @@ def test_static_checks_pass(command):
 
 
 def test_readme_table_is_the_registry():
-    from scripts.mechanism_table import README, with_table
+    from scripts.mechanism_table import MARK, table
+    from scripts.readme import README, between
 
     text = README.read_text("utf-8")
-    assert text == with_table(text), "run python -m scripts.mechanism_table --write"
+    assert text == between(text, MARK, table()), "run python -m scripts.mechanism_table --write"
 
 
 def test_readme_results_are_those_of_the_files_that_it_links_to():
-    from scripts.results_table import README, with_table
+    from scripts.readme import README, between
+    from scripts.results_table import MARK, table
 
     text = README.read_text("utf-8")
-    assert text == with_table(text), "run python -m scripts.results_table --write"
+    assert text == between(text, MARK, table()), "run python -m scripts.results_table --write"
+
+
+def test_a_generated_text_goes_between_its_marks():
+    from jaxattn.errors import UserError
+    from scripts.readme import between
+
+    marked = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
+    assert between(marked, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    for text, says in (
+        ("a", "has <!-- x --> 0 times"),
+        ("<!-- x -->", "has <!-- /x --> 0 times"),
+        (marked + marked, "has <!-- x --> 2 times"),
+        ("<!-- /x -->\n<!-- x -->", "in front of <!-- x -->"),
+    ):
+        with pytest.raises(UserError, match=says):
+            between(text, "x", "new")
 
 
 def test_readme_and_ci_run_the_same_test_command():

@@ -12,14 +12,10 @@ and 2 to 8 times slower to write.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
-import re
-import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +25,14 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxattn.errors import FULL, CheckpointError, Corrupt, Incomplete, Mismatch, UserError, free_bytes
+from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Mismatch, UserError, free_bytes
 from train import leaf_io, orbax_io
 from train import manifest as mf
 from train.rundir import fsync_dir
+from train.save_faults import Room, no_room, refuse_nonfinite, save_error
+from train.step_folders import StepFolders
 
 log = logging.getLogger("jaxattn")
-
-STEP = re.compile(r"step_(\d{8,})")
-LEFTOVER = re.compile(r"step_\d{8,}\.(partial|partial\.orbax-checkpoint-tmp.*|dropped)")
-FREE_SOME = "free some space and save again or resume, older steps are intact"
-FULL_TEXT = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
 
 
 @dataclass(frozen=True)
@@ -49,23 +42,6 @@ class Restored:
     step: int
     state: Any
     skipped: tuple[tuple[int, str], ...]
-
-
-@dataclass(frozen=True)
-class _Room:
-    """Bytes of a step's arrays, how many arrays there are, and bytes that were free when its save began."""
-
-    arrays: int
-    count: int
-    free: int
-
-    @property
-    def needed(self) -> int:
-        """About what a step takes, names, digests and half-filled blocks included (measured)."""
-        return self.arrays + (64 << 10) + (self.count << 10)
-
-    def __str__(self) -> str:
-        return f"it needs about {self.needed:,} bytes ({self.arrays:,} of them arrays) and {self.free:,} were free"
 
 
 class Checkpoints:
@@ -97,6 +73,7 @@ class Checkpoints:
         except UnicodeEncodeError as error:  # bytes of another locale, which TensorStore cannot take
             raise UserError(f"{os.fspath(directory)!a} is not UTF-8 text: set PYTHONUTF8=1.") from error
         self.directory = Path(os.path.abspath(os.fspath(directory)))
+        self._folders = StepFolders(self.directory)
         self._keep, self._async, self._read_only = keep, async_save, read_only
         self._config = mf.plain(config)
         self._allow_nonfinite = tuple(allow_nonfinite)
@@ -104,54 +81,24 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
         if not read_only and jax.process_index() == 0:
-            self._prepare()
-
-    def _prepare(self) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe = self.directory / f".probe-{os.getpid()}"
-            probe.write_bytes(b"x")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot hold checkpoints: {error.strerror}; choose another folder."
-            ) from error
-        for path in sorted(self.directory.iterdir()):
-            if LEFTOVER.fullmatch(path.name):
-                log.warning("removing %s, left by an interrupted save", path)
-                shutil.rmtree(path, ignore_errors=True)
-            elif STEP.fullmatch(path.name) and not (path / mf.NAME).is_file():
-                log.warning("removing %s, which has no %s and so was never finished", path, mf.NAME)
-                shutil.rmtree(path, ignore_errors=True)
+            self._folders.prepare()
 
     # ------------------------------------------------------------------------------------- what is there
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
-        if not self.directory.is_dir():
-            return []
-        found = ((STEP.fullmatch(path.name), path) for path in self.directory.iterdir())
-        return sorted(int(match[1]) for match, path in found if match and (path / mf.NAME).is_file())
+        return self._folders.steps()
 
     def latest(self) -> int | None:
         """Newest committed step (not yet verified), None if there is none."""
-        return max(self.steps(), default=None)
-
-    def leaves(self, step: int | None = None) -> dict[str, mf.Leaf]:
-        """Names, dtypes and shapes of what `step` holds, or the newest step with a sound manifest.
-
-        Raises `CheckpointError` if there is none.
-        """
-        for candidate in [step] if step is not None else reversed(self.steps()):
-            try:
-                return mf.read(self._existing(candidate)).leaves
-            except (Corrupt, Incomplete):
-                if step is not None:
-                    raise
-        raise Incomplete(f"{self.directory} holds no step with a sound manifest; restore a copy.")
+        return self._folders.latest()
 
     def path(self, step: int) -> Path:
-        return self.directory / f"step_{step:08d}"
+        return self._folders.path(step)
+
+    def leaves(self, step: int | None = None) -> dict[str, mf.Leaf]:
+        """`StepFolders.leaves`: names, dtypes and shapes of what a step holds."""
+        return self._folders.leaves(step)
 
     def check_config(
         self,
@@ -161,24 +108,8 @@ class Checkpoints:
         step: int | None = None,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
-        """Raises `Mismatch` naming each field in which `current` differs from the saved configuration.
-
-        complete: gives a saved configuration the fields that its version did not have. Looks at `step`, or else at
-        the newest step with a sound manifest; with no step it has no opinion.
-        """
-        for candidate in [step] if step is not None else reversed(self.steps()):
-            try:
-                saved = mf.read(self.path(candidate)).config
-            except (Corrupt, Incomplete):
-                if step is not None:
-                    raise
-                continue
-            if differences := mf.diff_config(complete(saved), current, ignore=ignore):
-                raise Mismatch(
-                    f"{self.path(candidate)} was made with another configuration ({'; '.join(differences)}): "
-                    "use the saved values or another --run-dir."
-                )
-            return
+        """`StepFolders.check_config`: raises `Mismatch` where the saved configuration is another one."""
+        self._folders.check_config(current, ignore=ignore, step=step, complete=complete)
 
     # ---------------------------------------------------------------------------------------------- save
 
@@ -199,18 +130,18 @@ class Checkpoints:
             return
         host = leaf_io.to_host(state)
         leaves = leaf_io.named(host)
-        self._refuse_nonfinite(step, leaves)
+        refuse_nonfinite(step, self.directory, leaves, self._allow_nonfinite)
         items = {"state": host} if data_iterator is None else {"state": host, "data": data_iterator}
-        room = _Room(sum(leaf.nbytes for leaf in leaves.values()), len(leaves), free_bytes(self.directory))
+        room = Room(sum(leaf.nbytes for leaf in leaves.values()), len(leaves), free_bytes(self.directory))
         if room.free < room.needed and jax.process_index() == 0:
-            raise UserError(f"no room for {self._name(step)}: {room}; {FREE_SOME}.")
+            raise no_room(step, self.directory, room)
         partial = self.path(step).with_suffix(".partial")
         try:
             with orbax_io.context(), orbax_io.quiet():
                 response = ocp.save_checkpointables_async(str(partial), items)
         except Exception as error:  # Orbax raises bare Exception, among others
-            self._discard(partial)
-            raise self._save_error(step, room, error) from error
+            self._folders.discard(partial)
+            raise save_error(step, self.directory, room, error) from error
         _crash_point("data")
         self._thread = threading.Thread(
             target=self._finish,
@@ -251,18 +182,7 @@ class Checkpoints:
                 raise
             log.error("%s", failed)  # do not hide the error that is already on its way
 
-    def _refuse_nonfinite(self, step: int, leaves: Mapping[str, Any]) -> None:
-        for name, leaf in leaves.items():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self._allow_nonfinite):
-                continue
-            if not leaf_io.is_finite(leaf):
-                raise Corrupt(
-                    f"tensor {name!r} has non-finite values at step {step}, so no checkpoint was written: "
-                    f"expected finite numbers; restore an older step from {self.directory}, or name the "
-                    "tensor in allow_nonfinite if inf belongs there."
-                )
-
-    def _finish(self, step: int, leaves: dict[str, Any], has_data: bool, response: Any, room: _Room) -> None:
+    def _finish(self, step: int, leaves: dict[str, Any], has_data: bool, response: Any, room: Room) -> None:
         """Background: hash, wait for Orbax, write the manifest, rename, drop old steps."""
         final = self.path(step)
         partial = final.with_suffix(".partial")
@@ -276,63 +196,17 @@ class Checkpoints:
                     mf.write(partial, mf.Manifest(step, described, files, has_data, self._config))
                     for folder in (p for p in partial.rglob("*") if p.is_dir()):
                         fsync_dir(folder)
-                    self._set_aside_from(step)
+                    self._folders.set_aside_from(step)
                     partial.rename(final)
                     fsync_dir(self.directory)
             except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: wait() raises it
-                self._discard(partial)
-                self._error = self._save_error(step, room, error)
+                self._folders.discard(partial)
+                self._error = save_error(step, self.directory, room, error)
                 self._error.__cause__ = error
                 return
         self._done.add(step)
         if jax.process_index() == 0:
-            self._prune()
-
-    def _name(self, step: int) -> str:
-        return f"the checkpoint of step {step} in {self.directory}"
-
-    def _save_error(self, step: int, room: _Room, error: Exception) -> UserError:
-        if getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_TEXT):
-            why = "when the save began, so another program, a quota or a limit of the file size is in the way"
-            return UserError(f"no room for {self._name(step)}: {room} {why}; {FREE_SOME}.")
-        return UserError(
-            f"{self._name(step)} could not be written ({type(error).__name__}: {mf.first_line(error)}): "
-            "check the folder and save again, older steps are intact."
-        )
-
-    def _discard(self, partial: Path) -> None:
-        """Remove what a failed save has written, under both of the names Orbax uses."""
-        if jax.process_index() != 0:
-            return
-        for _ in range(5):  # Orbax reports the first failure while its other writers still make files
-            if not (paths := list(self.directory.glob(f"{partial.name}*"))):
-                return
-            for path in paths:
-                shutil.rmtree(path, ignore_errors=True)
-            time.sleep(0.1)
-
-    def _set_aside_from(self, step: int) -> None:
-        """One directory is one line of training: what lies at or after the new step is of another one."""
-        for newer in (s for s in self.steps() if s >= step):
-            number = 1
-            while (aside := self.directory / f"aside-{newer:08d}-{number}").exists():
-                number += 1
-            self.path(newer).rename(aside)
-            log.warning(
-                "step %d is being saved, so step %d, found in %s, is not of this run any more: moved to %s; "
-                "delete that when it is not needed",
-                step, newer, self.directory, aside,
-            )  # fmt: skip
-
-    def _prune(self) -> None:
-        for old in self.steps()[: -self._keep]:
-            dropped = self.path(old).with_suffix(".dropped")  # invisible before the first file goes
-            try:
-                self.path(old).rename(dropped)
-                shutil.rmtree(dropped)
-            except OSError as error:
-                log.warning("the old step %s could not be removed: %s", self.path(old), error.strerror)
-                return
+            self._folders.prune(self._keep)
 
     # ------------------------------------------------------------------------------------------- restore
 
@@ -375,15 +249,8 @@ class Checkpoints:
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise Corrupt(f"no checkpoint in {self.directory} can be used ({reasons})")
 
-    def _existing(self, step: int) -> Path:
-        folder = self.path(step)
-        if not folder.is_dir():
-            known = ", ".join(map(str, self.steps())) or "none"
-            raise Incomplete(f"{folder} does not exist: the finished steps are {known}.")
-        return folder
-
     def _restore_one(self, step: int, abstract: Any, data: Any, verify: bool, allow_cast: bool) -> Any:
-        folder = self._existing(step)
+        folder = self._folders.existing(step)
         manifest = orbax_io.check(folder, verify)
         wanted = leaf_io.named(jax.tree.map(leaf_io.abstract, abstract))
         mf.compare_leaves(folder, manifest, wanted, allow_cast=allow_cast)

@@ -276,6 +276,7 @@ def with_older_fields(saved: dict[str, Any]) -> dict[str, Any]:
 
 # What a resumed run may change without becoming another run.
 RESUMABLE = (
+    "data.cache_dir",
     "optim.nonfinite",
     "optim.max_skips",
     "steps",

@@ -68,7 +68,7 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 
 def is_finite(leaf: Any) -> bool:
-    """Whether a leaf holds neither inf nor NaN; integers always do not."""
+    """Whether a leaf holds neither inf nor NaN; integers hold neither."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return True
     if isinstance(leaf, jax.Array):

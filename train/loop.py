@@ -18,8 +18,9 @@ import numpy as np
 
 from evals.accuracy import accuracy, make_hits
 from evals.measure import make_measure, summarise
-from evals.sinks import bigram_task, finish_run, held_out, table
-from jaxattn.errors import DataError, Mismatch, TrainingStopped, writing
+from evals.sinks import bigram_task, held_out, table, write_study
+from evals.sinks import evaluate as study
+from jaxattn.errors import ConfigError, DataError, Mismatch, TrainingStopped, writing
 from jaxattn.models import at_context
 from jaxattn.signals import StopSignal
 from train import sessions
@@ -79,6 +80,11 @@ def run(cfg: RunConfig) -> int:
             iterator = source.train_iterator()
             try:
                 state, frozen, start = _first_state(cfg, checkpoints, iterator, mesh)
+                if cfg.steps < start:
+                    raise ConfigError(
+                        f"steps is {cfg.steps} but the run in {folder} is at step {start}: "
+                        f"give --steps={start} or more."
+                    )
                 _describe(place, saved, source, start)
                 print(backends, flush=True)
                 copy_side_files(cfg, place.path)
@@ -93,7 +99,9 @@ def run(cfg: RunConfig) -> int:
 def _finish(cfg: RunConfig, place: RunDir, source: Source, params: Any) -> None:
     """Measure and report a run that has taken its last step."""
     try:
-        print(table(finish_run(place.path, cfg, source, params, cfg.steps)))
+        result = study(cfg, source, params, cfg.steps)
+        print(table(result), flush=True)
+        write_study(place.path, cfg, source, params, result)
         if cfg.report:
             from evals.report import write_report  # matplotlib is not needed before
 

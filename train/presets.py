@@ -9,7 +9,7 @@ from train.data import DataConfig
 
 
 def bb() -> RunConfig:
-    """Bigram-Backcopy (arXiv 2410.13835) at unit scale: a sink within 1000 steps, about a minute on 2 cores."""
+    """Bigram-Backcopy (arXiv 2410.13835) at unit scale: a sink within 1000 steps, about two minutes on 2 cores."""
     return RunConfig(
         preset="bb",
         steps=1000,
@@ -30,7 +30,7 @@ def bb() -> RunConfig:
 
 
 def text_tiny() -> RunConfig:
-    """Real text (the Python standard library) on 2 cores in under a quarter of an hour."""
+    """Real text (the Python standard library) on 2 cores in about eight minutes."""
     return RunConfig(
         preset="text-tiny",
         steps=900,

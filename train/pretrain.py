@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from jaxattn.errors import run_cli
+from jaxattn.places import cache_folder
 from jaxattn.signals import loading
 
 
@@ -58,8 +59,7 @@ def prepare_jax() -> None:
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        root = os.environ.get("JAXATTN_CACHE") or str(Path.home() / ".cache" / "jaxattn")
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -221,7 +221,7 @@ def fsync_dir(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: a reader, or a crash at any moment, sees the old bytes or the new ones."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"  # with_name refuses "." by a ValueError
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -30,7 +30,7 @@ def begin(place: RunDir, start: int, log_every: int, environment: dict[str, Any]
     Writes sessions.json and environment.json (the session's own), and leaves metrics.jsonl with the rows up to
     `start`, each once. Raises `OSError`.
     """
-    sessions = [s for s in _read(place) if s["step"] < start]
+    sessions = _read(place, start)
     if sessions:
         before = next((s["environment"] for s in reversed(sessions) if s.get("environment")), {})
         if changes := differences(before, environment):
@@ -53,14 +53,21 @@ def begin(place: RunDir, start: int, log_every: int, environment: dict[str, Any]
     write_json_atomic(place.environment, environment)
 
 
-def _read(place: RunDir) -> list[Session]:
-    """The sessions so far; those of a folder without the file, or with a damaged one, from what else it says."""
+def _read(place: RunDir, start: int) -> list[Session]:
+    """The sessions that began before step `start`, one at least if there were steps.
+
+    Those of a folder without the file, or with a damaged one, are taken from what else it says.
+    """
+    if not start:
+        return []
     path = place.path / "sessions.json"
     try:
         found = read_object(path, "the run goes on without it")["sessions"] if path.exists() else None
         if found is None or not all(_sound(session) for session in found):
             raise KeyError("sessions")
-        return found
+        if before := [session for session in found if session["step"] < start]:
+            return before
+        raise KeyError("sessions")
     except (UserError, KeyError, TypeError) as error:
         if path.exists():
             log.warning("%s", error if isinstance(error, UserError) else f"{path} is damaged; the run goes on without")

@@ -109,13 +109,13 @@ def make_train_step(
         loss, tokens, grads = gradients(state["params"], frozen, batch)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        first = state["loss_mean"] == 0.0  # no step has been applied yet
         if optim.spike_factor:
-            trusted = state["step"] >= SPIKE_WARMUP
+            trusted = (state["step"] >= SPIKE_WARMUP) & ~first
             good &= ~(trusted & (loss > optim.spike_factor * state["loss_mean"]))
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-        first = state["step"] == 0
         mean = jnp.where(first, loss, 0.95 * state["loss_mean"] + 0.05 * loss)
         new = {
             "params": keep(params, state["params"]),

@@ -1,11 +1,10 @@
 """Looking inside a model: capture, sink metric, extreme-token probes."""
 
 from jaxattn.analysis.capture import AttentionView, ForwardView, look
-from jaxattn.analysis.sinks import EPSILON, LENGTH, alpha_of, column_means, proxy_weights, sink_rate
+from jaxattn.analysis.sinks import EPSILON, alpha_of, column_means, proxy_weights, sink_rate
 
 __all__ = [
     "EPSILON",
-    "LENGTH",
     "AttentionView",
     "ForwardView",
     "alpha_of",

@@ -2,7 +2,7 @@
 
 Active-Dormant Attention Heads (arXiv 2410.13835), sections 2 and 3. Every probe is a mean over the
 queries selected by a mask, so it can be split into trigger and non-trigger queries of the
-Bigram-Backcopy task. Weights here are the operation's own A, not the row-normalised proxy.
+Bigram-Backcopy task. Weights are the operation's own A or, with `proxy`, its row shares.
 """
 
 from __future__ import annotations

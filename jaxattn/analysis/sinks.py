@@ -20,7 +20,6 @@ from jaxattn.analysis.capture import AttentionView
 from jaxattn.masks import visible
 
 EPSILON = 0.3
-LENGTH = 64
 ROW_BLOCK = 128
 
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.errors import UserError, run_cli, writing
 from pallas_kernels import compiling_for
 from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.shapes import Shape
+from scripts.outputs import REMEDY, folder_to_write
 from tests.aot import h100
 from train.rundir import result_environment, write_json_atomic
 
@@ -86,6 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     args = parser.parse_args()
+    folder_to_write(args.out)
     if reason := h100.missing():
         raise UserError(f"{reason}: see the head of this file for what is needed.")
     jax.config.update("jax_platforms", "cpu")
@@ -97,10 +99,10 @@ def main() -> int:
             rows.append({"op": name, "dim": dim, "refused": reason, "kernels": [] if reason else measure(call)})
     plugin = importlib.metadata.version(PLUGIN)
     result = {"target": "H100, sm_90a", "rows": rows, "plugin": plugin, "environment": result_environment()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out / "aot_gpu.json", result)
-    (args.out / "aot_gpu.md").write_text(markdown(result), "utf-8")
     print(markdown(result))
+    with writing(args.out, REMEDY):
+        write_json_atomic(args.out / "aot_gpu.json", result)
+        (args.out / "aot_gpu.md").write_text(markdown(result), "utf-8")
     return 0
 
 

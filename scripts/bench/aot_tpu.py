@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.errors import UserError, run_cli, writing
 from pallas_kernels import compiling_for
 from pallas_kernels._ahead import TOPOLOGIES, tpu_devices
 from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.shapes import Shape
+from scripts.outputs import REMEDY, folder_to_write
 from train.rundir import result_environment, write_json_atomic
 
 RESULTS = Path("scripts/bench/results")
@@ -112,6 +113,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.length < 1:
         raise UserError(f"--length is {args.length} but must be at least 1.")
+    folder_to_write(args.out)
     jax.config.update("jax_platforms", "cpu")
     try:
         device = tpu_devices(args.chip)[0]
@@ -125,10 +127,10 @@ def main() -> int:
     for name, make in track(CALLS.items(), "compiling", console=Console(stderr=True)):
         ops[name] = measure(make(shape, jnp.bfloat16), make(single, jnp.float32), device)
     result = {"chip": args.chip, "shape": dataclasses.asdict(shape), "ops": ops, "environment": result_environment()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out / f"aot_tpu_{args.chip}.json", result)
-    (args.out / f"aot_tpu_{args.chip}.md").write_text(markdown(result), "utf-8")
     print(markdown(result))
+    with writing(args.out, REMEDY):
+        write_json_atomic(args.out / f"aot_tpu_{args.chip}.json", result)
+        (args.out / f"aot_tpu_{args.chip}.md").write_text(markdown(result), "utf-8")
     return 0
 
 

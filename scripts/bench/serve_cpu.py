@@ -34,8 +34,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.errors import UserError, run_cli, writing
+from scripts.bench.alive import alive
 from scripts.bench.timing import ratio
+from scripts.outputs import REMEDY, file_to_write
 from train.rundir import result_environment, write_json_atomic
 
 PROMPT, NEW, SLOTS, CONTEXT = 64, 128, 8, 2048
@@ -170,13 +172,15 @@ def generating(folder: str, dtype: str) -> Iterator[Connection]:
 def measure(folder: str, dtype: str, rounds: int, prompt: int, new: int) -> dict[str, Any]:
     """All of one dtype."""
     with generating(folder, dtype) as pipe, contextlib.closing(Server(folder, dtype)) as server:
-        sizes = pipe.recv()
+        with alive("generate"):
+            sizes = pipe.recv()
         draw = np.random.default_rng(SEED)
         prompts = draw.integers(10, sizes.pop("vocabulary"), (max(STREAMS), prompt)).tolist()
 
         def generate(ids: list[int]) -> tuple[float, int, str]:
-            pipe.send((ids, new))
-            return pipe.recv()
+            with alive("generate"):
+                pipe.send((ids, new))
+                return pipe.recv()
 
         for ids in prompts[:2]:  # the first compiles
             (_, _, made, text), (_, count, own) = server.ask(ids, new), generate(ids)
@@ -249,17 +253,13 @@ def main() -> int:
     for name in ("rounds", "prompt", "new"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)} but must be at least 1.")
+    file_to_write(args.out)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = str(args.checkpoint) if args.checkpoint else checkpoint(Path(folder))
         for dtype in args.dtype:
             results[dtype] = measure(model, dtype, args.rounds, args.prompt, args.new)
             results[dtype]["bars"] = judge(results[dtype])
-    summary = {"model": args.checkpoint.name if args.checkpoint else "SmolLM2-135M-Instruct", "seed": SEED}
-    summary |= {"prompt": args.prompt, "new": args.new, "slots": SLOTS, "context": CONTEXT}
-    summary |= {"threads": len(os.sched_getaffinity(0)), "results": results, "environment": result_environment()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out, summary)
     for dtype, found in results.items():
         rates = {count: statistics.median(rate) for count, rate in found["tokens_per_s"].items()}
         print(f"{dtype}: " + ", ".join(f"{count} streams {rate:.1f} tok/s" for count, rate in rates.items()))
@@ -268,6 +268,11 @@ def main() -> int:
             verdict = "reached" if row["reached"] else "NOT reached"
             print(f"  {row['what']} ({row['of']}): {row['value']:.3g} ({row['least']:.3g} to {row['most']:.3g}), "
                   f"bar {row['bar']}: {verdict}")  # fmt: skip
+    summary = {"model": args.checkpoint.name if args.checkpoint else "SmolLM2-135M-Instruct", "seed": SEED}
+    summary |= {"prompt": args.prompt, "new": args.new, "slots": SLOTS, "context": CONTEXT}
+    summary |= {"threads": len(os.sched_getaffinity(0)), "results": results, "environment": result_environment()}
+    with writing(args.out, REMEDY):
+        write_json_atomic(args.out, summary)
     return 0 if all(row["reached"] for found in results.values() for row in found["bars"]) else 1
 
 

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.errors import UserError, run_cli, writing
+from scripts.bench.alive import alive
 from scripts.bench.train_shape import Shape
+from scripts.outputs import REMEDY, file_to_write
 from train.rundir import result_environment, write_json_atomic
 
 RIVALS = ("torch eager", "torch.compile")
@@ -105,14 +107,17 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         mine, theirs = context.Pipe()
         process = context.Process(target=worker, args=(name, shape, theirs), daemon=True)
         process.start()
+        theirs.close()  # else nobody would hear that the process has ended
         processes.append(process)
         pipes[name] = mine
         if name != OURS:
-            mine.send(params)
+            with alive(name):
+                mine.send(params)
 
     def ask(name: str, i: int) -> tuple[float, float]:
-        pipes[name].send(i)
-        return pipes[name].recv()
+        with alive(name):
+            pipes[name].send(i)
+            return pipes[name].recv()
 
     losses = {name: [ask(name, i)[1] for i in range(WARM)] for name in names}
     for name in RIVALS:
@@ -130,7 +135,8 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
             flush=True,
         )
     for name, process in zip(names, processes, strict=True):
-        pipes[name].send(None)
+        with alive(name):
+            pipes[name].send(None)
         process.join(10)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     rival = min(RIVALS, key=medians.__getitem__)
@@ -153,13 +159,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8, help="timed rounds")
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/train_cpu.json"))
     args = parser.parse_args()
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds} but must be at least 1.")
+    file_to_write(args.out)
     try:
         import torch
     except ImportError as error:
         raise UserError("train_cpu needs torch; pip install -e '.[bench]'.") from error
     result = measure(Shape(), args.rounds)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out, result | {"torch": torch.__version__, "environment": result_environment()})
     for name, speed in result["tokens_per_s"].items():
         print(f"{name:15} {speed:8,.0f} tokens/s")
     print(
@@ -167,6 +174,8 @@ def main() -> int:
         f"(rounds {result['ratio_min']:.2f} to {result['ratio_max']:.2f})"
     )
     print(json.dumps({"ratio": round(result["ratio_median"], 3)}))
+    with writing(args.out, REMEDY):
+        write_json_atomic(args.out, result | {"torch": torch.__version__, "environment": result_environment()})
     return 0
 
 

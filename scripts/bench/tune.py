@@ -31,6 +31,7 @@ from pallas_kernels.flash.xla import BLOCK_Q, CHUNK_K, flash_xla
 from pallas_kernels.shapes import Shape
 from scripts.bench.kernels.cases import SEED, bound, gradient, inputs
 from scripts.bench.timing import interleaved
+from scripts.outputs import file_to_write
 from train.rundir import result_environment, write_json_atomic
 
 MARGIN = 0.03
@@ -101,7 +102,7 @@ def main() -> int:
     lengths = (512, 2048) if platform == "cpu" else (2048, 16384)
     tokens, heads = (2048, 512) if platform == "cpu" else (16384, 2048)
     of_dim = lambda d: [Shape(f"T{n}_D{d}", tokens // n, n, heads // d, heads // 2 // d, d, d) for n in lengths]
-    path = FOLDER / table_name(kind)
+    path = file_to_write(FOLDER / table_name(kind), "install the library where you may write")
     table = json.loads(path.read_text("utf-8")) if path.is_file() else {"blocks": {}, "measured": {}}
     jobs = [(name, dim) for name in found for dim in DIMS]
     for name, dim in track(jobs, "tuning", console=Console(stderr=True)):
@@ -112,7 +113,6 @@ def main() -> int:
             "seconds": medians,
         }
         print(f"{name} D={dim}: {best}", flush=True)
-    path.parent.mkdir(exist_ok=True)
     write_json_atomic(path, table | {"seed": SEED, "rounds": args.rounds, "environment": result_environment()})
     print(path.name)
     return 0

@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from evals.plot_style import figure, in_style, png
-from jaxattn.errors import ConfigError, suggest
+from jaxattn.errors import ConfigError, suggest, writing
+from scripts.outputs import REMEDY, folder_to_write
 from train.config import RunConfig
 from train.load import read_config
 from train.loop import run
@@ -54,15 +55,16 @@ def arguments(name: str, doc: str | None, presets: Sequence[str] = ("cpu", "gpu"
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers below 1.
+    """Refuse numbers below 1, and an --out where nothing can be written.
 
     Raises:
-      ConfigError: naming the flag.
+      UserError: naming the flag.
     """
     for flag in ("seeds", "steps"):
-        value = getattr(args, flag)
+        value = getattr(args, flag, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} is {value} but must be at least 1.")
+    folder_to_write(args.out)
 
 
 def train(cfg: RunConfig) -> list[Row]:
@@ -150,7 +152,8 @@ def save_figure(path: Path, width: float, height: float, panels: int, draw: Call
         for ax in axes:
             ax.grid(True)
         draw(*axes)
-        path.write_bytes(png(made))
+        with writing(path, REMEDY):
+            path.write_bytes(png(made))
 
 
 def write_rows(path: Path, rows: Sequence[Row], **more: Any) -> None:
@@ -172,12 +175,12 @@ def finish(
     paper: str,
 ) -> int:
     """Write NAME.json and NAME.md, print the table; 0 if every expectation holds, else 1."""
-    out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0].device_kind
     lines = [f"# {title}", ", ".join(f"{k} {v}" for k, v in setup.items()) + f". Device: {device}.", table]
     lines += [expectations_table(expectations), f"The paper: {paper}"]
     text = "\n\n".join(line.strip("\n") for line in lines) + "\n"
-    write_rows(out / f"{name}.json", rows, setup=setup, expectations=[e._asdict() for e in expectations])
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
+    with writing(out, REMEDY):
+        write_rows(out / f"{name}.json", rows, setup=setup, expectations=[e._asdict() for e in expectations])
+        (out / f"{name}.md").write_text(text, encoding="utf-8")
     return 0 if all(e.holds for e in expectations) else 1

@@ -287,8 +287,8 @@ def main() -> int:
         keep = lambda lengths: tuple(n for n in lengths if n <= args.longest)
         scale = dataclasses.replace(scale, lengths=keep(scale.lengths), tokens=max(keep(scale.lengths)))
         scale = dataclasses.replace(scale, decode_lengths=keep(scale.decode_lengths) or scale.decode_lengths[:1])
+    study.check(args)
     rows = measure_training(scale, args.rounds) + measure_decoding(scale, args.rounds)
-    args.out.mkdir(parents=True, exist_ok=True)
     study.save_figure(args.out / "constant_speed.png", 9.6, 3.0, 3, lambda *axes: draw(rows, *axes))
     return study.finish(
         "constant_speed",

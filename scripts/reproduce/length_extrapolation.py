@@ -169,7 +169,6 @@ def main() -> int:
     scale = dataclasses.replace(scale, steps=args.steps or scale.steps)
     runs = args.runs_dir / args.preset
     rows = [row for label in ATTENTIONS for seed in range(args.seeds) for row in run_model(label, scale, seed, runs)]
-    args.out.mkdir(parents=True, exist_ok=True)
     study.save_figure(args.out / "length_extrapolation.png", 8.6, 3.2, 2, lambda a, b: draw(rows, a, b))
     return study.finish(
         "length_extrapolation",

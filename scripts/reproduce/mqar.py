@@ -238,7 +238,6 @@ def main() -> int:
         tune(variants, scale, runs)
         return 0
     rows = [one_run(variant, scale, seed, runs) for variant in variants for seed in range(args.seeds)]
-    args.out.mkdir(parents=True, exist_ok=True)
     study.save_figure(args.out / "mqar.png", 6.4, 3.4, 1, lambda ax: draw(rows, ax))
     return study.finish(
         "mqar",

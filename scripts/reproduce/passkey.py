@@ -187,7 +187,6 @@ def main() -> int:
     runs = args.runs_dir / args.preset
     models = study.pick(list(scale.models()), args.only, str)
     rows = [row for name in models for seed in range(args.seeds) for row in run_model(name, scale, seed, runs)]
-    args.out.mkdir(parents=True, exist_ok=True)
     study.save_figure(args.out / "passkey.png", 6.6, 3.4, 1, lambda ax: draw(rows, scale, ax))
     return study.finish(
         "passkey",

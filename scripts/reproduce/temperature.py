@@ -184,7 +184,6 @@ def main() -> int:
     scale = dataclasses.replace(scale, steps=args.steps or scale.steps)
     runs = args.runs_dir / args.preset
     rows = [one_run(attn, scale, seed, runs) for attn in ATTENTIONS for seed in range(args.seeds)]
-    args.out.mkdir(parents=True, exist_ok=True)
     study.save_figure(args.out / "temperature.png", 8.6, 3.2, 2, lambda a, b: draw(rows, a, b))
     columns = ("attention", "parameters", "loss", "sink rate (%)", "train_seconds")
     return study.finish(

@@ -71,11 +71,12 @@ def test_a_configuration_written_by_us_is_read_as_the_same_model(name, tmp_path)
         assert getattr(theirs, field) == raw[field], field
 
 
-def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path):
+def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path, monkeypatch):
     """Also after the folder was moved: its tokenizer is found inside it."""
     import subprocess
     import sys
 
+    from evals import sinks
     from train.data.tokenizer import byte_tokenizer
     from train.load import read_config
 
@@ -91,6 +92,11 @@ def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path):
     assert "Sink_1" in done.stdout
     report = (tmp_path / "moved" / "report.html").read_text()
     assert report.count("<img") >= 4
+    (tmp_path / "moved" / "report.html").unlink()
+    for words in (["--step=0"], ["--sequences=4"]):  # other numbers than those of the folder
+        monkeypatch.setattr(sys, "argv", ["sinks", str(tmp_path / "moved"), *words])
+        assert sinks.main() == 0
+    assert not (tmp_path / "moved" / "report.html").exists()
 
 
 def test_the_old_name_of_the_scaling_type_is_read():

@@ -32,6 +32,7 @@ def wheel(tmp_path_factory):
         archive.writestr("a/half.jsonl.gz", lines[:-12])
         archive.writestr("a/text.jsonl.gz", b"no gzip")
         archive.writestr("a/words.jsonl.gz", gzip.compress(b"words\n"))
+        archive.writestr("a/flipped.jsonl.gz", lines[:10] + bytes([lines[10] ^ 255]) + lines[11:])
         archive.writestr("a/rows.csv", b"a,b")
     return path
 
@@ -42,7 +43,9 @@ def test_documents_are_read(wheel, kind):
     assert read_documents(wheel, f"a/rows.{kind}", 1) == ROWS[:1]
 
 
-@pytest.mark.parametrize("name", ["half.arrow", "half.jsonl.gz", "text.jsonl.gz", "words.jsonl.gz", "rows.csv"])
+@pytest.mark.parametrize("name", [
+    "half.arrow", "half.jsonl.gz", "text.jsonl.gz", "words.jsonl.gz", "flipped.jsonl.gz", "rows.csv",
+])  # fmt: skip
 def test_what_is_broken_is_named(wheel, name):
     with pytest.raises(Corrupt, match=f"a/{name}"):
         read_documents(wheel, f"a/{name}")

@@ -270,11 +270,12 @@ BAD = {
     "documents": (["--tasks=STRANGE"], ["failed on its documents", "ZeroDivisionError"]),
     "twice": (["--tasks=TOY,TOY2"], ["names toy twice"]),
     "checkpoint": (["--tasks=TOY"], ["holds no run"]),
+    "out": (["--tasks=TOY", "--limit=1", "--json=."], [". cannot be written", "choose another --json"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(name, run, task_folder, monkeypatch, tmp_path, request):
+def test_bad_input_is_one_sentence(name, run, task_folder, monkeypatch, tmp_path, request, capsys):
     if name != "task":
         request.getfixturevalue("small_index")
     (tmp_path / "toy2.yaml").write_text((task_folder / "toy.yaml").read_text())
@@ -288,6 +289,7 @@ def test_bad_input_is_one_sentence(name, run, task_folder, monkeypatch, tmp_path
     assert all(part in str(error.value) for part in says), str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
+    assert ('"acc,none"' in capsys.readouterr().out) == (name == "out")  # what was measured is not lost
 
 
 @pytest.mark.parametrize(("mark", "why"), [("UNSAFE_CODE", "runs code"), ("MULTIMODAL", "shows pictures")])

@@ -118,6 +118,12 @@ def test_a_task_run_is_sent_to_evals_tasks(tmp_path, monkeypatch):
         call(monkeypatch, str(tmp_path / "run"), "--lengths=16,64")
 
 
+def test_a_run_of_another_kind_is_no_task(tmp_path, monkeypatch):
+    run(tiny(tmp_path / "run", 2))
+    with pytest.raises(UserError, match=r"'bb', which is no text: all its sequences have .* 16 tokens.* run of text"):
+        call(monkeypatch, str(tmp_path / "run"))
+
+
 def test_as_a_process(tmp_path):
     code, out, err = command(["."], tmp_path, module="evals.length")
     assert (code, out) == (2, "")

@@ -200,7 +200,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(name, run, monkeypatch, tmp_path):
+def test_bad_input_is_one_sentence(name, run, monkeypatch, tmp_path, capsys):
     content, words, says = BAD[name]
     path = tmp_path / "text.txt"
     if content is not None:
@@ -210,6 +210,7 @@ def test_bad_input_is_one_sentence(name, run, monkeypatch, tmp_path):
         main()
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+    assert ('"perplexity"' in capsys.readouterr().out) == (name == "out")  # what was measured is not lost
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(run, monkeypatch, tmp_path, capsys):

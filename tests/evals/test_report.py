@@ -166,8 +166,8 @@ def test_a_run_in_training_says_what_is_missing(tmp_path: Path) -> None:
     text, page = report(run)
     assert "still training, as of step 600 of 1000: a sink: largest start-token weight 0.7" in text
     assert "some head above 0.3 from step 400 on" in text
-    assert "has no sinks.json yet (step 600 of 1000)" in text
-    assert "has no maps.npz yet" in text
+    assert "has no final sinks.json yet (step 600 of 1000)" in text
+    assert "has no final maps.npz yet" in text
     assert page.row("Steps") == ["600 of 1000"]
     for name in ("environment.json", "data.json"):
         (run / name).unlink()

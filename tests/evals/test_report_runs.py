@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,14 @@ def test_bad_folders_are_refused_in_one_sentence(
     assert not list(run.glob(".*tmp"))
 
 
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_page_is_not_written_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    run = make_run(tmp_path / "run", steps=10)
+    monkeypatch.chdir(run)
+    with pytest.raises(DataError, match="a folder: name a file with --out"):
+        write_report([run], out)
+
+
 def test_maps_are_shares_whatever_the_weights_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attn="identity")
     weights = np.random.default_rng(0).normal(size=(1, LAYERS, 1, 8, 10)) * 30
@@ -130,3 +139,57 @@ def test_older_names_are_read_under_todays(tmp_path: Path) -> None:
 def test_the_star_of_a_run_in_training_is_seen_in_its_numbers(tmp_path: Path) -> None:
     for attn, star in (("softmax", ""), ("sigmoid", "*")):
         assert read_run(make_run(tmp_path / attn, attn=attn, done=False)).star == star
+
+
+def test_a_run_that_went_on_is_not_shown_with_the_end_of_before(tmp_path: Path) -> None:
+    """Step 1000 was the end and was measured; then it was resumed, with more steps, and stopped at 1500."""
+    before = make_run(tmp_path / "before")
+    on = make_run(tmp_path / "on", steps=1500)
+    ended, going = read_run(before), read_run(on)
+    assert ended.latest() is ended.sinks
+    assert ended.maps is not None
+    assert going.sinks is None
+    assert going.maps is None
+    assert going.latest() == going.metrics[-1]
+    assert going.latest()["step"] == 1500
+    page = write_report([on], on / "report.html").read_text("utf-8")
+    assert "the newest evaluation in metrics.jsonl is shown" in page
+    rows = (on / "metrics.jsonl").read_text().splitlines()
+    (on / "metrics.jsonl").write_text("\n".join(rows[:104]))  # nothing has been evaluated since
+    assert read_run(on).latest()["step"] == 1000
+    assert read_run(on).maps is not None
+
+
+def test_the_threshold_is_that_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", done=False)
+    config = json.loads((run / "config.json").read_text())
+    for given, eps in (({}, 0.3), (None, 0.3), ({"epsilon": 0.7}, 0.7), ({"epsilon": 0}, 0.3), ({"epsilon": "x"}, 0.3)):
+        write(run / "config.json", config | {"eval": given})
+        assert read_run(run).epsilon == eps
+    write(run / "sinks.json", {"step": 1000, "epsilon": 0.5})
+    assert read_run(run).epsilon == 0.5
+
+
+def test_whichever_byte_of_the_maps_is_damaged_they_are_read_or_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=10)
+    whole = io.BytesIO()
+    weights = np.random.default_rng(0).random((1, 1, 1, 4, 4)).astype(np.float16)
+    np.savez_compressed(whole, weights=weights, tokens=np.zeros((1, 4), int), labels=[list("abcd")], slots=0)
+    refused = 0
+    for place in range(len(whole.getvalue())):
+        for flip in (1, 64):
+            damaged = bytearray(whole.getvalue())
+            damaged[place] ^= flip
+            (run / "maps.npz").write_bytes(damaged)
+            try:
+                read_run(run)
+            except DataError:
+                refused += 1
+    assert refused > 500
+
+
+def test_a_step_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(f'{{"step": 1{"0" * 400}}}\n')
+    with pytest.raises(DataError, match="line 1 is not an object with a step"):
+        read_run(run)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxattn
+from jaxattn import checks
 from jaxattn.analysis import look
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.mechanisms import get, names, resolve_mixer
@@ -111,6 +112,10 @@ def test_shapes_are_checked_while_a_program_is_traced_and_values_are_not():
     with pytest.raises(ConfigError, match=r"positions has shape \[2, 7\]"):
         jax.eval_shape(lambda p: attend(positions=p), jax.ShapeDtypeStruct((2, 7), jnp.int32))
     jax.eval_shape(lambda p: attend(positions=p), jax.ShapeDtypeStruct((2, 6), jnp.int32))
+    shape = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)  # which has no values to read
+    checks.ids("positions", shape, (BATCH, LENGTH), "q", segments=shape)
+    checks.prefix_len(jax.ShapeDtypeStruct((BATCH,), jnp.int32), BATCH)
+    checks.tokens(shape, 17)
 
 
 # --- tokens and parameters of a model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,3 +48,13 @@ def crash() -> dict[str, Any]:
 
 def leave() -> dict[str, Any]:
     os._exit(3)
+
+
+def contend(name: str, shape: Any, pipe: Any) -> None:
+    """A contender of `train_cpu`; that of jaxattn ends at once."""
+    if name == "jaxattn":
+        return
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+        while pipe.recv() is not None:
+            pipe.send((1.0, 1.0))

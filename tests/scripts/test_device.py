@@ -303,6 +303,7 @@ def test_what_cannot_be_asked_for(monkeypatch, tmp_path, capsys):
     assert refusal("--out", str(tmp_path), "--minutes=0") == "--minutes is 0 but must be more than 0."
     (tmp_path / RESULTS).touch()
     assert "holds the results of an earlier run: name another folder" in refusal("--out", str(tmp_path))
+    assert refusal("--out", str(tmp_path / RESULTS)).endswith("a file: name a folder.")
     monkeypatch.setattr(sys, "argv", ["device", "--packages"])
     assert command.main() == 0
     assert "jaxtyping: " in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_an_archive_itself_may_be_what_is_kept(offered, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["y.whl"]
 
 
-@pytest.mark.parametrize("wrong", ["part", "whole", "member"])
+@pytest.mark.parametrize("wrong", ["part", "whole", "member", "archive"])
 def test_what_is_not_what_it_was_is_refused_and_not_kept(wrong, offered, tmp_path, monkeypatch):
     import dataclasses
 
@@ -86,9 +86,17 @@ def test_what_is_not_what_it_was_is_refused_and_not_kept(wrong, offered, tmp_pat
         parts[1] = dataclasses.replace(parts[1], sha256="0" * 64)
     if wrong == "member":
         parts[1] = dataclasses.replace(parts[1], member="package/y.bin")
+    if wrong == "archive":
+        path = tmp_path / "registry" / "a.whl"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr("a/x.bin", PARTS[0])
+        raw = bytearray(path.read_bytes())
+        raw[30 + len("a/x.bin")] ^= 255  # the first byte of what is compressed
+        path.write_bytes(raw)
     entry = dataclasses.replace(offered, parts=tuple(parts), sha256="0" * 64 if wrong == "whole" else offered.sha256)
     monkeypatch.setitem(get.ENTRIES, "x", entry)
-    with pytest.raises(Corrupt, match="b has no readable package/y" if wrong == "member" else "expected 000"):
+    said = {"member": "b has no readable package/y", "archive": "a has no readable a/x.bin"}.get(wrong, "expected 000")
+    with pytest.raises(Corrupt, match=said):
         get.fetch("x", tmp_path / "kept")
     assert list((tmp_path / "kept").iterdir()) == []
 
@@ -97,6 +105,30 @@ def test_a_kept_file_that_was_damaged_is_refused(offered, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"damaged")
     with pytest.raises(Corrupt, match=r"x\.bin has sha256"):
         get.fetch("x", tmp_path)
+
+
+@pytest.mark.parametrize(("value", "place"), [("", ".cache/jaxattn"), ("~/mine", "mine"), (None, ".cache/jaxattn")])
+def test_all_that_is_kept_is_kept_in_one_folder(value, place, tmp_path, monkeypatch):
+    import jax
+
+    from train.data.cache import cache_root
+    from train.pretrain import prepare_jax
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAXATTN_CACHE", value) if value is not None else monkeypatch.delenv("JAXATTN_CACHE", False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    said = {}
+    monkeypatch.setattr(type(jax.config), "update", lambda _, key, value: said.update({key: value}))
+    prepare_jax()
+    assert said["jax_compilation_cache_dir"] == str(tmp_path / place / "xla")
+    assert cache_root() == tmp_path / place
+    assert get.path_of("smollm2").parent == tmp_path / place
+
+
+def test_a_folder_that_cannot_be_is_refused(offered, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x.* cannot be written \(.*\): name another folder as DST"):
+        get.fetch("x", tmp_path / "file" / "x")
 
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are():

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from evals import sinks
-from jaxattn.errors import Corrupt, Incomplete, Mismatch, TrainingStopped, UserError
+from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, TrainingStopped, UserError
 from train import loop
 from train import step as step_module
 from train.config import OptimConfig
@@ -233,6 +233,13 @@ def test_row_19_loss_spike(small, step, mean, factor, applied):
         assert_untouched(kept, new)
 
 
+def test_the_mean_begins_at_the_first_step_that_is_applied(small):
+    """All before were skipped: nothing is a spike yet, and zero is no loss to take a mean with."""
+    _, new, numbers = after(small, OptimConfig(spike_factor=2.0), small[1][0], step=jnp.int32(SPIKE_WARMUP))
+    assert numbers["applied"]
+    assert new["loss_mean"] == numbers["loss"]
+
+
 def test_row_19_a_spike_in_a_run_is_said(tmp_path, monkeypatch, caplog):
     poison(monkeypatch, {SPIKE_WARMUP + 2}, 1e4)
     assert run(h.tiny(tmp_path / "run", 24, optim={"spike_factor": 2.0})) == 0
@@ -306,6 +313,19 @@ def test_row_13_another_configuration_leaves_the_run_alone(done, changes, field)
         resumed(done, **changes)
     assert field in str(caught.value)
     assert h.snapshot(done) == before
+
+
+def test_fewer_steps_than_were_taken_leave_the_run_alone(done):
+    before = h.snapshot(done)
+    with pytest.raises(ConfigError, match=r"steps is 5 but the run in .*run is at step 12: give --steps=12 or more"):
+        resumed(done, steps=5)
+    assert h.snapshot(done) == before
+
+
+def test_a_moved_cache_is_no_other_run(copy, done, tmp_path):
+    assert resumed(copy, data={"cache_dir": str(tmp_path / "cache")}, steps=12) == 0
+    assert h.read_config(copy).data.cache_dir == str(tmp_path / "cache")
+    h.assert_same_run(copy, done)
 
 
 def test_row_13_before_the_first_checkpoint_too(tmp_path):
@@ -435,3 +455,26 @@ def test_sinks_refuses(done, tmp_path, monkeypatch):
         sinks_main(monkeypatch, done, "--json", tmp_path / "text.txt" / "out.json")
     with pytest.raises(UserError, match="finished steps are 4, 8, 12"):
         sinks_main(monkeypatch, done, "--step", 5)
+    with pytest.raises(ConfigError, match=r"--length is 8 but all sequences of 'bb' have .* context of 16 tokens"):
+        sinks_main(monkeypatch, done, "--length", 8)
+
+
+def test_the_last_numbers_of_a_run_are_said_where_they_cannot_be_written(copy, capsys):
+    (copy / "sinks.json").unlink()
+    (copy / "maps.npz").unlink()
+    (copy / "maps.npz").mkdir()
+    with pytest.raises(UserError, match=r"maps\.npz.* cannot be written"):
+        resumed(copy)
+    assert "Sink_1 (0.3)" in capsys.readouterr().out
+    assert not (copy / "sinks.json").exists()
+
+
+def test_what_sinks_measured_is_said_where_it_cannot_be_written(copy, tmp_path, monkeypatch, capsys):
+    (copy / "maps.npz").unlink()
+    (copy / "maps.npz").mkdir()
+    for words, says in ((["--json", tmp_path], "another --json"), ([], "maps.npz.* or give --step=12 to leave it")):
+        with pytest.raises(UserError, match=says):
+            sinks_main(monkeypatch, copy, *words)
+        assert "Sink_1 (0.3)" in capsys.readouterr().out
+    assert sinks_main(monkeypatch, copy, "--step", 12, "--json", tmp_path / "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["step"] == 12

@@ -144,8 +144,12 @@ def test_a_run_of_an_earlier_version_has_only_its_environment(place, caplog):
 
 @pytest.mark.parametrize("name", ["sessions.json", "environment.json"])
 @pytest.mark.parametrize(
-    "content", ["", "[" * 200_000, "[]", '{"sessions": 3}', '{"sessions": [{"step": -1, "log_every": 0}]}', '{"a": NaN']
-)
+    "content",
+    [
+        "", "[" * 200_000, "[]", '{"sessions": 3}', '{"sessions": []}', '{"a": NaN',
+        '{"sessions": [{"step": -1, "log_every": 0}]}', '{"sessions": [{"step": 10, "log_every": 1}]}',
+    ],
+)  # fmt: skip
 def test_damaged_files_stop_no_run(place, caplog, name, content):
     if name == "environment.json":
         (place.path / "sessions.json").unlink()

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxattn.errors import FULL, DataError, free_bytes
+from jaxattn.places import cache_folder
 
 
 def cache_root(configured: str = "") -> Path:
@@ -17,7 +18,7 @@ def cache_root(configured: str = "") -> Path:
     Raises:
       DataError: it cannot be created or written.
     """
-    root = Path(configured or os.environ.get("JAXATTN_CACHE") or "~/.cache/jaxattn").expanduser()
+    root = Path(configured).expanduser() if configured else cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -82,9 +82,10 @@ class TextSource(Source):
             raise DataError(f"the text file {path!r} cannot be read as UTF-8 ({error}); check the file.") from error
         ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
         if len(ids) < n * room:
+            fewer = f"{len(ids) // room} sequences" if len(ids) >= room else "shorter ones"
             raise DataError(
                 f"the text file {path!r} has {len(ids)} tokens, too few for {n} sequences of {length}: "
-                f"give a longer text, or ask for {len(ids) // room} sequences."
+                f"give a longer text, or ask for {fewer}."
             )
         starts = np.arange(n) * (len(ids) // n if n else 0)
         rows = [np.concatenate([front, ids[s : s + room]]) for s in starts]

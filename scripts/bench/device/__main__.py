@@ -26,6 +26,7 @@ from scripts.bench.device.plan import MINUTES, SECTIONS
 from scripts.bench.device.run import RESULTS, Run
 from scripts.bench.device.tasks import short
 from scripts.bench.device.workers import Crew
+from scripts.outputs import folder_to_write
 
 GRACE = 10  # seconds behind the last minute, should this process itself be held up
 SIDES = 6  # of JAX's processes that compile and check at once
@@ -73,6 +74,7 @@ def main() -> int:
         raise UserError(f"--minutes is {args.minutes:g} but must be more than 0.")
     if (args.out / RESULTS).exists():
         raise UserError(f"{args.out} holds the results of an earlier run: name another folder by --out.")
+    folder_to_write(args.out)
     cpus = len(os.sched_getaffinity(0))
     count = args.processes or max(1, min(SIDES, cpus if args.dry_run else cpus // 2))
     if args.dry_run:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables
@@ -36,7 +37,7 @@ def set_up(gguf: str, tiny: bool, seed: int) -> dict[str, Any]:
         try:
             _open["model"], _open["variables"] = _from_gguf(Path(gguf))
             return {"weights": Path(gguf).name}
-        except (ImportError, OSError, ValueError) as error:  # our own refusals are ValueErrors
+        except (ImportError, OSError, ValueError, UserError) as error:
             why = f"{type(error).__name__}: {short(error)}"
     model = TINY if tiny else SMOLLM2
     tokens = jnp.zeros((1, 2), jnp.int32)

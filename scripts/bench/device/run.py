@@ -53,10 +53,6 @@ class Run:
         """Seconds of the section."""
         return self._until - time.monotonic()
 
-    def all_left(self) -> float:
-        """Seconds of the run."""
-        return self._begun + 60 * self.minutes - time.monotonic()
-
     def out_of_time(self, case: str, **more: Any) -> bool:
         """Whether too little is left to begin a case, which is then written down as skipped."""
         if self.left() >= LEAST:

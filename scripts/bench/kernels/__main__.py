@@ -20,13 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.errors import UserError, run_cli, writing
 from pallas_kernels._blocks import table_name
 from scripts.bench.kernels import rivals
 from scripts.bench.kernels.cases import OURS, SEED, Case
 from scripts.bench.kernels.report import markdown, plot
 from scripts.bench.kernels.tables import cases_for, derived, scaling
 from scripts.bench.timing import interleaved, ratio
+from scripts.outputs import REMEDY, folder_to_write
 from train.rundir import result_environment, write_json_atomic
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 4e-2}  # of the largest entry
@@ -95,6 +96,7 @@ def main() -> int:
     if not cases:
         known = ", ".join(case.name for case in cases_for(platform))
         raise UserError(f"--only is {args.only!r} but no case of a {platform} has that in its name: {known}.")
+    folder_to_write(args.out)
     rows = []
     for case in track(cases, "kernels", console=Console(stderr=True)):
         rows.append(measure(case, args.rounds))
@@ -113,11 +115,11 @@ def main() -> int:
         "environment": result_environment(),
     }
     name = f"kernels_{table_name(kind).removesuffix('.json')}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(args.out / f"{name}.json", result)
-    (args.out / f"{name}.md").write_text(markdown(result, platform), "utf-8")
-    plot(args.out / f"{name}.png", rows)
     print(markdown(result, platform))
+    with writing(args.out, REMEDY):
+        write_json_atomic(args.out / f"{name}.json", result)
+        (args.out / f"{name}.md").write_text(markdown(result, platform), "utf-8")
+        plot(args.out / f"{name}.png", rows)
     judged = [row["reached"] for row in (*rows, *claims) if "reached" in row]
     return 0 if all(judged) else 1
 

@@ -174,6 +174,14 @@ def test_json_is_whole_or_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["é.json"]
 
 
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_json_in_place_of_a_folder_is_an_os_error(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"Errno"):
+        write_json_atomic(path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"note": "start"}, *({"step": step, "loss": 1.0} for step in range(1, 6))]

@@ -111,5 +111,7 @@ def test_encode_text(source_of, tmp_path):
     assert [bytes(r.astype(np.uint8)) for r in rows] == [b"01234567"] * 3
     with pytest.raises(DataError, match=r"has 30 tokens, too few for 4 sequences of 8: .* ask for 3 sequences"):
         source.encode_text(str(path), 4, 8)
+    with pytest.raises(DataError, match=r"has 30 tokens, too few for 1 sequences of 31: .* ask for shorter ones"):
+        source.encode_text(str(path), 1, 31)
     with pytest.raises(DataError, match="cannot be read as UTF-8"):
         source.encode_text(str(tmp_path / "no.txt"), 1, 8)
