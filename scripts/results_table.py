@@ -152,7 +152,8 @@ def serving(data: dict[str, Any]) -> str:
     return (
         f"{data['model'].removesuffix('-Instruct')} on the server, {' and '.join(data['results'])}: one stream takes "
         f"{times('one stream')} `generate`'s time, a sampled one {times('one sampled')} a greedy one's, eight streams "
-        f"give {times('8 streams')} one's tokens; {size} beside weights and caches at most"
+        f"give {times('8 streams')} one's tokens; {size} beside weights and caches "
+        "(of the slots and of the prompt that is read) at most"
     )
 
 
