@@ -12,6 +12,9 @@
 q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]; `scale` None means 1/sqrt(D). `step` with T > 1
 is prefill, with T = 1 decode; the same parameters serve all three.
 
+A mechanism whose decode state is the plain keys and values has no `init_state` and `step` but a `core`: attention
+over keys that somebody else chose. How they are kept and which are read is a policy's (`jaxattn.policies`).
+
 Further keyword arguments, only for mechanisms that ask for them:
 - `capabilities.depth`: ``depth=(layer, num_layers)`` in reference, forward, weights, step and init_state;
   `layer` may be traced, and is None in init_state where all layers must share one state shape.
@@ -104,6 +107,33 @@ class Surround:
 
 
 @dataclasses.dataclass(frozen=True)
+class Core:
+    """A mechanism over keys that somebody else chose and kept; options and parameters are bound.
+
+    queries(q) -> q, keys(k) -> k: feature maps; keys pass once, before they are kept.
+    attend(q, k, v, vis, *, key_bias=None, blocks=None, stats=True) -> (o, statistic): over one set of keys, q and k
+      behind their maps. key_bias: [1 or B, 1 or K or H, S], added to the scores, -1e30 hides a key; blocks: the
+      keywords `blocks`, `block_q`, `block_k` of `pallas_kernels.block_sparse`; statistic: what `join` needs, None
+      without `stats`.
+    join(parts, q, vis) -> o: the output from (o, statistic) over disjoint sets of keys, with the mechanism's constant
+      slots and output term; q behind `queries`, as dense attention rotates it.
+    scale: of q·k.
+    alone: whether one part needs no statistic.
+    """
+
+    queries: Callable[[Array], Array]
+    keys: Callable[[Array], Array]
+    attend: Callable[..., tuple[Array, Array | None]]
+    join: Callable[..., Array]
+    scale: float
+    alone: bool = True
+
+    def whole(self, q: Array, k: Array, v: Array, vis: Any, **how: Any) -> Float[Array, "B T H V"]:
+        """The output over one set of keys, `how` as in `attend`."""
+        return self.join([self.attend(q, k, v, vis, stats=not self.alone, **how)], q, vis)
+
+
+@dataclasses.dataclass(frozen=True)
 class Mechanism:
     """One paper's attention. `variants` are the settings the conformance suite runs besides the default.
 
@@ -123,6 +153,8 @@ class Mechanism:
     offset(spec, params): [H or 1, V], added to every row that is not padding; None adds nothing.
     shows(spec): what the rows are, where weights and columns do not give the output; "" where they do.
     slots: what the constant slots in front are, "learned" or "constant"; "" without any.
+    core(*, spec, params, bias, key_dim, backend) -> `Core`; None: the mechanism has a state of its own.
+    inseparable: why its keys cannot be hidden nor be attended in parts, in words; "" where they can.
     """
 
     name: str
@@ -134,9 +166,10 @@ class Mechanism:
     forward: Callable[..., Any]
     weights: Callable[..., RowWeights]
     init_params: Callable[..., dict[str, Any]]
-    init_state: Callable[..., Any]
-    step: Callable[..., Any]
     flops: Callable[..., float]
+    init_state: Callable[..., Any] | None = None
+    step: Callable[..., Any] | None = None
+    core: Callable[..., Core] | None = None
     capabilities: Capabilities = Capabilities()
     variants: tuple[Any, ...] = ()
     prefix_tokens: Callable[[Any], int] = lambda spec: 0
@@ -155,6 +188,7 @@ class Mechanism:
     offset: Callable[[Any, dict[str, Any]], Array] | None = None
     shows: Callable[[Any], str] = lambda spec: ""
     slots: Literal["", "learned", "constant"] = ""
+    inseparable: str = ""
 
     def rebuild(
         self, rows: RowWeights, v: Array, live: Array, *, spec: Any, params: dict[str, Any] | None

@@ -6,17 +6,18 @@ optionally a feature map on q and k, constant slots in front of the keys, and an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn.cache import KVCache, append, cache_visibility, empty_cache, overflow
 from jaxattn.masks import Visibility, live_rows, visible
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
+from jaxattn.mechanisms._protocol import Capabilities, Core, Mechanism, RowWeights
 from jaxattn.rope import PositionBias
-from pallas_kernels import Score, flash
+from pallas_kernels import Score, flash, merge
+from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.flash.reference import dense_scores
 
 RowEquation = Callable[[Array, Array, Any], Array]  # (scores, visible, spec) -> A, all [B, H, T, P+S]
@@ -127,41 +128,49 @@ def score_family(
         o = flash(q, k, v, wide, score(spec), scale=scale, bias=bias, backend=backend)
         return finish(o, vis, spec, params)
 
-    def init_state(
-        spec: Any, *, batch: int, capacity: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: Any
-    ) -> KVCache:
-        return empty_cache(
-            batch=batch,
-            capacity=capacity,
-            kv_heads=kv_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            dtype=dtype,
-        )
+    def core(*, spec: Any, params: dict, bias: PositionBias | None, key_dim: int, backend: str) -> Core:
+        member, scale = score(spec), key_dim**-0.5
+        hidden = member.activation == "exp" and member.normaliser == "sum_plus_one"  # counted once, by `join`
+        part = dataclasses.replace(member, normaliser="sum") if hidden else member
 
-    def step(
-        state: KVCache,
-        q: Array,
-        k: Array,
-        v: Array,
-        positions: Array,
-        segment_ids: Array,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        window: int | None = None,
-        backend: str = "auto",
-    ) -> tuple[Array, KVCache]:
-        params = params or {}
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k = featured(q, k, spec, params)  # keys are cached behind their feature map
-        state = append(state, k, v, positions, segment_ids)
-        vis = cache_visibility(state, positions, segment_ids, window=window)
-        keys, values = state.keys.astype(q.dtype), state.values.astype(v.dtype)
-        o = attend_featured(q, keys, values, vis, spec, params, scale, bias, backend)
-        return jnp.where(overflow(state), jnp.nan, o), state
+        def attend(
+            q: Array,
+            k: Array,
+            v: Array,
+            vis: Visibility,
+            *,
+            key_bias: Array | None = None,
+            blocks: dict[str, Any] | None = None,
+            stats: bool = True,
+        ) -> tuple[Array, Array | None]:
+            how = {"scale": scale, "key_bias": key_bias, "backend": backend, "stats": stats}
+            if blocks is not None:
+                out = block_sparse(q, k, v, vis, part, **how, **blocks)
+            else:
+                out = flash(q, k, v, vis, part, bias=bias, **how)
+            return out if stats else (out, None)
+
+        def join(parts: Sequence[tuple[Array, Array | None]], q: Array, vis: Visibility) -> Array:
+            joined: list[Any] = list(parts)
+            if slots is not None:
+                wide = lambda slot: jnp.broadcast_to(slot, (q.shape[0], *slot.shape)).astype(q.dtype)
+                k, v = (wide(make(spec, params, d)) for make, d in zip(slots, (key_dim, parts[0][0].shape[-1]), strict=True))
+                heads = max(k.shape[2], v.shape[2])  # a slot that all heads share has one
+                k, v = (jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3])) for x in (k, v))
+                joined.append(attend(q, k, v, vis.columns(0, 0).prepend_global(k.shape[1])))
+            if hidden:
+                joined.append((jnp.zeros_like(parts[0][0]), jnp.zeros(q.shape[:3], jnp.float32)))
+            o = joined[0][0] if len(joined) == 1 else merge(joined, part)[0]
+            return finish(o, vis, spec, params)
+
+        return Core(
+            queries=lambda q: featured(q, q, spec, params)[0],
+            keys=lambda k: featured(k, k, spec, params)[1],
+            attend=attend,
+            join=join,
+            scale=scale,
+            alone=slots is None and not hidden,
+        )
 
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
         return 2.0 * batch * heads * queries * keys * (key_dim + value_dim)
@@ -176,9 +185,8 @@ def score_family(
         forward=forward,
         weights=weights,
         init_params=init_params or (lambda key, spec, **dims: {}),
-        init_state=init_state,
-        step=step,
         flops=flops,
+        core=core,
         variants=variants,
         prefix_tokens=prefix_tokens,
         gains=gains,

@@ -26,10 +26,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn.cache import KVCache, append, cache_visibility, empty_cache, overflow
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility
-from jaxattn.mechanisms._protocol import Mechanism, RowWeights
+from jaxattn.mechanisms._protocol import Core, Mechanism, RowWeights
 from jaxattn.rope import PositionBias
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.reference import dense_rows
@@ -111,35 +110,19 @@ def reference(
     return forward(q, k, v, vis, spec=spec, scale=scale, bias=bias, backend="reference")
 
 
-def init_state(
-    spec: Spec, *, batch: int, capacity: int, heads: int, kv_heads: int, key_dim: int, value_dim: int, dtype: Any
-) -> KVCache:
-    return empty_cache(
-        batch=batch, capacity=capacity, kv_heads=kv_heads, key_dim=key_dim, value_dim=value_dim, dtype=dtype
+def core(*, spec: Spec, params: dict, bias: PositionBias | None, key_dim: int, backend: str) -> Core:
+    call = options(spec, None, key_dim)
+
+    def attend(q: Array, k: Array, v: Array, vis: Visibility, *, stats: bool = True) -> tuple[Array, None]:
+        return softplus_attention(q, k, v, vis, bias=bias, backend=backend, **call), None
+
+    return Core(
+        queries=unit,
+        keys=unit,
+        attend=attend,
+        join=lambda parts, q, vis: parts[0][0],
+        scale=call["scale"],
     )
-
-
-def step(
-    state: KVCache,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    segment_ids: Array,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    window: int | None = None,
-    backend: str = "auto",
-) -> tuple[Array, KVCache]:
-    state = append(state, unit(k), v, positions, segment_ids)
-    vis = cache_visibility(state, positions, segment_ids, window=window)
-    q, call = unit(q), options(spec, scale, q.shape[-1])
-    keys, values = state.keys.astype(q.dtype), state.values.astype(v.dtype)
-    o = softplus_attention(q, keys, values, vis, bias=bias, backend=backend, **call)
-    return jnp.where(overflow(state), jnp.nan, o), state
 
 
 def flops(spec: Spec, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
@@ -165,9 +148,9 @@ MECHANISM = Mechanism(
     forward=forward,
     weights=weights,
     init_params=lambda key, spec, **dims: {},
-    init_state=init_state,
-    step=step,
     flops=flops,
+    core=core,
+    inseparable="its weights depend on how many keys a query sees and on their mean",
     variants=(Spec(reweight=False), Spec(p=3.0)),
     advice=advice,
 )

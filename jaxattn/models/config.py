@@ -10,6 +10,8 @@ from typing import Literal
 from jaxattn.errors import ConfigError
 from jaxattn.fields import check_fields
 from jaxattn.mechanisms import MixerChoice, get, names, parse_mixers, resolve_mixer
+from jaxattn.policies import Plan, Site, refuse
+from jaxattn.policies import resolve as resolve_policy
 from jaxattn.rope import Rope, RopeScaling, frequencies
 from jaxattn.types import Backend
 
@@ -83,6 +85,8 @@ class ModelConfig:
     """One compiled block scanned over depth (compile time independent of L)."""
     remat: bool = False
     """Recompute each block in the backward pass."""
+    policy: str = ""
+    """How decoding keeps and reads keys: NAME or NAME(option=value), behind score-space methods; nothing is dense."""
     backend: Backend = "auto"
     """Kernels of the attention: auto is the platform's own where there is one, else xla; a named one never falls back."""
 
@@ -124,6 +128,7 @@ class ModelConfig:
             )
         for text in self.mixers:
             self._check_capabilities(text, resolve_mixer(text))
+        self._check_policy()
 
     def _check_capabilities(self, text: str, choice: MixerChoice) -> None:
         """Refuse here what the mechanism would refuse only when it runs."""
@@ -143,6 +148,47 @@ class ModelConfig:
         if self.prefix_tokens and not can.prefix:
             raise ConfigError(f"{text} cannot see sink tokens: do not mix it with sink_token in one model.")
 
+    def _check_policy(self) -> None:
+        """Refuse a policy that some layer cannot use, and one that none can."""
+        plan, layers = self.keeping, range(self.num_layers)
+        if plan.plain:
+            return
+        keeping = [layer for layer in layers if (mechanism := self.mixer(layer).mechanism) and mechanism.core]
+        if not keeping:
+            raise ConfigError(
+                f"policy {self.policy} keeps and reads keys and values, but {', '.join(self.mixers)} has a state of "
+                "its own; use a model with attention over keys, such as softmax."
+            )
+        for layer in keeping:
+            refuse(plan, self.site(layer))
+
+    @property
+    def keeping(self) -> Plan:
+        """The policy with its options."""
+        return resolve_policy(self.policy)
+
+    def site(self, layer: int) -> Site:
+        """A layer as policies see it."""
+        choice = self.mixer(layer)
+        assert choice.mechanism is not None, "a layer without a mechanism keeps no keys"
+        return Site(
+            mechanism=choice.mechanism.name,
+            layer=layer,
+            num_layers=self.num_layers,
+            heads=self.num_heads,
+            kv_heads=self.kv_heads,
+            key_dim=self.key_dim_of(layer),
+            value_dim=self.v_dim,
+            dtype=self.dtype,
+            window=choice.window,
+            rope=self.rope,
+            bias=self.has_bias,
+            inseparable=choice.mechanism.inseparable,
+            front=self.prefix_tokens,
+            inserts=any(c.mechanism.block(c.spec) > 0 for c in map(resolve_mixer, self.mixers) if c.mechanism),
+            scanned=self.scan_layers,
+        )
+
     @property
     def rope(self) -> Rope | None:
         """The rotary encoding, where the model has one."""
@@ -151,9 +197,10 @@ class ModelConfig:
     @property
     def position_limit(self) -> int:
         """Tokens that prompt and answer may have together; 0 where nothing says."""
-        if self.position == "rope" and self.max_positions:
-            return self.rope_scaling.reach(self.max_positions)
-        return self.max_positions
+        known = self.max_positions
+        if self.position == "rope" and known:
+            known = self.rope_scaling.reach(known)
+        return self.keeping.policy.reach(self.keeping.spec, known) if self.position != "learned" else known
 
     @property
     def kv_heads(self) -> int:

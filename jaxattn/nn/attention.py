@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,14 @@ from jaxattn import checks
 from jaxattn.conv import empty_tail
 from jaxattn.masks import PADDING, self_visibility
 from jaxattn.mechanisms import Mechanism
+from jaxattn.mechanisms._protocol import Core
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.conv import DepthwiseConv, short_conv_state
 from jaxattn.nn.layers import Linear
 from jaxattn.nn.sharding import over_batch
 from jaxattn.nn.stream import Edit, Stream, edits_of
 from jaxattn.norms import rms_norm
+from jaxattn.policies import Plan
 from jaxattn.rope import (
     Alibi,
     PositionBias,
@@ -32,6 +35,7 @@ from jaxattn.rope import (
 from jaxattn.types import Leaf
 
 RELATIVE_BUCKETS = 32
+HEADS = "heads"  # variables of inference: numbers [H] for the heads of a layer, by the names of `Plan.tables`
 
 
 class Attention(nn.Module):
@@ -52,7 +56,7 @@ class Attention(nn.Module):
         stream: Stream,
         state: Any = None,
         edits: tuple[Edit, ...] = (),
-    ) -> tuple[Float[Array, "B T E"], Any]:
+    ) -> tuple[Float[Array, "B T E"], Stream, Any]:
         cfg, choice = self.cfg, self.cfg.mixer(self.layer)
         mechanism, spec = choice.mechanism, choice.spec
         assert mechanism is not None, "a layer without a mixer has no Attention"
@@ -64,7 +68,9 @@ class Attention(nn.Module):
             q = rms_norm(q, self.param("q_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
             k = rms_norm(k, self.param("k_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
         rope = cfg.rope
-        if rope is not None and mechanism.rotary == "applied":
+        plan = cfg.keeping if mechanism.core is not None else None
+        rotates = plan is not None and state is not None and plan.policy.rotates
+        if rope is not None and mechanism.rotary == "applied" and not rotates:
             tables = stream.rotary
             if dims["key_dim"] != cfg.head_dim:
                 tables = rope.tables(stream.positions, dims["key_dim"], stream.segments != PADDING)
@@ -90,17 +96,32 @@ class Attention(nn.Module):
         if state is None:
             vis = self_visibility(
                 *x.shape[:2],
+                causal=stream.causal,
                 positions=stream.positions,
                 segment_ids=stream.segments,
                 window=choice.window,
                 prefix_len=stream.prefix_len,
             )
             rates = {"rates": extra.pop("rates")} if "rates" in extra else {}
-            o = over_batch(
-                lambda own, shared: mechanism.forward(*own[0], spec=spec, backend=cfg.backend, **own[1], **shared),
-                ((q, k, v, vis), rates),
-                {"params": params, "bias": call["bias"], **extra},
-            )
+            heads = self._heads(plan)
+
+            def attend(own: Any, shared: Any) -> Array:
+                if plan is None or not plan.wraps:
+                    return mechanism.forward(*own[0], spec=spec, backend=cfg.backend, **own[1], **shared)
+                core = self._core(plan, shared["params"], shared["bias"], heads)
+                q, k, v, vis = own[0]
+                return core.whole(core.queries(q), core.keys(k), v, vis)
+
+            shared = {"params": params, "bias": call["bias"], **extra}
+            o = over_batch(attend, ((q, k, v, vis), rates), shared)
+        elif plan is not None:
+            heads = self._heads(plan)
+            core = self._core(plan, params, call["bias"], heads)
+            here = dataclasses.replace(stream, heads=heads)
+            site, keep = cfg.site(self.layer), plan.policy
+            o, inner, carry = keep.step(inner, q, k, v, here, spec=plan.spec, site=site, core=core)
+            stream = dataclasses.replace(stream, carry=carry)
+            state = inner if tails is None else ConvolvedState(inner, tails)
         else:
             window, places = choice.window, (stream.positions, stream.segments)
             o, inner = mechanism.step(inner, q, k, v, *places, window=window, backend=cfg.backend, **call, **extra)
@@ -111,7 +132,24 @@ class Attention(nn.Module):
             o = o.at[:, :, edit.head].set(0 if edit.value is None else edit.value)
         self.sow("capture", "head_out", o)
         y = Linear(cfg, cfg.d_model, bias=cfg.attention_bias == "qkvo", name="o")(o.reshape(*o.shape[:2], -1))
-        return y, state
+        return y, stream, state
+
+    def _core(self, plan: Plan, params: Any, bias: PositionBias | None, heads: dict[str, Array]) -> Core:
+        """The mechanism over keys that the plan keeps, behind its score-space methods."""
+        choice, dims = self.cfg.mixer(self.layer), self._dims()
+        core = choice.mechanism.core(
+            spec=choice.spec, params=params, bias=bias, key_dim=dims["key_dim"], backend=self.cfg.backend
+        )
+        return plan.wrapped(core, self.cfg.site(self.layer), heads)
+
+    def _heads(self, plan: Plan | None) -> dict[str, Array]:
+        """This layer's rows [H] of the head tables that the plan reads."""
+        tables = {}
+        for name in plan.tables if plan else ():
+            if self.has_variable(HEADS, name):
+                tables[name] = self.get_variable(HEADS, name)
+                checks.shape(f"heads.{name}", tables[name], (self.cfg.num_heads,))
+        return tables
 
     def _dims(self) -> dict[str, int]:
         return layer_dims(self.cfg, self.layer)
@@ -186,8 +224,12 @@ def layer_state(cfg: ModelConfig, layer: int, batch: int, capacity: int) -> Any:
     if choice.mechanism is None:
         return None
     mechanism, dims, dtype = choice.mechanism, layer_dims(cfg, layer), jnp.dtype(cfg.dtype)
-    extra = {"depth": (None if cfg.scan_layers else layer, cfg.num_layers)} if mechanism.capabilities.depth else {}
-    state = mechanism.init_state(choice.spec, batch=batch, capacity=capacity, dtype=dtype, **dims, **extra)
+    if mechanism.core is not None:
+        plan = cfg.keeping
+        state = plan.policy.init(plan.spec, cfg.site(layer), batch=batch, capacity=capacity)
+    else:
+        extra = {"depth": (None if cfg.scan_layers else layer, cfg.num_layers)} if mechanism.capabilities.depth else {}
+        state = mechanism.init_state(choice.spec, batch=batch, capacity=capacity, dtype=dtype, **dims, **extra)
     width = mechanism.surround.conv(choice.spec) if mechanism.surround else 0
     if not width:
         return state

@@ -17,7 +17,7 @@ from jaxattn.nn.stream import Edit, Stream, edits_of
 
 
 class Block(nn.Module):
-    """x -> x after mixer and MLP; sows `attn_out`, `mlp_out` and `block_out` [B,T,E] into ``capture``."""
+    """x -> x after mixer and MLP, what travels on beside it, and the decode state; sows `attn_out`, `mlp_out` and `block_out` [B,T,E] into ``capture``."""
 
     cfg: ModelConfig
     layer: int
@@ -29,7 +29,7 @@ class Block(nn.Module):
         stream: Stream,
         state: Any = None,
         edits: tuple[Edit, ...] = (),
-    ) -> tuple[Float[Array, "B T E"], Any]:
+    ) -> tuple[Float[Array, "B T E"], Stream, Any]:
         cfg, start = self.cfg, x
 
         def residual(x: Array, f: Callable[[Array], Array], label: str) -> Array:
@@ -48,11 +48,11 @@ class Block(nn.Module):
         if choice.mechanism is not None or choice.conv:
 
             def mix(y: Array) -> Array:
-                nonlocal state
+                nonlocal stream, state
                 if choice.conv:
                     out, state = ShortConv(cfg, choice.conv, name="conv")(y, stream, state)
                 else:
-                    out, state = Attention(cfg, self.layer, name="attn")(y, stream, state, edits)
+                    out, stream, state = Attention(cfg, self.layer, name="attn")(y, stream, state, edits)
                 return edited(out, "attn")
 
             x = residual(x, mix, "attn")
@@ -62,4 +62,4 @@ class Block(nn.Module):
         for edit in edits_of(edits, self.layer, "block"):
             x = start if edit.value is None else edit.value
         self.sow("capture", "block_out", x)
-        return x, state
+        return x, stream, state

@@ -6,6 +6,7 @@ Reading a prompt does enough work in a layer to pay for the call of its program;
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -37,9 +38,10 @@ def advance(
     after = []
     for layer, state in enumerate(states):
         try:
-            x, state = _layer(model, _like(model, layer), _of_layer(variables, layer), state, x, stream)
+            x, carry, state = _layer(model, _like(model, layer), _of_layer(variables, layer), state, x, stream)
         except ConfigError as error:
             raise ConfigError(f"layer {layer}: {error}") from error
+        stream = dataclasses.replace(stream, carry=carry)
         after.append(state)
     return _leave(model, last, _outside(variables), x, plan), tuple(after)
 
@@ -47,7 +49,7 @@ def advance(
 def _like(model: ModelConfig, layer: int) -> int:
     """The first layer that computes what this one does, with parameters of its own."""
     choice = model.mixer(layer)
-    if choice.mechanism is not None and choice.mechanism.capabilities.depth:
+    if choice.mechanism is not None and (choice.mechanism.capabilities.depth or model.keeping.depth):
         return layer
     kind = lambda i: (model.mixer_text(i), model.mlp(i))
     return next(i for i in range(layer + 1) if kind(i) == kind(layer))
@@ -70,10 +72,12 @@ def _enter(model: ModelConfig, variables: Any, tokens: Array, positions: Array, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _layer(model: ModelConfig, layer: int, variables: Any, state: Any, x: Array, stream: Stream) -> tuple[Array, Any]:
+def _layer(
+    model: ModelConfig, layer: int, variables: Any, state: Any, x: Array, stream: Stream
+) -> tuple[Array, Any, Any]:
     with of_this_model():
         out: Any = Block(model, layer).apply(variables, x, stream, state)
-    return out
+    return out[0], out[1].carry, out[2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

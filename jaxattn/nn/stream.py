@@ -10,15 +10,26 @@ from jaxattn.errors import ConfigError
 from jaxattn.types import Leaf
 
 
+Phase = Literal["prompt", "answer"]
+
+
 @struct.dataclass
 class Stream:
-    """Explicit per-token facts every layer may need; positions do not decrease inside a segment."""
+    """Explicit per-token facts every layer may need; positions do not decrease inside a segment.
+
+    `phase` says whether tokens are being read or made, which their number does not. `carry` is what a layer leaves for
+    those above it.
+    """
 
     positions: Leaf  # [B, T]
     segments: Leaf  # [B, T]
     prefix_len: Leaf = None  # [B] or None
     repetition: Leaf = None  # [], which repetition of the layer pattern runs, under scan_layers
     rotary: Leaf = None  # (cos, sin) [B, T, 1, R] of the positions, made once for all layers
+    carry: Leaf = None  # {name: array} or None
+    heads: Leaf = None  # {name: [H]}, a layer's rows of the head tables
+    causal: bool = struct.field(pytree_node=False, default=True)
+    phase: Phase = struct.field(pytree_node=False, default="prompt")
 
 
 Component = Literal["attn", "mlp", "block", "head"]

@@ -23,7 +23,7 @@ from jaxattn.nn.block import Block
 from jaxattn.nn.insertion import Insertion, insert, insertion_block
 from jaxattn.nn.layers import ROWS, Norm, embedding_init, kernel_init
 from jaxattn.nn.lookup import lookup
-from jaxattn.nn.stream import Edit, Stream
+from jaxattn.nn.stream import Edit, Phase, Stream
 from jaxattn.rope import sinusoid
 from pallas_kernels.linear.gemv import gemv
 
@@ -61,7 +61,7 @@ class _Period(nn.Module):
         out = []
         stream = dataclasses.replace(stream, repetition=repetition)
         for i in range(self.cfg.period):
-            x, state = _block_class(self.cfg)(self.cfg, i, name=f"layer_{i}")(x, stream, states[i])
+            x, _, state = _block_class(self.cfg)(self.cfg, i, name=f"layer_{i}")(x, stream, states[i])
             out.append(state)
         return x, tuple(out)
 
@@ -210,9 +210,14 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
+        phase: Phase = "prompt",
     ) -> tuple[Float[Array, "B T N"], Any]:
-        """Logits of T new tokens given everything before them, and the states that include them."""
-        hidden, states = self.advance(states, tokens, positions, segment_ids)
+        """Logits of T new tokens given everything before them, and the states that include them.
+
+        Args:
+          phase: whether these tokens belong to a prompt or to an answer, which policies may read differently.
+        """
+        hidden, states = self.advance(states, tokens, positions, segment_ids, phase)
         return self.logits(hidden), states
 
     def advance(
@@ -221,15 +226,19 @@ class Decoder(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
+        phase: Phase = "prompt",
     ) -> tuple[Float[Array, "B T E"], Any]:
         """`step` with the residual stream after the final norm instead of logits."""
-        x, stream, plan = self.enter(tokens, positions, segment_ids)
+        x, stream, plan = self.enter(tokens, positions, segment_ids, phase)
         x, states = self._blocks(x, stream, states, ())
         return self.leave(x, plan), states
 
-    def enter(self, tokens: Array, positions: Array, segment_ids: Array | None = None) -> tuple[Array, Stream, Any]:
+    def enter(
+        self, tokens: Array, positions: Array, segment_ids: Array | None = None, phase: Phase = "prompt"
+    ) -> tuple[Array, Stream, Any]:
         """What the first layer gets from `advance`, and what `leave` wants to be told."""
-        x, stream, plan = self._embed(tokens, self._stream(tokens, positions, segment_ids, None))
+        stream = dataclasses.replace(self._stream(tokens, positions, segment_ids, None), phase=phase)
+        x, stream, plan = self._embed(tokens, stream)
         x = jnp.where((stream.segments == PADDING)[..., None], 0, x)  # products of zeros cost nothing
         return x, self._rotating(stream), plan
 
@@ -298,7 +307,7 @@ class Decoder(nn.Module):
             return self.layers(x, states or (None,) * cfg.period, repetitions, stream)
         out = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, stream, states[i] if states else None, edits)
+            x, stream, state = block(x, stream, states[i] if states else None, edits)
             out.append(state)
         return x, tuple(out)
 

@@ -1,11 +1,11 @@
-"""A static-shape key/value cache as a pure value."""
+"""Where the keys and values of past tokens are kept: static shapes, pure values, every row on its own."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, DTypeLike, Int
+from jaxtyping import Array, Bool, DTypeLike, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
@@ -24,7 +24,7 @@ class KVCache:
     head_values: Leaf  # [B, K, S, V]
     positions: Leaf  # [B, S]
     segments: Leaf  # [B, S]
-    length: Leaf  # [], tokens written so far that take room
+    length: Leaf  # [B], tokens written so far that take room
     dtype: str = struct.field(pytree_node=False)  # of keys and values
 
     @property
@@ -50,7 +50,7 @@ def empty_cache(*, batch: int, capacity: int, kv_heads: int, key_dim: int, value
         head_values=zeros(value_dim),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         segments=jnp.full((batch, capacity), PADDING, jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
         dtype=str(jnp.dtype(dtype)),
     )
 
@@ -64,7 +64,7 @@ def _floats(x: Array, dtype: str) -> Array:
 
 
 def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> KVCache:
-    """Write T tokens behind those already there. A piece of nothing but padding takes no room.
+    """Write T tokens behind those already there. A row's piece of nothing but padding takes no room.
 
     A write past the capacity is refused where the length is known (outside jit); inside jit the caller
     reads `overflow` and poisons its output, because a silent clamp would overwrite the newest tokens.
@@ -75,26 +75,33 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
     count = k.shape[1]
     if count > cache.capacity:
         raise ConfigError(f"{count} tokens do not fit a cache of capacity {cache.capacity}; raise the capacity.")
-    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) + count > cache.capacity:
+    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length.max()) + count > cache.capacity:
         raise ConfigError(
-            f"{count} tokens do not fit behind {int(cache.length)} in a cache of capacity {cache.capacity}; "
+            f"{count} tokens do not fit behind {int(cache.length.max())} in a cache of capacity {cache.capacity}; "
             "raise the capacity."
         )
-    live = jnp.any(segment_ids != PADDING)
-    put = lambda old, new, axis=1: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis)
-    turn = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(cache.dtype))
+    live = jnp.any(segment_ids != PADDING, axis=1)
+    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(cache.dtype))
     return KVCache(
-        head_keys=put(cache.head_keys, turn(k), axis=2),
-        head_values=put(cache.head_values, turn(v), axis=2),
-        positions=put(cache.positions, positions),
-        segments=put(cache.segments, segment_ids),
+        head_keys=_put(cache.head_keys, heads_first(k), cache.length, axis=2),
+        head_values=_put(cache.head_values, heads_first(v), cache.length, axis=2),
+        positions=_put(cache.positions, positions, cache.length),
+        segments=_put(cache.segments, segment_ids, cache.length),
         length=cache.length + jnp.where(live, count, 0),
         dtype=cache.dtype,
     )
 
 
-def overflow(cache: KVCache) -> Array:
-    """Whether more tokens were appended than fit."""
+def _put(old: Array, new: Array, start: Int[Array, "B"], axis: int = 1) -> Array:
+    """`new` in the place of what lies in each row of `old` from `start` on."""
+    new = new.astype(old.dtype)
+    if old.shape[0] == 1:  # XLA writes one slice in place; rows of their own are a scatter
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis)
+    return jax.vmap(lambda x, y, at: jax.lax.dynamic_update_slice_in_dim(x, y, at, axis - 1))(old, new, start)
+
+
+def overflow(cache: KVCache) -> Bool[Array, "B"]:
+    """Of which rows more tokens were appended than fit."""
     return cache.length > cache.capacity
 
 

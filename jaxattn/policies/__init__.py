@@ -1,0 +1,141 @@
+"""Inference policies: how a trained model's keys and values are kept and read. One paper, one file; see `_protocol`.
+
+names()         every registered name
+get(name)       the `Policy`
+resolve(text)   "zero_tuning(gamma=2), streaming(sinks=4)" -> its `Plan`
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxattn.calls import parse_call
+from jaxattn.errors import ConfigError, shown, suggest
+from jaxattn.mechanisms import parse_mixers
+from jaxattn.mechanisms._protocol import Core
+from jaxattn.policies._protocol import Policy, Site
+
+__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "resolve"]
+
+_PLACES = {
+    "dense": "dense",
+}
+
+
+def names() -> list[str]:
+    """Every registered policy, sorted."""
+    return sorted(_PLACES)
+
+
+def get(name: str) -> Policy:
+    """The policy called `name`.
+
+    Raises:
+      ConfigError: no such policy; the sentence lists near names.
+    """
+    if name not in _PLACES:
+        raise ConfigError(suggest("policy", name, names()))
+    return importlib.import_module(f"jaxattn.policies.{_PLACES[name]}").POLICY
+
+
+class Plan(NamedTuple):
+    """What a model does at inference: one policy that keeps and reads, and the score-space methods around it."""
+
+    policy: Policy
+    spec: Any
+    wraps: tuple[tuple[Policy, Any], ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is nothing but dense attention."""
+        return self.policy.name == "dense" and not self.wraps
+
+    @property
+    def depth(self) -> bool:
+        """Whether layers differ in what they do."""
+        return any(policy.depth or policy.tables for policy, _ in (*self.wraps, (self.policy, self.spec)))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the head tables that are read."""
+        return tuple(name for policy, _ in (*self.wraps, (self.policy, self.spec)) for name in policy.tables)
+
+    def wrapped(self, core: Core, site: Site, heads: dict[str, Any]) -> Core:
+        """The core with every score-space method around it."""
+        for policy, spec in reversed(self.wraps):
+            assert policy.wrap is not None
+            core = policy.wrap(core, spec=spec, site=site, heads=heads)
+        return core
+
+
+@functools.cache
+def resolve(text: str) -> Plan:
+    """``"zero_tuning(gamma=2), streaming(sinks=4)"``: the last name keeps and reads, those before it wrap.
+
+    Raises:
+      ConfigError: an unknown name or option, an impossible value, or more than one policy that keeps.
+    """
+    parts = []
+    for entry in parse_mixers(text) if text.strip() else ():
+        name, options = parse_call("policy", entry)
+        policy = get(name)
+        parts.append((policy, policy.spec(**options)))
+    keeping = [part for part in parts if part[0].step is not None]
+    if len(keeping) > 1 or (keeping and parts[-1] != keeping[0]):
+        raise ConfigError(
+            f"policy {shown(text)} must name one policy that keeps and reads keys, as its last: "
+            f"{' and '.join(policy.name for policy, _ in keeping)} do."
+        )
+    last = keeping[0] if keeping else (get("dense"), get("dense").spec())
+    return Plan(*last, tuple(part for part in parts if part[0].step is None))
+
+
+def refuse(plan: Plan, site: Site) -> None:
+    """Refuse a layer in which a policy cannot work.
+
+    Raises:
+      ConfigError: naming the policy, the layer and the reason.
+    """
+    for policy, spec in (*plan.wraps, (plan.policy, plan.spec)):
+        if reason := _unfit(policy, spec, site):
+            raise ConfigError(f"policy {policy.name} cannot serve layer {site.layer} ({site.mechanism}): {reason}")
+
+
+def _unfit(policy: Policy, spec: Any, site: Site) -> str:
+    if policy.separates and site.inseparable:
+        return f"{site.inseparable}, so keys cannot be left out; use policy dense."
+    if not policy.windows and site.window is not None:
+        return f"it has a window of {site.window} positions already; use a model without, or policy dense."
+    if not policy.biased and site.bias:
+        return "its scores have a position bias; use a model with rope or nope, or policy dense."
+    if not policy.front and site.front:
+        return "the model puts learned tokens in front of the stream; use policy dense."
+    if site.inserts and policy.name != "dense":
+        return "the model inserts landmark tokens; use policy dense."
+    if site.scanned and (policy.depth or policy.tables):
+        return "its layers differ, which model.scan_layers=True does not allow; set it False (`unstack_layers`)."
+    return policy.unfit(spec, site)
+
+
+class Cost(NamedTuple):
+    """held: bytes of the state; read: bytes of keys and values that a new token reads; kept: of dense's."""
+
+    held: int
+    read: float
+    share: float
+
+
+def cost(plan: Plan, site: Site, *, length: int, capacity: int) -> Cost:
+    """What a row of a layer costs behind `length` tokens, with room for `capacity`."""
+    policy, spec = plan.policy, plan.spec
+    assert policy.init is not None
+    state = jax.eval_shape(lambda: policy.init(spec, site, batch=1, capacity=capacity))
+    held = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    token = site.kv_heads * (site.key_dim + site.value_dim) * jax.numpy.dtype(site.dtype).itemsize
+    keys = policy.read(spec, site, length)
+    return Cost(held, keys * token, keys / (length + 1))
