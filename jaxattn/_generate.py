@@ -128,6 +128,7 @@ def decode_block(
             token[:, None],
             cursor.positions[:, None],
             live[:, None].astype(jnp.int32),
+            "answer",
             method="step",
         )
         logits, states = out

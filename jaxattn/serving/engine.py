@@ -90,7 +90,7 @@ class Engine:
             assert cursor is not None
             self._spare = cursor.states
         give_back()  # what compiling needed, before the slots take their memory
-        self._slots = device.insert(self._held(), jnp.int32(0), cursor, arrays(Sampling()))
+        self._slots = device.insert(self._model, self._held(), jnp.int32(0), cursor, arrays(Sampling()))
         *_, self._slots = self._program(self._variables, self._slots, jnp.zeros(len(self._owners), bool))
         jax.block_until_ready(self._slots)
 
@@ -233,7 +233,7 @@ class Engine:
         slot = self._owners.index(None)
         self._owners[slot] = ticket
         with self._anew():
-            self._slots = device.insert(self._held(), jnp.int32(slot), cursor, ticket.knobs)
+            self._slots = device.insert(self._model, self._held(), jnp.int32(slot), cursor, ticket.knobs)
             self._spare = cursor.states
 
     def _decode(self) -> None:

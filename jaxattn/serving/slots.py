@@ -1,7 +1,7 @@
 """S sequences that decode together, each with a state of its own: the device's side of continuous batching.
 
-A slot is a decode state of batch 1, and `vmap` runs the model over slots. So every mechanism serves, whatever its
-state is, and each slot counts its own tokens: one may end and another begin while its neighbours go on. A row's
+A slot is a row of the decode states, and rows know nothing of each other, whatever a mechanism's state is: each counts
+its own tokens, so one may end and another begin while its neighbours go on. A row's
 numbers do not depend on what the other slots hold, up to rounding, and a slot that is not live costs little on a CPU:
 rows of zeros are not multiplied (`pallas_kernels.linear.gemv`, as long as no bias makes them something else).
 """
@@ -29,7 +29,7 @@ Knobs = dict[str, Array]  # `Sampling.knobs`
 class Slots:
     """Everything between two decode steps, leading axis S."""
 
-    states: Leaf  # decode states of batch 1
+    states: Leaf  # decode states of the model, batch S
     logits: Leaf  # [S, N] of the next token
     positions: Leaf  # [S] of the next token
     keys: Leaf  # [S] PRNG keys
@@ -39,10 +39,9 @@ class Slots:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)  # see `jaxattn.reader`
 def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
     """`count` free slots with room for `room` tokens each."""
-    one: Any = Decoder(model).apply(variables, 1, room, method="start")
     many = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
     return Slots(
-        states=jax.tree.map(many, one),
+        states=Decoder(model).apply(variables, count, room, method="start"),
         logits=jnp.zeros((count, model.vocab_size), jnp.float32),
         positions=jnp.zeros(count, jnp.int32),
         keys=jax.random.split(jax.random.key(0), count),
@@ -50,12 +49,14 @@ def empty(model: ModelConfig, count: int, room: int, variables: Any) -> Slots:
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, slot: Array, cursor: Cursor, knobs: Knobs) -> Slots:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(model: ModelConfig, slots: Slots, slot: Array, cursor: Cursor, knobs: Knobs) -> Slots:
     """The sequence behind `cursor` (batch 1) takes over a slot."""
     put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), slot, 0)
+    axis = 1 if model.scan_layers else 0  # of the rows; layers that are scanned come first
+    row = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
     return Slots(
-        states=jax.tree.map(put, slots.states, cursor.states),
+        states=jax.tree.map(row, slots.states, cursor.states),
         logits=put(slots.logits, cursor.logits[0]),
         positions=put(slots.positions, cursor.positions[0]),
         keys=slots.keys.at[slot].set(cursor.keys[0]),
@@ -70,19 +71,16 @@ def decode(model: ModelConfig, count: int, variables: Any, slots: Slots, live: A
     What is said of slots that are not `live` [S] means nothing.
     """
 
-    def one(state: Any, token: Array, position: Array, live: Array) -> tuple[Array, Any]:
-        place = lambda x: x.reshape(1, 1)
-        out: Any = Decoder(model).apply(
-            variables, state, place(token), place(position), place(live.astype(jnp.int32)), method="step"
-        )
-        return out[0][0, 0], out[1]
-
     def step(slots: Slots, _: None) -> tuple[Slots, tuple[Array, Array]]:
         split = jax.vmap(lambda k: jax.random.split(k, 2))(slots.keys)
         knobs = slots.knobs | {"temperature": jnp.where(live, slots.knobs["temperature"], 0)}  # nobody draws in vain
         token = sample_rows(slots.logits, split[:, 1], **knobs)
-        logits, states = jax.vmap(one)(slots.states, token, slots.positions, live)
-        after = Slots(states, logits, slots.positions + live, split[:, 0], slots.knobs)
+        column = lambda x: x[:, None].astype(jnp.int32)
+        out: Any = Decoder(model).apply(
+            variables, slots.states, column(token), column(slots.positions), column(live), "answer", method="step"
+        )
+        logits, states = out
+        after = Slots(states, logits[:, 0], slots.positions + live, split[:, 0], slots.knobs)
         return after, (token, numbers(slots.logits))
 
     slots, (tokens, fine) = jax.lax.scan(step, slots, None, length=count)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxattn.masks import Visibility, self_visibility, visible
 from jaxattn.mechanisms import RowWeights
+from tests import decoding
 from tests.conformance.cases import LENGTH, SHORTER, TRACES, Case, close, normal, packed, seen, standard
 
 DOCUMENTS = [SHORTER, 1, 63]  # laid end to end in a row of `standard`; the rest is padding
@@ -231,13 +232,13 @@ CAPACITY = 29
 def _step(case: Case, window: int | None, bias, state, q, k, v, positions, segments, params):
     TRACES[case, "step"] += 1
     q, v = case.gained(q, v, Visibility(positions, positions, segments, segments), params)
-    call = {"spec": case.spec, "params": params, "window": window, "bias": bias}
-    return case.mechanism.step(state, q, k, v, positions, segments, **call)
+    return decoding.step(
+        case.mechanism, case.spec, state, q, k, v, positions, segments, params=params, window=window, bias=bias
+    )
 
 
 def new_state(case: Case, q, k, v, capacity: int = CAPACITY):
-    dims = {"heads": q.shape[2], "kv_heads": k.shape[2], "key_dim": q.shape[3], "value_dim": v.shape[3]}
-    return case.mechanism.init_state(case.spec, batch=q.shape[0], capacity=capacity, dtype=q.dtype, **dims)
+    return decoding.init_state(case.mechanism, case.spec, q, k, v, capacity)
 
 
 def decode(case: Case, q, k, v, pieces, *, window=None, positions=None, segments=None, bias=None) -> np.ndarray:

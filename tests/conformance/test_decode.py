@@ -9,6 +9,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions
 from jaxattn.rope import Alibi, alibi_slopes
+from tests import decoding
 from tests.conformance import questions
 from tests.conformance.cases import CASES, DEFAULTS, FULL, able, close, crossed, grouped, inputs, standard
 
@@ -47,10 +48,8 @@ def test_a_full_cache_is_refused_outside_jit_and_poisoned_inside(case):
     q, k, v = inputs(6, value_dim=8)
     ones, positions = jnp.ones((2, 6), jnp.int32), default_positions(2, 6)
     with pytest.raises(ConfigError, match="capacity 5"):
-        case.mechanism.step(
-            questions.new_state(case, q, k, v, 5),
-            q, k, v, positions, ones, spec=case.spec, params=case.params_for(q, k, v),
-        )  # fmt: skip
+        state, params = questions.new_state(case, q, k, v, 5), case.params_for(q, k, v)
+        decoding.step(case.mechanism, case.spec, state, q, k, v, positions, ones, params=params)
 
 
 @pytest.mark.parametrize("case", grouped([c for c in DEFAULTS if c.mechanism.capabilities.state == "recurrent"]))

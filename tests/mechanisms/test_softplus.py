@@ -18,6 +18,7 @@ from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus import xla as backend
 from pallas_kernels.softplus.reference import dense_rows, softplus, softplus_reference
 from pallas_kernels.softplus.xla import softplus_xla
+from tests import decoding
 from tests.conformance.cases import close, inputs, packed
 
 LSSA = Spec(reweight=False)
@@ -132,13 +133,12 @@ def test_exp_in_place_of_softplus_is_softmax_of_the_scores(monkeypatch):
 
 
 def decoded(q, k, v, spec, pieces):
-    state = MECHANISM.init_state(
-        spec, batch=1, capacity=70, heads=2, kv_heads=2, key_dim=16, value_dim=16, dtype=jnp.float32
-    )
+    state = decoding.init_state(MECHANISM, spec, q, k, v, 70)
     outputs, at, positions = [], 0, default_positions(1, q.shape[1])
     for n in pieces:
         cut = lambda x, a=at, n=n: jnp.asarray(x[:, a : a + n])
-        o, state = MECHANISM.step(state, *map(cut, (q, k, v, positions)), jnp.ones((1, n), jnp.int32), spec=spec)
+        ones = jnp.ones((1, n), jnp.int32)
+        o, state = decoding.step(MECHANISM, spec, state, *map(cut, (q, k, v, positions)), ones)
         outputs.append(o)
         at += n
     np.testing.assert_allclose(np.linalg.norm(state.keys[:, :at], axis=-1), 1, atol=1e-6)
