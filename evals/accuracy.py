@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
+from jaxattn.nn.decoding import variables_of
 from jaxattn.reader import hidden_in_one_pass, hidden_in_pieces, reads_state, scores
 
 Batch = dict[str, np.ndarray]
@@ -33,7 +34,7 @@ def make_hits(model: ModelConfig, piece: int | None = None) -> Callable[[Any, Ba
 
     def hits(params: Any, batch: Batch) -> np.ndarray:
         places = scored_places(batch["loss_mask"])
-        at, variables = np.maximum(places, 0), {"params": params}
+        at, variables = np.maximum(places, 0), variables_of(params)
         if piece is None:
             inputs = (batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("prefix_len"))
             hidden = hidden_in_one_pass(model, variables, *inputs)

@@ -10,6 +10,7 @@ plots/length.png into the run directory.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from evals.plot_style import DASH, GREY, INK, figure, in_style, png
 from evals.trained import Trained, open_trained, write_result
 from jaxattn.errors import ConfigError, UserError, run_cli
 from jaxattn.models import ModelConfig
-from jaxattn.reader import hidden_in_pieces, hidden_of, scores
+from jaxattn.nn.decoding import variables_of
+from jaxattn.reader import hidden_in_pieces, hidden_of, hidden_one_by_one, scores
 
 POINTS = 32  # of the curve over positions
 
@@ -33,15 +35,21 @@ def window_losses(
     lengths: np.ndarray | None = None,
     *,
     piece: int | None = None,
+    prefill: int | None = None,
+    show: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> np.ndarray:
     """-log p (nats) of each token of windows [b, T + 1] given those before it, f32 [b, T].
 
     Args:
       lengths: tokens [b] of each window that are read, T without it; the losses behind them mean nothing.
       piece: read that many tokens at a time through the decode state; None reads as the layers have to be read.
+      prefill: read that many as a prompt and the rest one by one, as an answer; None does not.
+      show: of `jaxattn.reader.hidden_one_by_one`.
     """
-    variables, tokens = {"params": params}, windows[:, :-1]
-    if piece is None:
+    variables, tokens = variables_of(params), windows[:, :-1]
+    if prefill is not None:
+        hidden = hidden_one_by_one(model, variables, tokens, lengths, prefill=prefill, show=show)
+    elif piece is None:
         hidden = hidden_of(model, variables, tokens, lengths)
     else:
         hidden = hidden_in_pieces(model, variables, tokens, lengths, piece=piece)

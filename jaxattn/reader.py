@@ -10,7 +10,7 @@ blocks is cut nowhere else; its last piece lies at the right end, so that all ro
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +26,22 @@ from jaxattn.nn.transformer import Decoder
 
 CHUNK = 512  # tokens of a piece: the more, the better a matrix product pays
 WHOLE = 128  # prompts that are read in one piece are padded to multiples of this
+ONES = 128  # tokens that are read one by one in one call of the device
 LOGITS = 1024  # tokens whose logits exist at one time
 
 
 def reads_state(model: ModelConfig) -> bool:
     """Whether some layer attends otherwise when decoding than in one forward pass, so that the state has to be read."""
+    if model.keeping.policy.name != "dense":
+        return True
     return any(choice.mechanism.reads_state(choice.spec) for choice in _mixers(model))
+
+
+def whole_prompts(model: ModelConfig) -> bool:
+    """Whether a prompt has to be read in one piece, as rotary angles or a policy want it that depend on all of it."""
+    by_length = model.rope is not None and model.rope.scaling.by_length
+    plan = model.keeping
+    return by_length or plan.policy.one_piece(plan.spec)
 
 
 def longest_piece(model: ModelConfig) -> int | None:
@@ -44,10 +54,9 @@ def piece_for(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     """Tokens of the pieces of a row: a power of two that holds it, or `most`.
 
     Where the layers set a limit, it takes the place of `most`: what they then answer depends on the pieces, so these
-    are the same wherever a prompt is read. Rotary angles that depend on the length are those of the whole prompt, so
-    a model that has such reads it in one piece.
+    are the same wherever a prompt is read. What depends on the whole prompt (`whole_prompts`) is read in one piece.
     """
-    if model.rope is not None and model.rope.scaling.by_length:
+    if whole_prompts(model):
         return -(-length // WHOLE) * WHOLE
     limit = longest_piece(model)
     if limit is not None:
@@ -58,14 +67,12 @@ def piece_for(model: ModelConfig, length: int, most: int = CHUNK) -> int:
 
 def any_piece(model: ModelConfig) -> bool:
     """Whether pieces of any size give the same answers."""
-    by_length = model.rope is not None and model.rope.scaling.by_length
-    return not by_length and longest_piece(model) is None
+    return not whole_prompts(model) and longest_piece(model) is None
 
 
 def most_padding(model: ModelConfig, length: int, most: int = CHUNK) -> int:
     """Places that the padding of a row of up to `length` tokens takes at most."""
-    by_length = model.rope is not None and model.rope.scaling.by_length
-    return WHOLE if by_length else piece_for(model, length, most)
+    return WHOLE if whole_prompts(model) else piece_for(model, length, most)
 
 
 def _cover(length: int) -> int:
@@ -168,6 +175,66 @@ def hidden_in_pieces(
     read_through = read(model, variables, layout, room=layout.tokens.shape[1], piece=piece, last=False)
     hidden = jnp.concatenate([part for part, _ in read_through], axis=1)
     return jnp.take_along_axis(hidden, jnp.asarray(layout.places)[..., None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _one_by_one(
+    model: ModelConfig, variables: Any, states: Any, tokens: Array, positions: Array, live: Array
+) -> tuple[Array, Any]:
+    """Hidden vectors [B, T, E] of T tokens of an answer, each given those before it; and the states."""
+
+    def one(states: Any, column: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        place = lambda x: x[:, None]
+        out: Any = Decoder(model).apply(variables, states, *map(place, column), "answer", method="advance")
+        return out[1], out[0][:, 0]
+
+    states, hidden = jax.lax.scan(one, states, (tokens.T, positions.T, live.T))
+    return jnp.swapaxes(hidden, 0, 1), states
+
+
+def hidden_one_by_one(
+    model: ModelConfig,
+    variables: Any,
+    tokens: np.ndarray,
+    lengths: np.ndarray | None = None,
+    *,
+    prefill: int = 0,
+    show: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Array:
+    """Hidden vectors [B, T, E] of rows [B, T] as decoding makes them: the first `prefill` tokens as a prompt, in the
+    model's own pieces, and the rest one by one as an answer.
+
+    Args:
+      lengths: [B], the tokens of a row that count, T each without it; the vectors of the others mean nothing.
+      show: what the loop's numbers pass through, such as a progress bar.
+
+    Raises:
+      ConfigError: a prompt longer than a row.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    batch, width = tokens.shape
+    count = np.full(batch, width) if lengths is None else np.asarray(lengths)
+    if not 0 <= prefill <= count.min():
+        raise ConfigError(f"prefill is {prefill} but must be from 0 to the {count.min()} tokens of the shortest row.")
+    piece = piece_for(model, prefill) if prefill else 1
+    layout = lay_out(tokens[:, :prefill], np.full(batch, prefill), piece) if prefill else None
+    read_places = 0 if layout is None else layout.tokens.shape[1]
+    room, found = read_places + (width - prefill) + ONES, []
+    if layout is None:
+        states = _start(model, batch, room, variables)
+    else:
+        parts = list(read(model, variables, layout, room=room, piece=piece, last=False))
+        states, hidden = parts[-1][1], jnp.concatenate([part for part, _ in parts], axis=1)
+        found.append(jnp.take_along_axis(hidden, jnp.asarray(layout.places)[..., None], axis=1))
+    size = min(ONES, _cover(max(1, width - prefill)))
+    for start in show(range(prefill, width, size)):
+        at = np.arange(start, start + size)
+        live = (at < count[:, None]).astype(np.int32)
+        cut = np.pad(tokens[:, start : start + size], ((0, 0), (0, max(0, start + size - width))))
+        positions = np.minimum(at, count[:, None] - 1)
+        out, states = _one_by_one(model, variables, states, *map(jnp.asarray, (cut, positions, live)))
+        found.append(out[:, : width - start])
+    return jnp.concatenate(found, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -31,8 +31,12 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
     Args:
       consume: let go of what was made anew, one by one, so that memory is not needed twice; `params` are then gone.
     """
+    more: dict[str, Any] = {}
     if isinstance(params, Mapping) and "params" in params:
-        return dict(params)
+        if ROWS in params:
+            return dict(params)
+        more = {name: x for name, x in params.items() if name != "params"}
+        params = params["params"]
     checks.variables({"params": params})
     dtype = jnp.dtype(model.dtype)
     given: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(params))
@@ -51,10 +55,15 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
             jax.block_until_ready(new)
             x.delete()
     if not turns:
-        return {"params": traverse_util.unflatten_dict(flat)}
+        return {"params": traverse_util.unflatten_dict(flat), **more}
     if model.tie_embeddings and ("embed",) in flat and usable(flat[("embed",)]):
         rows[("unembed",)] = flat[("embed",)]
-    return {"params": traverse_util.unflatten_dict(flat), ROWS: traverse_util.unflatten_dict(rows)}
+    return {"params": traverse_util.unflatten_dict(flat), ROWS: traverse_util.unflatten_dict(rows), **more}
+
+
+def variables_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables for `Decoder.apply` of parameters, or of what already are variables."""
+    return dict(params) if "params" in params else {"params": params}
 
 
 def why_plain(model: ModelConfig) -> str:
