@@ -1,4 +1,4 @@
-"""`python -m evals.perplexity CKPT --text FILE [--context N] [--stride S] [--token-by-token]`
+"""`python -m evals.perplexity CKPT --text FILE [--context N] [--stride S] [--token-by-token | --prefill N]`
 
 How well a text is predicted.
 
@@ -6,7 +6,8 @@ Windows of `context` tokens move on by `stride`; a token is scored once, in the 
 stride < context it has at least context - stride tokens before it. stride = context (the default) cuts the text into
 separate pieces. The text begins as its tokenizer begins one, with a start token or with its own first token, which is
 not scored. `--token-by-token` reads those pieces through the decode state, one token at a time: slow, and the same
-numbers if the mechanism's decoding is right. Printed and written with --json: nats per token, perplexity, bits per
+numbers if the mechanism's decoding is right and the policy leaves nothing out; `--prefill N` reads the first N tokens
+as a prompt. Printed and written with --json: nats per token, perplexity, bits per
 byte of the text that is scored.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,10 +62,14 @@ def losses(
     *,
     context: int,
     stride: int,
-    by_steps: bool = False,
+    prefill: int | None = None,
     show: bool = False,
 ) -> np.ndarray:
     """-log p (nats) of every token but the first, f64 [len(ids) - 1].
+
+    Args:
+      prefill: read the first tokens of a window as a prompt and the rest one by one as an answer; None reads windows
+        as the model's layers have to be read.
 
     Raises:
       ConfigError: impossible context or stride.
@@ -74,22 +79,37 @@ def losses(
         raise ConfigError(f"--context is {context} but must be from 2 to {limit or 'any number'}.")
     if not 1 <= stride <= context:
         raise ConfigError(f"--stride is {stride} but must be from 1 to --context {context}.")
-    if by_steps and stride != context:
+    if prefill is not None and stride != context:
         raise ConfigError(f"--stride is {stride} but --token-by-token reads separate pieces: leave it at {context}.")
     context = min(context, len(ids) - 1)  # a longer window would hold nothing more
+    if prefill is not None and not 0 <= prefill <= context:
+        raise ConfigError(f"--prefill is {prefill} but must be from 0 to the {context} tokens of a window.")
     found, cut = [], list(windows(np.asarray(ids, np.int32), context, min(stride, context)))
     groups = range(0, len(cut), BATCH)
-    for i in track(groups, "reading", transient=True, console=Console(stderr=True)) if show else groups:
+    for i in _bar(groups) if show and len(cut) > BATCH else groups:
         group = cut[i : i + BATCH]
-        filled = group + [group[0]] * (BATCH - len(group))  # one shape
+        filled = group + [group[0]] * (min(BATCH, len(cut)) - len(group))  # one shape
         tokens, lengths = np.stack([w.tokens for w in filled]), np.array([w.length - 1 for w in filled])
-        out = window_losses(model, params, tokens, lengths, piece=1 if by_steps else None).astype(np.float64)
+        start = None if prefill is None else min(prefill, int(lengths.min()))
+        bar = _bar if show and len(cut) <= BATCH else iter
+        out = window_losses(model, params, tokens, lengths, prefill=start, show=bar).astype(np.float64)
         found += [row[w.first : w.length - 1] for row, w in zip(out, group, strict=False)]
     return np.concatenate(found)
 
 
+def _bar(numbers: Iterable[int]) -> Iterable[int]:
+    """A progress bar over a loop."""
+    return track(list(numbers), "reading", transient=True, console=Console(stderr=True))
+
+
 def perplexity(
-    loaded: Loaded, text: str, *, context: int, stride: int, by_steps: bool = False, max_tokens: int | None = None
+    loaded: Loaded,
+    text: str,
+    *,
+    context: int,
+    stride: int,
+    prefill: int | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """What the command prints; `max_tokens` takes the beginning of the text alone.
 
@@ -106,7 +126,7 @@ def perplexity(
     if len(ids) < 2:
         raise DataError(f"the text has {len(ids)} tokens, but a prediction needs at least 2.")
     values = losses(
-        loaded.model, loaded.params, np.asarray(ids), context=context, stride=stride, by_steps=by_steps, show=True
+        loaded.model, loaded.params, np.asarray(ids), context=context, stride=stride, prefill=prefill, show=True
     )
     mean = float(values.mean())
     if not math.isfinite(mean):
@@ -115,7 +135,9 @@ def perplexity(
         "tokens": len(values),
         "context": context,
         "stride": stride,
-        "token_by_token": by_steps,
+        "token_by_token": prefill is not None,
+        "prefill": prefill or 0,
+        "policy": loaded.model.policy or "dense",
         "nats_per_token": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "bits_per_byte": float(values.sum()) / math.log(2) / max(1, size - _bytes(loaded.tokenizer, ids[0])),
@@ -137,7 +159,8 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
     parser.add_argument("--context", type=int, help="tokens per window (default: what was trained, at most 1024)")
     parser.add_argument("--stride", type=int, help="tokens from window to window (default: the context)")
-    parser.add_argument("--token-by-token", action="store_true", help="through the decode state")
+    parser.add_argument("--token-by-token", action="store_true", help="through the decode state, as an answer")
+    parser.add_argument("--prefill", type=int, metavar="N", help="the first N tokens of a window as a prompt, the rest so")
     parser.add_argument("--max-tokens", type=int, help="only the beginning of the text")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
@@ -149,8 +172,9 @@ def main() -> int:
     loaded = load(args.checkpoint, attn=args.attn)
     context = min(1024, loaded.context) if args.context is None else args.context
     stride = context if args.stride is None else args.stride
+    prefill = args.prefill if args.prefill is not None else 0 if args.token_by_token else None
     result = perplexity(
-        loaded, text, context=context, stride=stride, by_steps=args.token_by_token, max_tokens=args.max_tokens
+        loaded, text, context=context, stride=stride, prefill=prefill, max_tokens=args.max_tokens
     )
     print(json.dumps(result, indent=2), flush=True)
     if args.json:

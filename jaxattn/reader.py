@@ -86,6 +86,9 @@ def check_piece(model: ModelConfig, piece: int) -> None:
       ConfigError: naming the nearest that all can read.
     """
     limit, block = longest_piece(model), insertion_block(model.mixers) or 1
+    plan = model.keeping
+    if plan.policy.one_piece(plan.spec):
+        raise ConfigError(f"policy {plan.policy.name} reads a prompt in one piece, not in pieces of {piece} tokens.")
     if piece < 1:
         raise ConfigError(f"pieces of {piece} tokens are asked for; use at least 1.")
     if limit is not None and piece > limit:

@@ -111,14 +111,16 @@ class Core:
     """A mechanism over keys that somebody else chose and kept; options and parameters are bound.
 
     queries(q) -> q, keys(k) -> k: feature maps; keys pass once, before they are kept.
-    attend(q, k, v, vis, *, key_bias=None, blocks=None, stats=True) -> (o, statistic): over one set of keys, q and k
-      behind their maps. key_bias: [1 or B, 1 or K or H, S], added to the scores, -1e30 hides a key; blocks: the
-      keywords `blocks`, `block_q`, `block_k` of `pallas_kernels.block_sparse`; statistic: what `join` needs, None
-      without `stats`.
+    attend(q, k, v, vis, *, key_bias, blocks, places, folded, stats) -> (o, statistic): over one set of keys, q and k
+      behind their maps. key_bias: [1 or B, 1 or K or H, S], added to the scores, -1e30 hides a key. blocks: the
+      keywords `blocks`, `block_q`, `block_k` of `pallas_kernels.block_sparse`. places: [B, K or H, S], positions of
+      the keys where heads hold other ones than `vis` says. folded: rows of the batch are heads, [B·H, T, 1, D].
+      All of these may be left out. statistic: what `join` needs, None with stats=False.
     join(parts, q, vis) -> o: the output from (o, statistic) over disjoint sets of keys, with the mechanism's constant
       slots and output term; q behind `queries`, as dense attention rotates it.
     scale: of q·k.
     alone: whether one part needs no statistic.
+    activation: what makes weights of scores, as `pallas_kernels.Score` names it; "" where it is no such thing.
     """
 
     queries: Callable[[Array], Array]
@@ -127,6 +129,7 @@ class Core:
     join: Callable[..., Array]
     scale: float
     alone: bool = True
+    activation: str = ""
 
     def whole(self, q: Array, k: Array, v: Array, vis: Any, **how: Any) -> Float[Array, "B T H V"]:
         """The output over one set of keys, `how` as in `attend`."""

@@ -141,6 +141,8 @@ def score_family(
             *,
             key_bias: Array | None = None,
             blocks: dict[str, Any] | None = None,
+            places: Array | None = None,  # of score-space methods
+            folded: bool = False,
             stats: bool = True,
         ) -> tuple[Array, Array | None]:
             how = {"scale": scale, "key_bias": key_bias, "backend": backend, "stats": stats}
@@ -170,6 +172,7 @@ def score_family(
             join=join,
             scale=scale,
             alone=slots is None and not hidden,
+            activation=member.activation,
         )
 
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:

@@ -7,6 +7,7 @@ resolve(text)   "zero_tuning(gamma=2), streaming(sinks=4)" -> its `Plan`
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ from jaxattn.mechanisms import parse_mixers
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.policies._protocol import Policy, Site
 
-__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "resolve"]
+__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "resolve", "text_of"]
 
 _PLACES = {
     "dense": "dense",
+    "zero_tuning": "zero_tuning",
 }
 
 
@@ -93,6 +95,12 @@ def resolve(text: str) -> Plan:
         )
     last = keeping[0] if keeping else (get("dense"), get("dense").spec())
     return Plan(*last, tuple(part for part in parts if part[0].step is None))
+
+
+def text_of(policy: Policy, spec: Any) -> str:
+    """The text that `resolve` makes into this policy with these options."""
+    options = ", ".join(f"{f.name}={getattr(spec, f.name)!r}" for f in dataclasses.fields(spec))
+    return f"{policy.name}({options})" if options else policy.name
 
 
 def refuse(plan: Plan, site: Site) -> None:

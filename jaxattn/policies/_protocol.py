@@ -48,7 +48,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One paper's way to keep and read keys. `variants`: settings that tests run besides the default.
+    """One paper's way to keep and read keys. `variants`: settings that tests run, the first with a budget of few tokens.
 
     keeps, reads: in words, for tables.
     rotates: q and k come as projected, and the policy turns them by `site.rope`; else they come rotated.
@@ -61,6 +61,7 @@ class Policy:
     tables: names of the head tables it reads from `here.heads`.
     unfit(spec, site): why it cannot work there, one sentence; "" where it can.
     unlimited(spec, length): its options with a budget that holds `length` tokens: then it is dense attention.
+    bounded: its state has one size, whatever the text and the room for it.
     measured(state): numbers that it counted itself, by name, for the report.
     """
 
@@ -79,6 +80,7 @@ class Policy:
     biased: bool = False
     front: bool = False
     depth: bool = False
+    bounded: bool = False
     one_piece: Callable[[Any], bool] = lambda spec: False
     reach: Callable[[Any, int], int] = lambda spec, trained: trained
     read: Callable[[Any, Site, int], float] = lambda spec, site, length: float(length)

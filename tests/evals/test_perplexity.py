@@ -63,7 +63,7 @@ def test_token_by_token_gives_the_same_losses(attn):
     model = MODEL.with_attention(attn)
     params = params_of(model)
     whole = losses(model, params, IDS, context=16, stride=16)
-    np.testing.assert_allclose(losses(model, params, IDS, context=16, stride=16, by_steps=True), whole, atol=3e-4)
+    np.testing.assert_allclose(losses(model, params, IDS, context=16, stride=16, prefill=0), whole, atol=3e-4)
 
 
 def test_retrieving_attention_reads_through_its_cache():
@@ -89,7 +89,7 @@ def test_more_context_is_what_a_smaller_stride_gives():
         ({"context": 40}, "--context is 40 but must be from 2 to 32"),
         ({"stride": 0}, "--stride is 0"),
         ({"stride": 17}, "--stride is 17"),
-        ({"stride": 4, "by_steps": True}, "--token-by-token reads separate pieces"),
+        ({"stride": 4, "prefill": 0}, "--token-by-token reads separate pieces"),
     ],
 )
 def test_impossible_windows_are_refused(call, message):

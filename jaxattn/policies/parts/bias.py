@@ -1,0 +1,18 @@
+"""Numbers per key and head whose head axes differ: one for all, one per key head, one per query head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def added(
+    a: Float[Array, "*a"], b: Float[Array, "*b"], join: Callable[[Array, Array], Array], *, heads: int
+) -> Float[Array, "B h S"]:
+    """join(a, b) of arrays [..., 1 or K or H, S], where H = `heads` is a multiple of K."""
+    if 1 < a.shape[-2] != b.shape[-2] > 1:
+        spread = lambda x: jnp.repeat(x, heads // x.shape[-2], axis=-2)
+        a, b = spread(a), spread(b)
+    return join(a, b)
