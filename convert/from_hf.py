@@ -21,20 +21,21 @@ import numpy as np
 from rich.progress import Progress
 
 from convert import hf_config, rules
-from convert.new_folder import new_folder
 from convert.sources import Source, open_source, reading
-from jaxattn.errors import UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
-from jaxattn.text import SIDE
+from jaxattn.new_folder import new_folder
+from jaxattn.open_tokenizer import byte_tokenizer
+from jaxattn.places import SIDE
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import EvalConfig, RunConfig
+from jaxattn.runs.data_config import DataConfig
+from jaxattn.runs.load import read_config
+from jaxattn.runs.manifest import hash_file
+from jaxattn.runs.rundir import versions, write_json_atomic
 from jaxattn.tokenizer import read_tokenizer
-from train.checkpoint import Checkpoints
-from train.config import EvalConfig, RunConfig
-from train.data import DataConfig
-from train.data.tokenizer import byte_tokenizer
-from train.load import read_config
-from train.manifest import hash_file
-from train.rundir import versions, write_json_atomic
 
 DTYPES = ("source", "float32", "bfloat16")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -85,7 +86,7 @@ def read_params(
 
 
 def run_config(model: ModelConfig, side: Path) -> RunConfig:
-    """What `evals` reads of a converted checkpoint; `train.load.read_config` knows that paths are inside its folder."""
+    """The run configuration of a converted checkpoint; `read_config` knows that its paths are inside its folder."""
     tokenizer = f"{SIDE}/tokenizer.json" if (side / "tokenizer.json").is_file() else SIDE
     if not has_tokenizer(side) and model.vocab_size == byte_tokenizer().vocab_size:
         tokenizer = "bytes"  # a model of bytes has no files for them

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from convert import gguf_rope
-from convert.fields import Fields, check_ids
 from convert.gguf_header import Header, TensorPlace
+from convert.hf_fields import Fields, check_ids
 from convert.safetensors_files import finite
 from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, Unsupported, UserError, shown
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.fields import Fields
+from convert.hf_fields import Fields
 from jaxattn.errors import ConfigError, Unsupported, shown
 from jaxattn.rope import RopeScaling, frequencies
 

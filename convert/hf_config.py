@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from convert import hf_rope
-from convert.fields import Fields, check_ids
 from convert.hf_families import BY_ARCHITECTURE, Family, family_of
+from convert.hf_fields import Fields, check_ids
 from jaxattn.errors import ConfigError, Mismatch, Unsupported, shown
 from jaxattn.models import ModelConfig
 

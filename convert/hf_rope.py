@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from convert.fields import Fields, as_number
+from convert.hf_fields import Fields, as_number
 from jaxattn.errors import ConfigError, Corrupt, Unsupported, shown
 from jaxattn.rope import RopeScaling
 

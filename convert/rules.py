@@ -18,7 +18,7 @@ import numpy as np
 from jaxattn.errors import Incomplete, Mismatch, Unsupported
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from train.leaf_io import named
+from jaxattn.runs.leaf_io import named
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 
 from convert import hf_config
 from convert import safetensors_files as st
-from convert.fields import Fields, check_ids
 from convert.gguf_files import GgufFile
 from convert.gguf_tokenizer import save as save_gguf_tokenizer
+from convert.hf_fields import Fields, check_ids
 from jaxattn.chat import ADDITIONAL
 from jaxattn.errors import Incomplete, Unsupported, UserError, one_line, shown
 from jaxattn.json_text import read_object
@@ -172,7 +172,7 @@ class Gguf:
         return self.opened.read_all()
 
     def save_side_files(self, folder: Path) -> None:
-        from train.rundir import write_json_atomic
+        from jaxattn.runs.rundir import write_json_atomic
 
         save_gguf_tokenizer(self.opened.fields, folder, self.origin)
         write_json_atomic(folder / "config.json", self.config())

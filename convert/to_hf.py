@@ -17,15 +17,17 @@ import numpy as np
 from convert import hf_config, rules
 from convert import safetensors_files as st
 from convert.from_hf import EMBEDDING, HEAD
-from convert.new_folder import new_folder
 from convert.sources import reading, side_names
-from jaxattn.errors import Unsupported, UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import Unsupported, UserError
 from jaxattn.json_text import as_object, optional_object, read_object
 from jaxattn.models import ModelConfig
-from jaxattn.text import SIDE
-from train.config import RunConfig
-from train.leaf_io import named
-from train.load import load_params, open_source, read_config
+from jaxattn.new_folder import new_folder
+from jaxattn.places import SIDE
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.leaf_io import named
+from jaxattn.runs.load import load_params, read_config
+from jaxattn.runs.run_tokenizer import trained_tokenizer
 
 MOST_BYTES = 5 << 30  # of one file
 FLOATS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -36,7 +38,7 @@ def export(src: Path, dst: Path, *, dtype: str = "source", step: int | None = No
     """Write DST and return it.
 
     Args:
-      tokenizer: whether a run of text brings its own, which its data tell (they are opened for it).
+      tokenizer: whether a run of text brings its own.
 
     Raises:
       UserError: no checkpoint, an architecture HuggingFace does not have, or DST exists; DST is then as it was.
@@ -106,7 +108,7 @@ def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], token
         if hf_config.parse(raw) != model:
             raw, ids = None, {key: raw[key] for key in hf_config.TOKEN_IDS if key in raw}
     elif not kept:
-        kept, ids = _own_tokenizer(cfg) if tokenizer else ({}, {})
+        kept, ids = _own_tokenizer(src, cfg) if tokenizer else ({}, {})
     if raw is None:
         kept["config.json"] = _json(hf_config.write(model, dtype, context=cfg.data.context, ids=ids))
     before = optional_object(src / "provenance.json").get("dtypes")
@@ -117,17 +119,17 @@ def _side_files(src: Path, cfg: RunConfig, tensors: dict[str, np.ndarray], token
     return kept
 
 
-def _own_tokenizer(cfg: RunConfig) -> tuple[dict[str, bytes], dict[str, int | None]]:
+def _own_tokenizer(src: Path, cfg: RunConfig) -> tuple[dict[str, bytes], dict[str, int | None]]:
     """Files of the tokenizer that a run was trained with, and its token ids; none for a run that is not of text.
 
     Raises:
-      UserError: the run's data cannot be opened.
+      UserError: the tokenizer cannot be opened.
     """
     try:
-        own = open_source(cfg)[0].tokenizer
+        own = trained_tokenizer(src, cfg)
     except UserError as error:
         reason = str(error).rstrip(".")
-        raise UserError(f"{reason}; its data bring the run's tokenizer: --no-tokenizer exports without.") from error
+        raise UserError(f"{reason}; --no-tokenizer exports without it.") from error
     ids: dict[str, int | None] = {key: None for key in hf_config.TOKEN_IDS}
     if own is None:
         return {"generation_config.json": _json(ids)}, ids

@@ -23,13 +23,14 @@ from rich.table import Table
 
 from convert.sources import Folder, Gguf, open_source
 from convert.verify_tokens import compare
-from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, UserError
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from jaxattn.text import SIDE
+from jaxattn.places import SIDE
+from jaxattn.runs.load import load_params, read_config
 from jaxattn.tokenizer import read_tokenizer
-from train.load import load_params, read_config
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evals.groups import Group
-from evals.run_files import Run, flatten
+from evals.read_run import Run, flatten
 
 FIELDS = (  # of the data; runs that differ in one of them have losses of different texts
     *("data.seed", "data.val_fraction", "data.context", "data.batch_size", "data.packing", "data.perturb"),

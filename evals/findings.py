@@ -9,7 +9,7 @@ import numpy as np
 
 from evals.groups import Group, over_runs
 from evals.plots import references
-from evals.run_files import NONTRIGGER, TRIGGER, Run, number
+from evals.read_run import NONTRIGGER, TRIGGER, Run, number
 
 
 class Stretch(NamedTuple):

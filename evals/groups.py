@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals.run_files import Run, flatten, read_run
+from evals.read_run import Run, flatten, read_run
 
 # Far apart (CIELAB) for normal, protan, deutan and tritan eyes; markers tell them apart once more.
 PALETTE = (

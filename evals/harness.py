@@ -14,7 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import ConfigError, DataError, UserError, run_cli, shown
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, DataError, UserError, shown
 
 try:
     import lm_eval
@@ -24,7 +25,7 @@ except ImportError as error:
     raise UserError(f"{error.name or 'lm_eval'} is not installed: pip install 'jaxattn[eval]'.") from error
 
 from evals.harness_lm import JaxattnLM
-from evals.trained import write_result
+from evals.write_result import write_result
 from jaxattn.text import load
 
 __all__ = ["JaxattnLM", "load_tasks", "main", "parse_options"]

@@ -20,8 +20,9 @@ from jaxattn._generate import stream
 from jaxattn.chat import choose_template, read_templates
 from jaxattn.errors import ConfigError, UserError, shown
 from jaxattn.json_text import field, optional_object
+from jaxattn.places import SIDE
 from jaxattn.reader import hidden_of, scores
-from jaxattn.text import SIDE, Loaded
+from jaxattn.text import Loaded
 
 BUCKET = 64  # sequence lengths are rounded up to a multiple of this, so few programs are compiled
 MAX_GEN_TOKS = 256  # where a task names no number, as the harness's own models have it

@@ -11,7 +11,7 @@ from evals.definitions import NAMES
 from evals.findings import in_words, stretches
 from evals.groups import Group
 from evals.plots import references
-from evals.run_files import ALPHA, NONTRIGGER, RAW, TRIGGER, Run, number
+from evals.read_run import ALPHA, NONTRIGGER, RAW, TRIGGER, Run, number
 
 
 class Cell(NamedTuple):

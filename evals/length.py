@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from evals.plot_style import DASH, GREY, INK, figure, in_style, png
-from evals.trained import Trained, open_trained, write_result
-from jaxattn.errors import ConfigError, UserError, run_cli
+from evals.write_result import write_result
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import variables_of
 from jaxattn.reader import hidden_in_pieces, hidden_of, hidden_one_by_one, scores
+from jaxattn.runs.opened import Trained, open_trained
 
 POINTS = 32  # of the curve over positions
 
@@ -150,8 +152,8 @@ def main() -> int:
     if args.sequences < 1:
         raise ConfigError(f"--sequences is {args.sequences} but must be at least 1.")
 
+    from train.data.open import open_source
     from train.data.task_source import TaskSource
-    from train.load import open_source
 
     trained = open_trained(args.run_dir, args.attn, args.step)
     context = trained.cfg.data.context

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from evals.definitions import NEARLY_EMPTY, NO_DISTRIBUTION
 from jaxattn.analysis import alpha_of, look, probes, sink_rate
 from jaxattn.analysis.capture import AttentionView, ForwardView
-from jaxattn.analysis.sinks import over_query_blocks
+from jaxattn.analysis.sink_rate import over_query_blocks
 from jaxattn.masks import visible
 from jaxattn.models import ModelConfig
 from train.objective import token_losses

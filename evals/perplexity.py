@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.length import window_losses
-from evals.trained import write_result
-from jaxattn.errors import ConfigError, DataError, run_cli
+from evals.write_result import write_result
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, DataError
 from jaxattn.models import ModelConfig
 from jaxattn.text import Loaded, load
 from jaxattn.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from evals.groups import Group, band, seed_of
 from evals.labels import tell_apart
 from evals.plot_style import FAINT, GREY, INK, figure, text
-from evals.run_files import Run
+from evals.read_run import Run
 
 
 class Plot:

@@ -16,7 +16,7 @@ from evals.plot_parts import Plot, curve, largest, legend, smallest, subtitle, t
 from evals.plot_style import DASH, GREY, axes, in_style, percent, png, svg, whole
 from evals.plots_heads import emergence, heads, positions
 from evals.plots_maps import all_maps, maps
-from evals.run_files import TRIGGER, Run
+from evals.read_run import TRIGGER, Run
 
 WIDE = 8.6  # inches of a figure that fills the page
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from evals.groups import Group, band
 from evals.plot_parts import Plot, header, legend, title, titles
 from evals.plot_style import GREY, UNIT, axes, heat, percent
-from evals.run_files import ALPHA, NONTRIGGER, TRIGGER, Run
+from evals.read_run import ALPHA, NONTRIGGER, TRIGGER, Run
 
 WIDE = 8.6
 MAX_ROWS = 32

@@ -12,7 +12,7 @@ from matplotlib.colors import PowerNorm
 from evals.groups import Group
 from evals.plot_parts import Plot, title, titles
 from evals.plot_style import TRIGGER_INK, heat, text, token
-from evals.run_files import Maps, Run
+from evals.read_run import Maps, Run
 
 WIDE = 8.6
 MAX_PANELS = 24

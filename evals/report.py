@@ -21,9 +21,10 @@ from evals.groups import LOCAL, SEEDS, Group, read_groups
 from evals.key_numbers import key_numbers
 from evals.plots import Drawn, draw
 from evals.plots_maps import MOST_GROUPS, example, panels_shown, tokens_shown
+from evals.read_run import Run, flatten
 from evals.report_template import CSS, PAGE, Figures, differs, escape, glossary, table
-from evals.run_files import Run, flatten
-from jaxattn.errors import DataError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import DataError
 
 log = logging.getLogger("jaxattn")
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from evals.accuracy import Batch, make_hits
-from evals.tasks import Task, make_task
-from evals.trained import Trained
 from jaxattn.calls import parse_call
 from jaxattn.errors import ConfigError
 from jaxattn.reader import reads_state
+from jaxattn.runs.opened import Trained
 from train.data.bb import HELD_OUT
+from train.data.tasks import Task, make_task
 
 TOKENS_AT_ONCE = 16_384
 

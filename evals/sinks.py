@@ -9,6 +9,7 @@ stays as it is.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ import numpy as np
 from evals.definitions import NEARLY_EMPTY, SHARE_EPS, definitions
 from evals.measure import BigramTask, attention_maps, make_measure, summarise
 from jaxattn.analysis import look
-from jaxattn.errors import ConfigError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, writing
 from jaxattn.mechanisms import resolve_mixer
-from train.config import RunConfig
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.opened import Trained
+from jaxattn.runs.rundir import write_atomic, write_json_atomic
 from train.data import Source
-from train.rundir import write_atomic, write_json_atomic
+from train.data.open import open_source
 
 MAP_TOKENS = 64
 MAP_SEQUENCES = 2
@@ -49,6 +53,16 @@ def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndar
     if text is not None:
         return source.encode_text(text, cfg.eval.sequences, length)
     return source.held_out(cfg.eval.sequences, length)
+
+
+def held_out_of(run: Trained, count: int) -> np.ndarray:
+    """Token ids [count, T] of sequences that a run did not train on, those the sink metric is read on.
+
+    Raises:
+      UserError: the run's data cannot be read.
+    """
+    cfg = dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, sequences=count))
+    return held_out(cfg, open_source(cfg)[0])
 
 
 def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None) -> dict[str, Any]:
@@ -170,10 +184,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, help="their length T (text runs)")
     args = parser.parse_args()
 
-    import dataclasses
-
-    from evals.trained import write_result
-    from train.load import load_params, open_source, read_config
+    from evals.write_result import write_result
+    from jaxattn.runs.load import load_params, read_config
 
     cfg = read_config(args.run_dir)
     changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}

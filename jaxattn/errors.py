@@ -1,6 +1,6 @@
 """Errors a person can act on.
 
-Every command line of the project turns a `UserError` into one sentence on stderr and exit code 2.
+Every command of the project turns a `UserError` into one sentence on stderr and exit code 2 (`jaxattn.command`).
 The sentence names the field, the value that was found and the remedy.
 """
 
@@ -12,14 +12,11 @@ import os
 import re
 import reprlib
 import shutil
-import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
-
-from jaxattn import signals
 
 MOST, TAIL = 2000, 600  # characters of a sentence, and of its end (the remedy) where the middle is left out
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -130,47 +127,3 @@ def writing(
         raise
     except OSError as error:
         raise cannot_write(error.filename or path, error, remedy, again) from error
-
-
-def run_cli(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit: 0 or its return value, or the error's exit code (2) with one sentence on a `UserError`.
-
-    Ctrl-C and SIGTERM raise KeyboardInterrupt in `main` (`jaxattn.signals`) and end with 130 and 143.
-    """
-    try:
-        with signals.interruptible():
-            code = _code(main)
-    except KeyboardInterrupt:
-        signals.end_interrupted()
-    sys.exit(code)
-
-
-def _no_output(error: OSError) -> UserError:
-    return UserError(f"the output cannot be written ({error.strerror}): free some space and run again.")
-
-
-def _code(main: Callable[[], int | None]) -> int:
-    from jaxattn.flags import near_names
-
-    try:
-        try:
-            with near_names():
-                return main() or 0
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, as other commands end
-    except OSError as error:
-        if error.errno in FULL:
-            return _say(cannot_write(error.filename, error) if error.filename else _no_output(error))
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            return _say(UserError(f"{shown(error.filename)} cannot be used ({error.strerror}): choose another path."))
-        raise
-    except UserError as error:
-        return _say(error)
-
-
-def _say(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code

@@ -17,7 +17,8 @@ from typing import Any, get_args
 
 from jaxattn._generate import generate
 from jaxattn.backends import of_decoding
-from jaxattn.errors import ConfigError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 from jaxattn.types import Backend

@@ -1,9 +1,11 @@
-"""Where this library keeps what it can make or fetch again."""
+"""Where this library keeps what it can make or fetch again, and what a checkpoint's folder calls its parts."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+SIDE = "hf"  # where a converted checkpoint keeps its source's own files
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,8 @@ import logging
 import socket
 from pathlib import Path
 
-from jaxattn.errors import ConfigError, UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError, UserError
 from jaxattn.serving.memory import bound_heaps, give_back, settle
 from jaxattn.signals import loading
 
@@ -43,9 +44,9 @@ def main() -> int:
             raise UserError(
                 f"the server needs {error.name}: install the extra with pip install 'jaxattn[serve]'."
             ) from error
+        from jaxattn.compile_cache import prepare_jax
         from jaxattn.serving.engine import Engine
         from jaxattn.text import load
-        from train.pretrain import prepare_jax
 
     if args.max_body < 1:
         raise ConfigError(f"--max-body is {args.max_body} but must be at least 1.")

@@ -3,7 +3,7 @@
 What a stop does depends on where the command is:
 
   leave   its modules are being imported, nothing has been begun: the process ends at once
-  raise   inside `jaxattn.errors.run_cli`: KeyboardInterrupt, so that whatever was begun is undone. It waits while a
+  raise   inside `jaxattn.command.run_cli`: KeyboardInterrupt, so that whatever was begun is undone. It waits while a
           module is imported, because an import may swallow it, and comes again if something else did
   note    inside `StopSignal`, as a training loop is: nothing but a note, which the loop reads when it can stop
 

@@ -13,18 +13,17 @@ import numpy as np
 
 from jaxattn._generate import BLOCK, stream
 from jaxattn.chat import Messages, choose_template, read_templates, render
-from jaxattn.errors import Corrupt, Incomplete, UserError, shown
-from jaxattn.hf_tokenizer import has_tokenizer
+from jaxattn.errors import Corrupt, UserError, shown
 from jaxattn.json_text import optional_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.places import SIDE
+from jaxattn.runs.opened import open_trained
+from jaxattn.runs.run_tokenizer import run_tokenizer
 from jaxattn.sampling import Sampling
-from jaxattn.siblings import refuse_shadows
 from jaxattn.text_stream import TextStream
-from jaxattn.tokenizer import Tokenizer, read_tokenizer
+from jaxattn.tokenizer import Tokenizer
 from jaxattn.types import Backend
-
-SIDE = "hf"  # where a converted checkpoint keeps its source's own files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +106,14 @@ def load(
     Raises:
       UserError: no checkpoint, or a run whose data are no text.
     """
-    refuse_shadows()
-    from evals.trained import open_trained
-    from train.load import open_source
-
-    trained, side = open_trained(folder, attn, step), folder / SIDE
+    trained = open_trained(folder, attn, step)
     model = trained.model if dtype is None else dataclasses.replace(trained.model, dtype=dtype)
     model = model if backend is None else dataclasses.replace(model, backend=backend)
-    if has_tokenizer(side):
-        tokenizer = read_tokenizer(side)
-    elif trained.cfg.preset == "converted" and trained.cfg.data.tokenizer != "bytes":
-        raise Incomplete(f"{side} has no tokenizer: the source had none; put its files there.")
-    else:
-        tokenizer = open_source(trained.cfg)[0].tokenizer
+    tokenizer = run_tokenizer(folder, trained.cfg)
     if tokenizer is None:
         raise UserError(f"{folder} was trained on {trained.cfg.data.source!r}, which is no text: nothing to generate.")
     context = model.position_limit or trained.cfg.data.context
+    side = folder / SIDE
     named, first = (_named_ids(side, f"{end}_token_id", model.vocab_size) for end in ("eos", "bos"))
     # Where the model's own files name ends of text, transformers stops at those alone, whatever the tokenizer's is
     stop = named or (() if tokenizer.eos is None else (tokenizer.eos,))

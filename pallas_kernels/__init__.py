@@ -8,7 +8,7 @@ JAX, for all products of a program: `jax.default_matmul_precision("BF16_BF16_F32
 `JAX_DEFAULT_MATMUL_PRECISION`. A decoding cache is never rounded.
 """
 
-import jaxattn  # noqa: F401 - takes a command's signals, before what follows takes its second
+import jaxattn.signals  # noqa: F401 - with its package, which takes a command's signals before JAX is imported
 from pallas_kernels._dispatch import may_be_kernel, recording
 from pallas_kernels._interpret import compiling_for, interpreted
 from pallas_kernels.flash import Score, flash, merge

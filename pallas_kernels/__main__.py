@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from pallas_kernels._support import markdown
 
 

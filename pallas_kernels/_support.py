@@ -19,10 +19,10 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
 from jaxattn.rope import Alibi, RelativeBias
 from pallas_kernels import _interpret, _versions
-from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.flash import Score, flash
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS, Call
 
 RUNS_ON = {
     "reference": "any device",

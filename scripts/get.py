@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Literal
 
-from jaxattn.errors import BAD_ARCHIVE, FULL, Corrupt, UserError, run_cli, suggest, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import BAD_ARCHIVE, FULL, Corrupt, UserError, suggest, writing
 from jaxattn.places import cache_folder
 
 

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.mechanisms import get, names
 from scripts.readme import README, between
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError
 from scripts.readme import README, between
 
 ROOT = Path(__file__).parents[1]

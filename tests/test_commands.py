@@ -152,7 +152,7 @@ def test_a_signal_behind_the_last_line_changes_nothing(tmp_path):
     """The interpreter is taking itself apart, with its own handlers gone already."""
     (tmp_path / "own.py").write_text("""
 import os, pathlib, time
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 class Late:
     def __del__(self, mark=pathlib.Path(os.environ["MARK"]), sleep=time.sleep):
         mark.touch()

@@ -8,15 +8,17 @@ import sys
 
 import pytest
 
-from jaxattn.errors import ConfigError, run_cli
-from train.config import RunConfig, parse_args
-from train.flags import flags_of
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError
+from jaxattn.runs.config import RunConfig
+from train.command_line import parse_args
+from train.config_flags import flags_of
 from train.presets import get_preset
 
 COMMANDS = {  # module: words, the flag that is meant
     "evals.sinks": (["run", "--jsn=x"], "--json"),
     "evals.report": (["run", "--outt=x"], "--out"),
-    "evals.tasks.__main__": (["run", "--tsk=x"], "--task"),
+    "evals.tasks": (["run", "--tsk=x"], "--task"),
     "evals.length": (["run", "--lenghts=3"], "--lengths"),
     "evals.perplexity": (["run", "--txt=x"], "--text"),
     "convert.from_hf": (["a", "b", "--dtpe=source"], "--dtype"),

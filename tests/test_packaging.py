@@ -25,7 +25,11 @@ def python(folder: Path, *words: str, path: Path = ROOT) -> tuple[int, str, str]
 @pytest.mark.parametrize("name", ["train", "evals", "convert", "pallas_kernels"])
 @pytest.mark.parametrize(
     "imports",
-    ["from train.load import read_config", "from evals.trained import open_trained", "import convert.from_hf"],
+    [
+        "from jaxattn.runs.load import read_config",
+        "from jaxattn.runs.opened import open_trained",
+        "import convert.from_hf",
+    ],
 )
 def test_a_file_that_hides_a_package_is_named_and_not_run(tmp_path, name, imports):
     """As in a notebook beside the user's own train.py."""
@@ -85,7 +89,7 @@ def test_folders_without_code_hide_nothing(tmp_path):
     """Neither data of the user's in train/ nor a clone that is called jaxattn."""
     (tmp_path / "train").mkdir()
     (tmp_path / "jaxattn").symlink_to(ROOT)
-    (tmp_path / "script.py").write_text("import jaxattn, train.flags\nprint(jaxattn.attend.__name__)\n", "utf-8")
+    (tmp_path / "script.py").write_text("import jaxattn, train.config_flags\nprint(jaxattn.attend.__name__)\n", "utf-8")
     assert python(tmp_path, "script.py")[:2] == (0, "attend")
 
 

@@ -13,7 +13,7 @@ from jaxattn import mechanisms
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from tests.train.helpers import tiny
-from train.loop import run
+from train.pretrain import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,11 +72,12 @@ def test_a_mechanism_outside_the_library_is_found_by_its_name(folder, monkeypatc
         own = mechanisms.get("my_relu")
         assert own.make_spec().__class__.__module__ == "my_attention"
         run(tiny(Path("runs/own"), steps=1, attn="my_relu"))
-        from evals.trained import open_trained
+        from evals.sinks import held_out_of
         from jaxattn.analysis import look
+        from jaxattn.runs.opened import open_trained
 
         found = open_trained("runs/own")
-        (layer,) = look(found.model, found.params, found.held_out(2)).attention
+        (layer,) = look(found.model, found.params, held_out_of(found, 2)).attention
         np.testing.assert_allclose(layer.rebuild(), layer.heads_out, atol=1e-5)
     finally:
         mechanisms.unregister("my_relu")

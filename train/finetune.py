@@ -17,10 +17,13 @@ import os
 import sys
 from pathlib import Path
 
-from jaxattn.errors import ConfigError, Incomplete, UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.compile_cache import prepare_jax
+from jaxattn.errors import ConfigError, Incomplete, UserError
+from jaxattn.runs.config import CheckpointConfig, EvalConfig, OptimConfig, RunConfig, StartConfig
 from jaxattn.signals import loading
-from train.config import CheckpointConfig, EvalConfig, OptimConfig, RunConfig, StartConfig, parse_args
-from train.pretrain import prepare_jax, value_of
+from train.command_line import parse_args
+from train.pretrain import run, value_of
 
 KEPT = ("mixers", "dtype", "remat", "backend")  # what of the model a fine-tuning may choose
 FULL_LR, LORA_LR = 2e-5, 2e-4
@@ -32,8 +35,8 @@ def defaults(source: Path, step: int | None = None, lora: bool = False) -> RunCo
     Raises:
       UserError: there is no checkpoint.
     """
-    from train.checkpoint import Checkpoints
-    from train.load import manifest_digest, read_config
+    from jaxattn.runs.checkpoint import Checkpoints
+    from jaxattn.runs.load import manifest_digest, read_config
 
     cfg = read_config(source)
     steps = Checkpoints(source / "checkpoints", config={}, read_only=True).steps()
@@ -67,7 +70,7 @@ def check(cfg: RunConfig, default: RunConfig) -> None:
     Raises:
       ConfigError: naming the fields.
     """
-    from train.manifest import diff_config
+    from jaxattn.runs.manifest import diff_config
 
     ours, theirs = dataclasses.asdict(cfg.model), dataclasses.asdict(default.model)
     if differences := diff_config(theirs, ours, ignore=KEPT):
@@ -97,8 +100,7 @@ def main(args: list[str] | None = None) -> int:
         raise UserError("the first argument must be the checkpoint to start from, such as checkpoints/smollm2.")
 
     with loading():
-        from train.load import read_config
-        from train.loop import run
+        from jaxattn.runs.load import read_config
 
     own = argparse.ArgumentParser(prog="python -m train.finetune", add_help=False, allow_abbrev=False)
     own.add_argument("checkpoint", type=Path)

@@ -11,54 +11,67 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from evals.accuracy import accuracy, make_hits
-from evals.measure import make_measure, summarise
-from evals.sinks import bigram_task, held_out, table, write_study
-from evals.sinks import evaluate as study
 from jaxattn.errors import ConfigError, DataError, Mismatch, TrainingStopped, writing
 from jaxattn.models import at_context
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import RESUMABLE, RunConfig, with_older_fields
+from jaxattn.runs.load import load_base, merge_lora, read_config
+from jaxattn.runs.manifest import diff_config
+from jaxattn.runs.parameters import new_paths
+from jaxattn.runs.run_tokenizer import write_own_tokenizer
+from jaxattn.runs.rundir import RunDir, environment, open_run, write_json_atomic
 from jaxattn.signals import StopSignal
 from train import sessions
-from train.backends import describe_backends
-from train.base import copy_side_files, describe_swap, new_paths, put
-from train.checkpoint import Checkpoints
-from train.config import RESUMABLE, RunConfig, with_older_fields
 from train.data import Source
-from train.data.task_source import TaskSource
-from train.load import abstract_state, first_state, load_base, open_source, read_config, whole
-from train.manifest import diff_config
+from train.data.open import open_source
+from train.describe_backends import describe_backends
 from train.mesh import data_mesh, inside, replicate, shard_batch
 from train.metrics import MetricsWriter, Row
 from train.progress import TrainingProgress, evaluation_line
-from train.rundir import RunDir, environment, open_run, write_json_atomic
-from train.step import batch_loss, make_train_step
+from train.start_from import abstract_state, copy_side_files, describe_swap, first_state, put
+from train.step import make_train_step
 
 log = logging.getLogger("jaxattn")
 
 RESUME = "go on with --resume"
 STOPPED = {"SIGTERM": 0, "SIGINT": 130, "SIGHUP": 129}  # exit codes of a run that was told to stop and has saved
 
-LOGGED_TABLES = (
-    "first_token_weight",
-    "first_token_weight_raw",
-    "first_token_weight_nontrigger",
-    "first_token_weight_nontrigger_raw",
-    "first_token_weight_trigger",
-    "first_token_weight_trigger_raw",
-    "value_drain",
-    "residual_peak",
-    "sink_logit",
-)
-LOGGED_SCALARS = ("sink_rate", "sink_rate_slot", "risk_backcopy", "risk_bigram", "risk_bigram_excess")
+
+class Watch(NamedTuple):
+    """What is measured of a run besides its loss, by whoever starts it."""
+
+    evaluate: Callable[[Any], Row]
+    """Parameters -> columns of a row of metrics, at every evaluation."""
+    finish: Callable[[RunDir, Any], None]
+    """Measures and reports a run that has taken its last step: its folder, its parameters."""
 
 
-def run(cfg: RunConfig) -> int:
+class Trainer(NamedTuple):
+    """What a run is made of; it stays the same from the first step to the last."""
+
+    cfg: RunConfig
+    place: RunDir
+    checkpoints: Checkpoints
+    batches: Any
+    """The training iterator, which the loop moves."""
+    watch: Watch
+    mesh: jax.sharding.Mesh
+    start: int
+    """The step that it begins behind."""
+    frozen: Any
+    """What LoRA leaves as it is, else None."""
+
+
+def run(cfg: RunConfig, watching: Callable[[RunConfig, Source], Watch]) -> int:
     """Train as configured; returns the exit code: 0, also after SIGTERM, or 130 after Ctrl-C, 129 after SIGHUP.
+
+    Args:
+      watching: what is measured on the way and at the end, made for the resolved configuration and its data.
 
     Raises:
       UserError: anything a user can mend, before the first step where it can be known.
@@ -88,27 +101,15 @@ def run(cfg: RunConfig) -> int:
                 _describe(place, saved, source, start)
                 print(backends, flush=True)
                 copy_side_files(cfg, place.path)
-                code, state = _train(cfg, place, source, checkpoints, iterator, state, frozen, start, mesh)
+                write_own_tokenizer(place.path, cfg, source.tokenizer)
+                watch = watching(cfg, source)
+                trainer = Trainer(cfg, place, checkpoints, iterator, watch, mesh, start, frozen)
+                code, state = _train(trainer, state)
             finally:
                 iterator.close()
         if code is None:
-            _finish(cfg, place, source, whole(cfg, state["params"], frozen))
+            watch.finish(place, merge_lora(cfg, state["params"], frozen))
     return code or 0
-
-
-def _finish(cfg: RunConfig, place: RunDir, source: Source, params: Any) -> None:
-    """Measure and report a run that has taken its last step."""
-    try:
-        result = study(cfg, source, params, cfg.steps)
-        print(table(result), flush=True)
-        write_study(place.path, cfg, source, params, result)
-        if cfg.report:
-            from evals.report import write_report  # matplotlib is not needed before
-
-            print(f"report: {write_report([place.path], place.path / 'report.html')}")
-    except KeyboardInterrupt:
-        log.warning("step %d is saved, the last measurements and the report are not: --resume makes them", cfg.steps)
-        raise
 
 
 def default_run_dir(cfg: RunConfig) -> str:
@@ -155,21 +156,11 @@ def _describe(place: RunDir, saved: dict[str, Any], source: Source, start: int) 
     write_json_atomic(place.path / "data.json", facts | {"entropies": source.entropies()})
 
 
-def _train(
-    cfg: RunConfig,
-    place: RunDir,
-    source: Source,
-    checkpoints: Checkpoints,
-    iterator: Any,
-    state: Any,
-    frozen: Any,
-    start: int,
-    mesh: Any,
-) -> tuple[int | None, Any]:
+def _train(run: Trainer, state: Any) -> tuple[int | None, Any]:
     """The loop proper: returns the exit code (None: all steps are taken, what is left is the report) and the state."""
+    cfg, checkpoints, start, frozen = run.cfg, run.checkpoints, run.start, run.frozen
     train_step = make_train_step(cfg.model, cfg.optim, cfg.steps, cfg.lora if cfg.lora.rank else None, frozen)
-    evaluate = _make_evaluation(cfg, source)
-    writer = MetricsWriter(place.path, cfg)
+    evaluate, writer = run.watch.evaluate, MetricsWriter(run.place.path, cfg)
     step, skips, clock = start, 0, _Clock()
 
     def settle(pending: tuple[int, Any, Any] | None) -> Row | None:
@@ -181,7 +172,7 @@ def _train(
         row = {k: v.item() for k, v in jax.device_get(numbers).items()}
         skips = 0 if row.pop("applied") else skips + 1
         if skips:
-            _refuse_or_skip(cfg, place, at, row, skips, batch)
+            _refuse_or_skip(cfg, run.place, at, row, skips, batch)
         speed = clock.rate(row.pop("tokens"))
         return {"step": at, **row, "tokens_per_s": round(speed, 1), "time_s": round(clock.total, 3)}
 
@@ -191,16 +182,16 @@ def _train(
         with StopSignal() as stop, progress:
             pending = None
             if cfg.start.source and step == 0:  # what there is to improve on
-                row = {"step": 0} | evaluate(whole(cfg, state["params"], frozen))
+                row = {"step": 0} | evaluate(merge_lora(cfg, state["params"], frozen))
                 progress.say(evaluation_line(row))
                 writer.write(row)
             while step < cfg.steps and stop.requested is None and progress.lost is None:
                 try:
-                    batch = next(iterator)
+                    batch = next(run.batches)
                 except DataError as error:  # a worker is gone, perhaps by the same stop as this process
                     failed = error
                     break
-                state, numbers = train_step(state, shard_batch(batch, mesh))
+                state, numbers = train_step(state, shard_batch(batch, run.mesh))
                 row, pending = settle(pending), (step + 1, numbers, batch)
                 step += 1
                 _log(row, cfg, writer, progress, clock)
@@ -214,16 +205,16 @@ def _train(
                 assert row is not None
                 clock.pause()
                 if due or step == cfg.steps:
-                    row |= evaluate(whole(cfg, state["params"], frozen))
+                    row |= evaluate(merge_lora(cfg, state["params"], frozen))
                     progress.say(evaluation_line(row))
                 _log(row, cfg, writer, progress, clock, always=True)
                 if saving or last:
-                    checkpoints.save(step, state, iterator)
+                    checkpoints.save(step, state, run.batches)
                 clock.resume()
             if (row := settle(pending)) is not None:  # the end came after the last look at it
                 _log(row, cfg, writer, progress, clock, always=True)
             if step > start or checkpoints.latest() is None:
-                checkpoints.save(step, state, iterator)  # nothing to do where it has just been saved
+                checkpoints.save(step, state, run.batches)  # nothing to do where it has just been saved
             checkpoints.wait()
             if stop.requested is not None:
                 progress.say(f"{stop.requested}: saved step {step}; go on with --resume")
@@ -273,29 +264,6 @@ def _refuse_or_skip(cfg: RunConfig, place: RunDir, at: int, row: Row, skips: int
         )
     why = "loss" if loss_bad else "gradient" if not np.isfinite(row["grad_norm"]) else "loss spike"
     log.warning("step %d skipped (%s: loss %s, gradient norm %s)", at, why, row["loss"], row["grad_norm"])
-
-
-def _make_evaluation(cfg: RunConfig, source: Source) -> Callable[[Any], Row]:
-    """params -> val_loss, sink metrics and, on Bigram-Backcopy, risks, on a task accuracy; data prepared once."""
-    batches = source.val_batches(cfg.eval.batches)
-    tokens = held_out(cfg, source)
-    measure = make_measure(cfg.model, task=bigram_task(source))
-    loss = jax.jit(lambda params, batch: batch_loss(cfg.model, params, batch))
-    task = source.task if isinstance(source, TaskSource) else None
-    hits = make_hits(cfg.model)
-
-    def evaluate(params: Any) -> Row:
-        parts = [jax.device_get(loss(params, batch)) for batch in batches]
-        total = sum(float(n) for _, n in parts)
-        numbers = summarise(measure(params, tokens), epsilon=cfg.eval.epsilon)
-        row: Row = {"val_loss": sum(float(s) for s, _ in parts) / max(total, 1.0)}
-        if task is not None:
-            found = accuracy(hits, params, batches)
-            row |= {"val_accuracy": found["accuracy"]} | ({"val_exact": found["exact"]} if task.one_answer else {})
-        row |= {k: numbers[k] for k in LOGGED_SCALARS if numbers.get(k) is not None}
-        return row | {k: numbers[k] for k in LOGGED_TABLES if k in numbers}
-
-    return evaluate
 
 
 class _Clock:

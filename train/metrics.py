@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.errors import ConfigError, one_line, writing
-from train.config import LogConfig, RunConfig
+from jaxattn.runs.config import LogConfig, RunConfig
 
 log = logging.getLogger("jaxattn")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from train.config import OptimConfig
+from jaxattn.runs.config import OptimConfig
 
 
 def make_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxattn.errors import ConfigError, suggest
 from jaxattn.models import ModelConfig
-from train.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
+from jaxattn.runs.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
 from train.data import DataConfig
 
 

@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jaxattn.errors import run_cli
-from jaxattn.places import cache_folder
+from jaxattn.command import run_cli
 from jaxattn.signals import loading
+
+if TYPE_CHECKING:
+    from jaxattn.runs.config import RunConfig
 
 
 def main(args: list[str] | None = None) -> int:
@@ -25,11 +28,13 @@ def main(args: list[str] | None = None) -> int:
         _list_presets()
         return 0
     with loading():
+        from jaxattn.compile_cache import prepare_jax
+
         prepare_jax()
 
-        from train.config import parse_args
-        from train.load import read_config
-        from train.loop import default_run_dir, run
+        from jaxattn.runs.load import read_config
+        from train.command_line import parse_args
+        from train.loop import default_run_dir
         from train.presets import get_preset
 
     preset = value_of(args, "--preset")
@@ -44,6 +49,15 @@ def main(args: list[str] | None = None) -> int:
     return run(cfg)
 
 
+def run(cfg: RunConfig) -> int:
+    """Train as configured, with the sink study and the report; see `train.loop.run`."""
+    with loading():
+        from evals.watch import watching
+        from train import loop
+
+    return loop.run(cfg, watching)
+
+
 def value_of(args: list[str], flag: str) -> str | None:
     """The value of a flag before the real parsing, whichever way it is written."""
     for i, arg in enumerate(args):
@@ -52,15 +66,6 @@ def value_of(args: list[str], flag: str) -> str | None:
         if arg == flag and i + 1 < len(args):
             return args[i + 1]
     return None
-
-
-def prepare_jax() -> None:
-    """Keep compiled programs between runs (unless the user chose a place already)."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _list_attention() -> None:

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxattn.config_fields import INT32
 from jaxattn.errors import UserError, shown
-from jaxattn.fields import INT32
 from jaxattn.json_text import read_object
-from train.rundir import RunDir, rows_of, tidy_jsonl, write_json_atomic
+from jaxattn.runs.rundir import RunDir, rows_of, tidy_jsonl, write_json_atomic
 
 log = logging.getLogger("jaxattn")
 

@@ -17,9 +17,9 @@ from jaxtyping import Array
 
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from train.config import LoraConfig, OptimConfig
-from train.lora import init as init_lora
-from train.lora import merge
+from jaxattn.runs.config import LoraConfig, OptimConfig
+from jaxattn.runs.lora import init as init_lora
+from jaxattn.runs.lora import merge
 from train.objective import cross_entropy
 from train.optimizer import make_optimizer, make_schedule
 
@@ -33,7 +33,7 @@ def init_state(
 ) -> State:
     """params (f32), opt_state, step, skipped, loss_mean and the raw PRNG key, all deterministic in the seed.
 
-    With `lora` params are what `train.lora.init` makes: the low-rank updates, and the leaves in `new`.
+    With `lora` params are what `jaxattn.runs.lora.init` makes: the low-rank updates, and the leaves in `new`.
     """
 
     def create() -> State:

@@ -1,7 +1,7 @@
 """Looking inside a model: capture, sink metric, extreme-token probes."""
 
 from jaxattn.analysis.capture import AttentionView, ForwardView, look
-from jaxattn.analysis.sinks import EPSILON, alpha_of, column_means, proxy_weights, sink_rate
+from jaxattn.analysis.sink_rate import EPSILON, alpha_of, column_means, proxy_weights, sink_rate
 
 __all__ = [
     "EPSILON",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxattn.analysis.capture import AttentionView, ForwardView
-from jaxattn.analysis.sinks import over_query_blocks, proxy_weights
+from jaxattn.analysis.sink_rate import over_query_blocks, proxy_weights
 from jaxattn.masks import visible
 
 

@@ -24,8 +24,8 @@ from jaxattn.mechanisms._registry import (
 )
 
 if TYPE_CHECKING:
-    from jaxattn.mechanisms._recurrent import recurrent_family
-    from jaxattn.mechanisms._template import score_family
+    from jaxattn.mechanisms._linear_family import recurrent_family
+    from jaxattn.mechanisms._score_family import score_family
 
 __all__ = [
     "Capabilities",
@@ -43,7 +43,7 @@ __all__ = [
     "unregister",
 ]
 
-_FAMILIES = {"score_family": "_template", "recurrent_family": "_recurrent"}  # they bring the kernels with them
+_FAMILIES = {"score_family": "_score_family", "recurrent_family": "_linear_family"}  # they bring the kernels
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._recurrent import Depth, recurrent_family
+from jaxattn.mechanisms._linear_family import Depth, recurrent_family
 from pallas_kernels.linear_scan.features import MAPS, feature_width, taylor
 
 PIECE = 256  # tokens whose features exist at one time

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn.mechanisms._template import score_family
+from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._recurrent import FEATURES, Depth, elementwise, recurrent_family
+from jaxattn.mechanisms._linear_family import FEATURES, Depth, elementwise, recurrent_family
 from jaxattn.rope import alibi_slopes
 
 CONVENTIONS = ("official", "paper", "minimax")

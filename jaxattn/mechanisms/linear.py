@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._recurrent import FEATURES, elementwise, recurrent_family
+from jaxattn.mechanisms._linear_family import FEATURES, elementwise, recurrent_family
 
 EPS = 1e-6
 NOT_NEGATIVE = ("elu1", "relu")

@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxattn.mechanisms._template import divide_rows, score_family
+from jaxattn.mechanisms._score_family import divide_rows, score_family
 from pallas_kernels import Score
 
 

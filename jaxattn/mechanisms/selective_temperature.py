@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import softmax
-from jaxattn.mechanisms._template import score_family
+from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
 START = {"paper": -6.0, "released": 1.5, "linear": 0.0}  # of the trained scalar, by form

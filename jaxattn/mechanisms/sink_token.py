@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import softmax
-from jaxattn.mechanisms._template import score_family
+from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
 

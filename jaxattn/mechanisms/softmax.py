@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._template import score_family
+from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxattn.masks import Visibility, live_rows, visible
 from jaxattn.mechanisms import softmax
 from jaxattn.mechanisms._protocol import RowWeights
-from jaxattn.mechanisms._template import score_family
+from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
 

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import lightning
+from jaxattn.mechanisms._linear_family import AnyDepth, Depth, recurrent_family
 from jaxattn.mechanisms._protocol import Surround
-from jaxattn.mechanisms._recurrent import AnyDepth, Depth, recurrent_family
 from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
 

@@ -7,8 +7,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from jaxattn.config_fields import check_fields
 from jaxattn.errors import ConfigError
-from jaxattn.fields import check_fields
 from jaxattn.mechanisms import MixerChoice, get, names, parse_mixers, resolve_mixer
 from jaxattn.policies import Plan, Site, refuse
 from jaxattn.policies import resolve as resolve_policy

@@ -18,7 +18,7 @@ from jaxattn.masks import PADDING, self_visibility
 from jaxattn.mechanisms import Mechanism
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.models.config import ModelConfig
-from jaxattn.nn.conv import DepthwiseConv, short_conv_state
+from jaxattn.nn.gated_conv import DepthwiseConv, short_conv_state
 from jaxattn.nn.layers import Linear
 from jaxattn.nn.sharding import over_batch
 from jaxattn.nn.stream import Edit, Stream, edits_of

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.attention import Attention
-from jaxattn.nn.conv import ShortConv
+from jaxattn.nn.gated_conv import ShortConv
 from jaxattn.nn.layers import Mlp, Norm
 from jaxattn.nn.stream import Edit, Stream, edits_of
 

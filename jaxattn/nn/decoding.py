@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from jaxattn import checks
 from jaxattn.models.config import ModelConfig
-from jaxattn.nn.conv import is_depthwise
+from jaxattn.nn.gated_conv import is_depthwise
 from jaxattn.nn.layers import ROWS
 from pallas_kernels._cpu import missing
 from pallas_kernels.linear.gemv import usable

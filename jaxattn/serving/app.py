@@ -18,7 +18,7 @@ from jaxattn.errors import shown
 from jaxattn.serving.asks import parse
 from jaxattn.serving.connection import PATIENCE
 from jaxattn.serving.engine import Engine
-from jaxattn.serving.fields import ApiError
+from jaxattn.serving.request_fields import ApiError
 from jaxattn.serving.talk import Talk
 from jaxattn.serving.ticket import sentence
 from jaxattn.text import Loaded

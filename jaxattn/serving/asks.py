@@ -9,8 +9,8 @@ from typing import Any
 from jaxattn.errors import UserError, shown
 from jaxattn.json_text import loads
 from jaxattn.sampling import Sampling
-from jaxattn.serving.fields import CHAT, TEXT, ApiError, check_fields, flag, number, refusal
 from jaxattn.serving.messages import encode_chat
+from jaxattn.serving.request_fields import CHAT, TEXT, ApiError, check_fields, flag, number, refusal
 from jaxattn.text import Loaded
 
 MOST_PROMPTS, MOST_STOPS, DEFAULT_TOKENS = 64, 8, 16

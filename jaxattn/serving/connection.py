@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jaxattn.serving.fields import ApiError
+from jaxattn.serving.request_fields import ApiError
 
 PATIENCE = 30.0  # seconds
 CONNECTIONS, SPARE = 1024, 64  # at most, and files that are kept for all else

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxattn.chat import choose_template
 from jaxattn.errors import UserError, shown
-from jaxattn.serving.fields import ApiError
+from jaxattn.serving.request_fields import ApiError
 from jaxattn.text import Loaded
 
 # What a template is given anyway, and what `jaxattn.chat.render` calls its arguments.

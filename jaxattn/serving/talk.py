@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from jaxattn.errors import UserError
 from jaxattn.serving.asks import Ask
 from jaxattn.serving.engine import Engine
-from jaxattn.serving.fields import ApiError
+from jaxattn.serving.request_fields import ApiError
 from jaxattn.serving.ticket import QueueFull, Stopped, Ticket
 from jaxattn.text import Loaded
 from jaxattn.text_stream import TextStream

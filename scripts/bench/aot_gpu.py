@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError, writing
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from pallas_kernels import compiling_for
-from pallas_kernels.calls import CALLS, Call
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS, Call
+from scripts.bench import h100
 from scripts.outputs import REMEDY, folder_to_write
-from tests.aot import h100
-from train.rundir import result_environment, write_json_atomic
 
 RESULTS = Path("scripts/bench/results")
 LENGTH, HEADS, KV_HEADS = 4096, 4, 2

@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxattn.errors import UserError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError, writing
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from scripts.bench import cpu_roofs
 from scripts.bench.alive import alive
 from scripts.bench.infer_contenders import MAKERS, OURS
 from scripts.bench.infer_plot import plot
 from scripts.outputs import REMEDY, file_to_write
-from train.rundir import result_environment, write_json_atomic
 
 PROMPT, NEW = 512, 128
 LAYERS = 30

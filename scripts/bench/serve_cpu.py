@@ -34,11 +34,12 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from jaxattn.errors import UserError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError, writing
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from scripts.bench.alive import alive
 from scripts.bench.timing import ratio
 from scripts.outputs import REMEDY, file_to_write
-from train.rundir import result_environment, write_json_atomic
 
 PROMPT, NEW, SLOTS, CONTEXT = 64, 128, 8, 2048
 STREAMS = (1, 2, 4, 8)

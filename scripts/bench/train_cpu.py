@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxattn.errors import UserError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError, writing
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from scripts.bench.alive import alive
 from scripts.bench.train_shape import Shape
 from scripts.outputs import REMEDY, file_to_write
-from train.rundir import result_environment, write_json_atomic
 
 RIVALS = ("torch eager", "torch.compile")
 OURS = "jaxattn"
@@ -40,7 +41,7 @@ def make_ours(shape: Shape) -> tuple[Callable[[int], float], dict[str, Any]]:
 
     from jaxattn.masks import default_positions
     from jaxattn.models import ModelConfig
-    from train.config import OptimConfig
+    from jaxattn.runs.config import OptimConfig
     from train.step import init_state, make_train_step
 
     model = ModelConfig(

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError
 from jaxattn.masks import self_visibility
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from pallas_kernels import Score
 from pallas_kernels._blocks import FOLDER, table_name
 from pallas_kernels.flash.tpu import flash_tpu
@@ -32,7 +34,6 @@ from pallas_kernels.shapes import Shape
 from scripts.bench.kernels.cases import SEED, bound, gradient, inputs
 from scripts.bench.timing import interleaved
 from scripts.outputs import file_to_write
-from train.rundir import result_environment, write_json_atomic
 
 MARGIN = 0.03
 DIMS = (64, 128)

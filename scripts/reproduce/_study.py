@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 
 from evals.plot_style import figure, in_style, png
 from jaxattn.errors import ConfigError, suggest, writing
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.load import read_config
+from jaxattn.runs.manifest import diff_config
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from scripts.outputs import REMEDY, folder_to_write
-from train.config import RunConfig
-from train.load import read_config
-from train.loop import run
-from train.manifest import diff_config
-from train.rundir import result_environment, write_json_atomic
+from train.pretrain import run
 
 RESULTS = Path(__file__).parent / "results"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d31", "#56b4e9", "#6a51a3", "#e69f00", "#444444", "#a50f15")

@@ -29,13 +29,14 @@ import numpy as np
 
 import jaxattn
 from jaxattn import _generate as generation
-from jaxattn.errors import ConfigError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import get, names
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.reader import piece_for
+from jaxattn.runs.config import OptimConfig
 from scripts.reproduce import _study as study
-from train.config import OptimConfig
 from train.step import init_state, make_train_step
 
 TRAINED = ("lightning", "linear", "softmax")

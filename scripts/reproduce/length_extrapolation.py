@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 
 from evals.length import loss_by_length
-from evals.trained import open_trained
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
+from jaxattn.runs.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
+from jaxattn.runs.opened import open_trained
 from scripts.reproduce import _study as study
-from train.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
 from train.data import DataConfig
-from train.load import open_source
+from train.data.open import open_source
 from train.presets import get_preset
 
 ATTENTIONS = {

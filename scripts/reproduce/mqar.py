@@ -27,12 +27,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.mechanisms import resolve_mixer
 from jaxattn.models import ModelConfig
 from jaxattn.nn.attention import layer_state
+from jaxattn.runs.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
 from scripts.reproduce import _study as study
-from train.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
 from train.data import DataConfig
 
 COLUMNS = ("mixer", "state_bytes", "lr")

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.run_task import run_task
-from evals.tasks import make_task
-from evals.trained import open_trained
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.models import ModelConfig
+from jaxattn.runs.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
+from jaxattn.runs.opened import open_trained
 from scripts.reproduce import _study as study
-from train.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, RunConfig
 from train.data import DataConfig
+from train.data.tasks import make_task
 
 PAPER = (
     "LLaMA 7B with landmarks finds about 98 % of passkeys at 32k tokens, trained at 512; the plain model none beyond "

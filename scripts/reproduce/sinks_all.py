@@ -21,13 +21,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evals.read_run import read_run
 from evals.report import write_report
-from evals.run_files import read_run
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.mechanisms import get, names
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from scripts.reproduce._study import train
 from train.presets import get_preset
-from train.rundir import result_environment, write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = {

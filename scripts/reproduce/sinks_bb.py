@@ -27,13 +27,14 @@ import numpy as np
 from evals.groups import read_groups
 from evals.plot_parts import Plot, curve, largest, legend, subtitle
 from evals.plot_style import axes, in_style, png
+from evals.read_run import read_run
 from evals.report import write_report
-from evals.run_files import read_run
 from evals.sinks import bigram_task, held_out
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.nn import Decoder, Edit
+from jaxattn.runs.load import load_params, read_config
 from scripts.reproduce._study import RESULTS, spread, train, write_rows
-from train.load import load_params, open_source, read_config
+from train.data.open import open_source
 from train.objective import token_losses
 from train.presets import get_preset
 

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
+from jaxattn.runs.config import EvalConfig, LogConfig, RunConfig
 from scripts.reproduce import _study as study
-from train.config import EvalConfig, LogConfig, RunConfig
-from train.load import abstract_state, open_source
+from train.data.open import open_source
 from train.presets import get_preset
+from train.start_from import abstract_state
 
 BASE, OURS = "softmax", "selective_temperature"
 ATTENTIONS = (BASE, OURS, "selective_temperature(value=False)")

@@ -17,7 +17,7 @@ from evals.sinks import slot_kinds
 from jaxattn.analysis import look, proxy_weights
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from train.config import RunConfig
+from jaxattn.runs.config import RunConfig
 
 TRIGGERS = (3, 4)
 

@@ -9,7 +9,7 @@ import pytest
 from jaxattn.masks import self_visibility
 from pallas_kernels import Score, _mosaic_gpu
 from pallas_kernels.block_sparse import block_sparse
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

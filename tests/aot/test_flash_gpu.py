@@ -10,7 +10,7 @@ from jaxattn.masks import self_visibility
 from jaxattn.rope import Alibi, RawRelativeBias
 from pallas_kernels import Score, _mosaic_gpu, flash
 from pallas_kernels.flash.gpu_biases import MOST_HEADS
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.linear_scan.gpu import linear_scan_gpu
-from tests.aot import h100
+from scripts.bench import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=str(h100.missing()))
 

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels.neural_memory import MemoryState, neural_memory
 from pallas_kernels.neural_memory.gpu_plan import COLUMNS
-from tests.aot import h100
+from scripts.bench import h100
 
 pytestmark = pytest.mark.skipif(h100.missing() is not None, reason=str(h100.missing()))
 

@@ -9,7 +9,7 @@ from jaxattn.rope import Rope
 from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_decode.gpu import parts
 from pallas_kernels.paged_decode.gpu_tiles import chunk
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.prefix_softmax import prefix_softmax
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

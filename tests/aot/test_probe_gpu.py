@@ -7,7 +7,7 @@ import pytest
 
 from jaxattn.masks import self_visibility
 from pallas_kernels.probe import NAMES, probe
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

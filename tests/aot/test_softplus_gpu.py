@@ -11,7 +11,7 @@ import pytest
 from jaxattn.masks import self_visibility
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.softplus import softplus_attention
-from tests.aot import h100
+from scripts.bench import h100
 
 if reason := h100.missing():
     pytest.skip(reason, allow_module_level=True)

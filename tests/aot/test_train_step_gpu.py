@@ -13,7 +13,7 @@ import pytest
 
 from jaxattn.mechanisms import names
 from pallas_kernels import compiling_for, recording
-from tests.aot import h100
+from scripts.bench import h100
 from train.presets import get_preset
 from train.step import init_state, make_train_step
 

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxattn.mechanisms import names
+from jaxattn.runs.config import RunConfig
 from pallas_kernels import compiling_for, recording
-from train.config import RunConfig
 from train.mesh import inside
 from train.presets import get_preset
 from train.step import init_state, make_train_step

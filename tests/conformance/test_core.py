@@ -172,4 +172,4 @@ def test_whoever_is_not_asked_everything_is_a_member_of_a_family():
     assert {case.mechanism.name for case in DEFAULTS} >= set(SHORT)
     for case in DEFAULTS:
         if case.mechanism.name in SHORT:
-            assert case.mechanism.forward.__module__.split(".")[-1] in ("_template", "_recurrent")
+            assert case.mechanism.forward.__module__.split(".")[-1] in ("_score_family", "_linear_family")

@@ -18,10 +18,10 @@ from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.rope import RopeScaling
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.load import load_params, read_config
 from tests.convert.families import build
 from tests.convert.numpy_decoder import logits as numpy_logits
-from train.config import RunConfig
-from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
 IDS = np.arange(40) * 7 % 97
@@ -212,8 +212,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
 
 def save_run(folder, cfg, scale=None):
     """A run folder with random weights; `scale` is one of the last norm."""
-    from train.checkpoint import Checkpoints
-    from train.rundir import write_json_atomic
+    from jaxattn.runs.checkpoint import Checkpoints
+    from jaxattn.runs.rundir import write_json_atomic
 
     params = Decoder(cfg.model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     if scale is not None:
@@ -267,9 +267,9 @@ def test_a_run_of_text_keeps_the_named_tokens_of_its_tokenizer(tmp_path):
     import transformers
     from tokenizers import Tokenizer, processors
 
+    from jaxattn.open_tokenizer import byte_tokenizer
     from jaxattn.text import load
     from train.data import DataConfig
-    from train.data.tokenizer import byte_tokenizer
 
     inner = Tokenizer.from_str(byte_tokenizer().to_json())
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from convert import from_hf, hf_config, rules
 from convert.from_hf import convert
-from convert.new_folder import new_folder
 from convert.sources import MOST_SIDE_BYTES
 from convert.to_hf import export
 from jaxattn.errors import CheckpointError, Incomplete, UserError
 from jaxattn.models import ModelConfig
+from jaxattn.new_folder import new_folder
 from tests.convert.gguf_models import write
 
 MODEL = ModelConfig(

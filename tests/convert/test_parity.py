@@ -9,8 +9,8 @@ import pytest
 
 from convert.from_hf import convert
 from jaxattn.nn import Decoder
+from jaxattn.runs.load import load_params, read_config
 from tests.convert.families import FAMILIES, build
-from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
 LENGTH = 29

@@ -9,8 +9,8 @@ import pytest
 
 from convert.from_hf import convert
 from jaxattn.nn import Decoder
+from jaxattn.runs.load import load_params, read_config
 from scripts.get import path_of
-from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
 NAME = "qwen2.5-coder-0.5b"

@@ -77,8 +77,8 @@ def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path, monk
     import sys
 
     from evals import sinks
-    from train.data.tokenizer import byte_tokenizer
-    from train.load import read_config
+    from jaxattn.open_tokenizer import byte_tokenizer
+    from jaxattn.runs.load import read_config
 
     build("llama-bytes", tmp_path / "hf")
     byte_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
@@ -142,9 +142,9 @@ def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
     import transformers
 
     from jaxattn.nn import Decoder
-    from train.checkpoint import Checkpoints
-    from train.config import RunConfig
-    from train.rundir import write_json_atomic
+    from jaxattn.runs.checkpoint import Checkpoints
+    from jaxattn.runs.config import RunConfig
+    from jaxattn.runs.rundir import write_json_atomic
 
     model = _model(num_kv_heads=2)
     cfg = RunConfig(model=model)

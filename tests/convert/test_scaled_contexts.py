@@ -13,8 +13,8 @@ from convert.from_hf import convert
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.rope import RopeScaling
+from jaxattn.runs.load import load_params, read_config
 from jaxattn.serving.engine import Engine
-from train.load import load_params, read_config
 
 torch = pytest.importorskip("torch", reason="the oracle")
 FIELDS = {
@@ -156,8 +156,8 @@ def test_factors_for_another_number_of_pairs_are_refused_where_the_model_is_made
 
 def test_a_run_configuration_speaks_of_new_fields_only_where_they_are_used():
     """So a run that was started before they existed has the same configuration, and resumes."""
-    from train.config import LATER, RunConfig
-    from train.load import config_from_dict
+    from jaxattn.runs.config import LATER, RunConfig
+    from jaxattn.runs.load import config_from_dict
 
     plain = RunConfig().to_dict()
     assert "mlp_bias" not in plain["model"]

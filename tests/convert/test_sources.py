@@ -8,7 +8,7 @@ import pytest
 
 from convert.sources import open_source
 from jaxattn.errors import DataError, UserError
-from train.data.tokenizer import load_tokenizer
+from jaxattn.open_tokenizer import load_tokenizer
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

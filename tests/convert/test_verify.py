@@ -17,10 +17,10 @@ from convert.from_hf import convert
 from convert.sources import Folder
 from convert.verify import Agreement, Oracle, verify
 from convert.verify_tokens import compare as compare_tokens
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.load import load_params, read_config
 from tests.convert.families import build
 from tests.generate import checkpoints
-from train.checkpoint import Checkpoints
-from train.load import load_params, read_config
 
 pytest.importorskip("torch", reason="the oracle")
 

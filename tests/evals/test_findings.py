@@ -11,7 +11,7 @@ import pytest
 
 from evals.findings import Stretch, group_verdict, in_words, stretches, verdict
 from evals.groups import read_groups
-from evals.run_files import Run, read_run
+from evals.read_run import Run, read_run
 from tests.evals.run_folders import make_run, write
 
 KEY = "first_token_weight_nontrigger"

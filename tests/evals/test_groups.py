@@ -11,7 +11,7 @@ import pytest
 from evals.cautions import cautions
 from evals.groups import band, group_runs, read_groups
 from evals.key_numbers import key_numbers
-from evals.run_files import read_run
+from evals.read_run import read_run
 from tests.evals.run_folders import make_run, write
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from evals import length
-from evals.trained import open_trained
 from jaxattn.errors import UserError
 from jaxattn.nn import Decoder
+from jaxattn.runs.opened import open_trained
 from tests.train.helpers import command, tiny
-from train.loop import run
+from train.pretrain import run
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from evals.perplexity import _bytes, losses, main, perplexity, windows
 from jaxattn.errors import ConfigError, DataError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.open_tokenizer import byte_tokenizer
 from jaxattn.text import load
 from tests.generate.checkpoints import build
 from tests.generate.helpers import byte_run
-from train.data.tokenizer import byte_tokenizer
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2)
 IDS = np.random.default_rng(0).integers(0, 17, 61)

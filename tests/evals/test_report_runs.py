@@ -13,8 +13,8 @@ import pytest
 from evals.groups import read_groups
 from evals.plot_style import in_style
 from evals.plots import extreme
+from evals.read_run import read_run
 from evals.report import write_report
-from evals.run_files import read_run
 from jaxattn.errors import DataError
 from tests.evals.run_folders import LAYERS, make_run, write
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.rundir import write_json_atomic
 from train.data import DataConfig
-from train.rundir import write_json_atomic
 
 
 def byte_run(folder: Path, attn: str = "softmax") -> Path:

@@ -9,9 +9,9 @@ import pytest
 
 from jaxattn.chat import choose_template, read_templates, render
 from jaxattn.errors import Corrupt, UserError
+from jaxattn.open_tokenizer import byte_tokenizer
 from jaxattn.text import TextStream, load
 from tests.generate.helpers import byte_run
-from train.data.tokenizer import byte_tokenizer
 
 
 def pieces(text: str, stop=()):

@@ -7,10 +7,10 @@ import random
 import pytest
 from tokenizers import Tokenizer as Inner
 
+from jaxattn.open_tokenizer import byte_tokenizer
 from jaxattn.text_stream import TextStream
 from jaxattn.tokenizer import Tokenizer
 from tests.generate.checkpoints import LLAMA3, byte_bpe, pieces_bpe
-from train.data.tokenizer import byte_tokenizer
 
 SPECIAL = ("<s>", "<|im_end|>", "<|x|>")
 

@@ -22,7 +22,7 @@ from pallas_kernels import (
     recording,
 )
 from pallas_kernels._dispatch import resolve
-from pallas_kernels.calls import CALLS
+from pallas_kernels.typical_calls import CALLS
 
 HAVE = {"reference": lambda: "reference", "xla": lambda: "xla", "tpu": lambda: "tpu"}
 

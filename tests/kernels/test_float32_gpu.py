@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compiling_for, interpreted, recording
-from pallas_kernels.calls import CALLS
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS
 from tests.kernels.simulators import skip_module_without_gpus
 
 skip_module_without_gpus()

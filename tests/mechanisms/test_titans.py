@@ -160,7 +160,7 @@ def test_mac_as_written_refuses_what_it_cannot_do():
             call()
     padded = self_visibility(2, 10, causal=False, segment_ids=ones.at[1, 8:].set(0))
     assert np.all(np.isnan(TITANS.forward(q, k, v, padded, spec=spec, params=params)))
-    from train.config import RunConfig
+    from jaxattn.runs.config import RunConfig
 
     with pytest.raises(ConfigError, match="lets tokens see later ones"):
         RunConfig(attn="titans(form='mac_as_written')").resolved()

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.calls import CALLS
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS
 from scripts.bench.device import __main__ as command
 from scripts.bench.device import environment, picture, plan, sections, speed, summary, torch_speed
 from scripts.bench.device.plan import Case

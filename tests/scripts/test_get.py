@@ -111,8 +111,8 @@ def test_a_kept_file_that_was_damaged_is_refused(offered, tmp_path):
 def test_all_that_is_kept_is_kept_in_one_folder(value, place, tmp_path, monkeypatch):
     import jax
 
-    from train.data.cache import cache_root
-    from train.pretrain import prepare_jax
+    from jaxattn.compile_cache import prepare_jax
+    from train.data.cache_files import cache_root
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("JAXATTN_CACHE", value) if value is not None else monkeypatch.delenv("JAXATTN_CACHE", False)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxattn.errors import run_cli
+from jaxattn.command import run_cli
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
 from tests.serve.test_http import TEMPLATE, server

@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from jaxattn.serving.fields import CHAT, LABELS, NEUTRAL, TEXT
+from jaxattn.serving.request_fields import CHAT, LABELS, NEUTRAL, TEXT
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
 from tests.serve.test_http import alone, post, server

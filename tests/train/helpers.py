@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
-from train.load import abstract_state, open_source, read_config
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.load import read_config
+from train.data.open import open_source
 from train.presets import get_preset
+from train.start_from import abstract_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_s", "time_s")  # all other columns of a row are functions of the configuration

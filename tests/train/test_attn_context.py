@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from evals.sinks import notes
-from evals.trained import open_trained
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import get, names, resolve_mixer
 from jaxattn.models import at_context
 from jaxattn.nn import Decoder
+from jaxattn.runs.opened import open_trained
 from train import finetune, pretrain
-from train.loop import default_run_dir, run
+from train.loop import default_run_dir
+from train.pretrain import run
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from pallas_kernels import compiling_for
-from train import loop
-from train.backends import describe_backends
-from train.config import parse_args
-from train.load import open_source
+from train import pretrain
+from train.command_line import parse_args
+from train.data.open import open_source
+from train.describe_backends import describe_backends
 from train.presets import get_preset
 
 
@@ -47,12 +47,12 @@ def test_a_backend_that_cannot_serve_is_refused_before_a_folder_is_made(tmp_path
     place = {"position": "nope", "backend": "tpu"}
     cfg = dataclasses.replace(h.tiny(tmp_path / "run", steps=2, model=place), attn=attn)
     with pytest.raises(ConfigError, match=rf"model\.backend is 'tpu': .*{why}"):
-        loop.run(cfg)
+        pretrain.run(cfg)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_prints_its_backends_once_at_the_start(tmp_path, capsys):
-    assert loop.run(h.tiny(tmp_path / "run", steps=2)) == 0
+    assert pretrain.run(h.tiny(tmp_path / "run", steps=2)) == 0
     assert capsys.readouterr().out.splitlines()[0] == "backends: flash xla (no kernel for cpu)"
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from jaxattn.errors import UserError
 from jaxattn.mechanisms import names
-from train import config, loop, pretrain
-from train.load import abstract_state
+from jaxattn.runs import config
+from train import loop, pretrain
 from train.presets import PRESETS, get_preset
+from train.start_from import abstract_state
 from train.step import make_train_step
 
 
@@ -207,7 +208,7 @@ def test_a_corrupt_tokenizer_cache(bad_files):
         h.tiny(bad_files / "one"),
         data=dataclasses.replace(h.tiny(bad_files).data, source="good.txt", vocab_size=300),
     )
-    from train.load import open_source
+    from train.data.open import open_source
 
     open_source(cfg)
     (cached,) = (bad_files / "cache").rglob("bpe-300-*.json")

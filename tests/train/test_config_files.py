@@ -9,11 +9,11 @@ import helpers as h
 import jax.numpy as jnp
 import pytest
 
+from jaxattn.config_fields import check_values
 from jaxattn.errors import ConfigError, UserError
-from jaxattn.fields import check_values
 from jaxattn.models import ModelConfig
-from train.config import LoraConfig, OptimConfig, RunConfig
-from train.load import config_from_dict, read_config
+from jaxattn.runs.config import LoraConfig, OptimConfig, RunConfig
+from jaxattn.runs.load import config_from_dict, read_config
 from train.presets import get_preset
 
 BASE = json.loads(json.dumps(dataclasses.asdict(get_preset("bb"))))

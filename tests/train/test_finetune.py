@@ -16,14 +16,15 @@ from convert.from_hf import convert
 from convert.to_hf import export
 from jaxattn.errors import ConfigError, Incomplete, Mismatch, UserError
 from jaxattn.nn import Decoder
+from jaxattn.runs import lora
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import LoraConfig, RunConfig
+from jaxattn.runs.load import load_params, read_config
 from tests.convert.families import build
 from tests.generate.helpers import byte_run
 from tests.train.helpers import assert_same, restore, rows, steps_of, untimed
-from train import lora
-from train.checkpoint import Checkpoints
-from train.config import LoraConfig, RunConfig
+from train.data.open import open_source
 from train.finetune import defaults, main
-from train.load import load_params, open_source, read_config
 from train.step import batch_loss
 
 QUICK = [

@@ -15,7 +15,7 @@ from jaxattn.signals import SIGNALS
 from scripts.reproduce import _study
 from train import loop
 from train.data.bb_source import BigramBackcopySource
-from train.loop import run
+from train.pretrain import run
 
 
 def children_of(process):

@@ -13,11 +13,11 @@ import pytest
 
 from evals.sinks import held_out
 from jaxattn.errors import Mismatch
-from train import manifest as mf
+from jaxattn.runs import manifest as mf
+from jaxattn.runs.load import read_config
+from train.data.open import open_source
 from train.finetune import defaults
-from train.load import open_source, read_config
-from train.loop import run
-from train.pretrain import main
+from train.pretrain import main, run
 
 
 def make_old(folder: Path) -> None:

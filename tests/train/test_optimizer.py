@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from train.config import OptimConfig
+from jaxattn.runs.config import OptimConfig
 from train.optimizer import make_schedule
 from train.presets import get_preset
 

@@ -10,8 +10,7 @@ import helpers as h
 import pytest
 
 from train import loop
-from train.loop import run
-from train.pretrain import main
+from train.pretrain import main, run
 
 STEPS = 160
 EVERY = 20  # steps between checkpoints

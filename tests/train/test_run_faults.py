@@ -14,12 +14,12 @@ import pytest
 
 from evals import sinks
 from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, TrainingStopped, UserError
+from jaxattn.runs.config import OptimConfig
+from jaxattn.runs.rundir import open_run
 from train import loop
 from train import step as step_module
-from train.config import OptimConfig
-from train.load import open_source
-from train.loop import run
-from train.rundir import open_run
+from train.data.open import open_source
+from train.pretrain import run
 from train.step import SPIKE_WARMUP, init_state, make_train_step
 
 

@@ -10,8 +10,8 @@ import helpers as h
 import pytest
 
 from jaxattn.errors import UserError
-from train.loop import run
-from train.rundir import RunDir, write_json_atomic
+from jaxattn.runs.rundir import RunDir, write_json_atomic
+from train.pretrain import run
 from train.sessions import begin, differences, ranges
 
 ENVIRONMENT = {

@@ -12,8 +12,8 @@ import pytest
 
 from jaxattn.errors import ConfigError, UserError
 from tests.train.helpers import tiny
-from train.loop import run
 from train.metrics import MetricsWriter
+from train.pretrain import run
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -9,7 +9,8 @@
 Importing this package imports neither JAX nor Grain; `train_iterator` and `val_batches` do.
 """
 
-from train.data.config import DataConfig
-from train.data.source import Source, make_source
+from jaxattn.runs.data_config import DataConfig
+from train.data.open import make_source
+from train.data.source import Source
 
 __all__ = ["DataConfig", "Source", "make_source"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxattn.errors import DataError
+from jaxattn.runs.data_config import DataConfig
 from train.data.bb import HELD_OUT, TRAIN, VALIDATION, generate, oracle
 from train.data.bb_table import START, VOCAB, BigramTable, load_table
-from train.data.cache import digest
-from train.data.config import DataConfig
+from train.data.cache_files import digest
 from train.data.perturb import parse_perturbation
 from train.data.source import Source
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxattn.errors import DataError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import DataError
 
 CHARS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 """The 65 characters of tinyshakespeare; a character's id is its place here."""

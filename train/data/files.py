@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxattn.errors import DataError, shown
 from jaxattn.json_text import loads
-from train.data.cache import digest, file_digest
+from train.data.cache_files import digest, file_digest
 from train.data.corpus import Corpus, Tally
 
 _READ = "txt, md, py, jsonl or parquet"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from jaxattn.errors import DataError
-from train.data.cache import digest
+from train.data.cache_files import digest
 from train.data.corpus import Corpus, Tally
 
 

@@ -24,7 +24,6 @@ import grain
 import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
-from evals.tasks import Example, Task
 from train.data import worker
 from train.data.bb import PERTURB, generate, stream_rng
 from train.data.bb_table import BigramTable
@@ -32,6 +31,7 @@ from train.data.guard import Guarded
 from train.data.perturb import Perturbation
 from train.data.split import Spans
 from train.data.store import TokenStore
+from train.data.tasks import Example, Task
 
 _BINS = 64
 """Rows that best-fit packing fills at the same time: more waste less, and mix neighbouring epochs more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxattn.errors import ConfigError
-from train.data.config import DataConfig, validate
+from jaxattn.runs.data_config import DataConfig
 from train.data.perturb import Perturbation
 
 if TYPE_CHECKING:
@@ -128,31 +127,3 @@ class Source(ABC):
         Bigram-Backcopy: the exact values for this context, and oracle_trigger_nats, oracle_non_trigger_nats,
         oracle_nats, trigger_fraction of a perfect model (queries t >= 1). Tasks: unigram_nats and oracle_nats alone.
         """
-
-
-def make_source(cfg: DataConfig, *, seed: int, process_index: int = 0, process_count: int = 1) -> Source:
-    """Opens the data; the first call on a corpus trains its tokenizer and writes its tokens to the cache.
-
-    seed: of the training stream (order of text, fresh sequences of tasks); `cfg.seed` decides what is held out.
-
-    Raises:
-      ConfigError: a field of `cfg` has an impossible value.
-      DataError: the data are missing, empty, undecodable or corrupt.
-    """
-    validate(cfg, process_index=process_index, process_count=process_count)
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed} is not possible: choose 0 up to 2**32-1.")
-    place = {"cfg": cfg, "seed": seed, "process_index": process_index, "process_count": process_count}
-    if cfg.source == "bb":
-        from train.data.bb_source import bigram_backcopy
-
-        return bigram_backcopy(cfg, place)
-    from evals.tasks import is_task  # which reads train.data.bb
-
-    if is_task(cfg.source) and not os.path.exists(cfg.source):
-        from train.data.task_source import task_source
-
-        return task_source(cfg, place)
-    from train.data.text_source import text_source
-
-    return text_source(cfg, place)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxattn.errors import DataError
-from train.data.cache import digest
+from train.data.cache_files import digest
 from train.data.corpus import Corpus, Tally
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

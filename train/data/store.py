@@ -14,9 +14,9 @@ import numpy as np
 from jaxattn.errors import DataError
 from jaxattn.json_text import read_object
 from jaxattn.tokenizer import Tokenizer
-from train.data.cache import corrupt, digest, file_digest, write_atomic
+from train.data.cache_files import corrupt, digest, file_digest, write_atomic
 from train.data.corpus import Corpus, Tally
-from train.data.progress import progress
+from train.data.waiting import progress
 
 _VERSION = "1"
 _BLOCK = 256

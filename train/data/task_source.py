@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evals.tasks import Task, parse_task
 from jaxattn.errors import ConfigError, DataError
+from jaxattn.runs.data_config import DataConfig
 from train.data.bb import HELD_OUT, TRAIN, VALIDATION
-from train.data.cache import digest
-from train.data.config import DataConfig
+from train.data.cache_files import digest
 from train.data.source import Source
+from train.data.tasks import Task, parse_task
 
 if TYPE_CHECKING:
     import grain

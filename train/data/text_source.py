@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxattn.errors import DataError
+from jaxattn.open_tokenizer import byte_tokenizer, load_tokenizer
+from jaxattn.runs.data_config import DataConfig
 from jaxattn.tokenizer import Tokenizer
-from train.data.cache import cache_root, digest
-from train.data.config import DataConfig
-from train.data.corpus import Corpus, Tally, open_corpus
+from train.data.bpe import cached_bpe
+from train.data.cache_files import cache_root, digest
+from train.data.corpus import Corpus, Tally
 from train.data.entropy import text_entropies
+from train.data.open_corpus import open_corpus
 from train.data.perturb import parse_perturbation
-from train.data.progress import waiting
 from train.data.source import Source
 from train.data.split import Spans, first_tokens, split
 from train.data.store import TokenStore, build_store
-from train.data.tokenizer import byte_tokenizer, cached_bpe, load_tokenizer
+from train.data.waiting import waiting
 
 if TYPE_CHECKING:
     import grain

@@ -20,7 +20,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from jaxattn.errors import UserError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError
 from scripts.bench.device import environment, sections, summary
 from scripts.bench.device.plan import MINUTES, SECTIONS
 from scripts.bench.device.run import RESULTS, Run

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.plot_style import figure, in_style, png
-from scripts.bench.device import summary
+from scripts.bench.device.rates import roof
 from scripts.bench.device.run import Run
 
 PARTS = ("forward", "forward and backward")
@@ -53,7 +53,7 @@ def _attention(axis: Any, run: Run, dim: int, part: str) -> None:
         axis.plot(at, rates["median"], "o-", color=f"C{n}", label=name)
         axis.fill_between(at, rates["most"], rates["least"], color=f"C{n}", alpha=0.2, linewidth=0)
     if rows:
-        axis.axhline(summary.roof(run, "flops")[0] / 1e12, color="#444444", linewidth=1, label="roof")
+        axis.axhline(roof(run, "flops")[0] / 1e12, color="#444444", linewidth=1, label="roof")
     axis.set(title=f"TFLOP/s, {part}, D {dim}", xlabel="tokens", xscale="log", ylim=(0, None))
     if rows:
         ticks = sorted({row["shape"]["length"] for row in rows})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pallas_kernels.calls import CALLS
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS
 
 MINUTES = 8.0  # that the seconds below are for
 SECTIONS = {  # seconds of each at most; what one leaves is the next one's

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxattn.masks import self_visibility
 from jaxattn.rope import Alibi
 from pallas_kernels import Score, flash
-from pallas_kernels.calls import CALLS, PAGE
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.shapes import Shape
+from pallas_kernels.typical_calls import CALLS, PAGE
 
 Function = Callable[..., Any]  # of the arrays and of `backend`
 
@@ -32,7 +32,7 @@ class Problem:
 
 
 def problem(name: str, shape: Shape, seed: int) -> Problem:
-    """Of an op of `pallas_kernels.calls`, or one of `MORE`."""
+    """Of an op of `pallas_kernels.typical_calls`, or one of `MORE`."""
     key = jax.random.key(seed)
     if name in MORE:
         return MORE[name](shape, key)

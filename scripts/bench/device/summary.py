@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
+from scripts.bench.device.rates import Row, rated, roof
 from scripts.bench.device.run import RESULTS, Run
 
 OURS = "jaxattn"
-Row = dict[str, Any]
 
 
 def write(run: Run) -> None:
@@ -29,23 +28,6 @@ def markdown(run: Run, picture: str) -> str:
     """All sections that have rows."""
     parts = [_head(run), picture, *(f(run) for f in (_numerics, _timed, _model)), _faults(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def roof(run: Run, field: str) -> tuple[float, str]:
-    """The highest rate (`flops` or `bytes` a second) of any contender in the run, which nobody exceeds, and whose."""
-    rates = [
-        (row[field] / found["least"], name)
-        for row in run.rows
-        if row.get(field)
-        for name, found in row.get("seconds_a_call", {}).items()
-        if rated(row, name, field)
-    ]
-    return max(rates, default=(0.0, ""))
-
-
-def rated(row: Row, name: str, field: str) -> bool:
-    """Whether a case's bytes are those that this contender moves, as contenders that do more work beside it do not."""
-    return field == "flops" or row["section"] == "roofs" or not name.endswith(("flash", "dense", "copy"))
 
 
 def _head(run: Run) -> str:

@@ -20,7 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from jaxattn.errors import UserError, run_cli, writing
+from jaxattn.command import run_cli
+from jaxattn.errors import UserError, writing
+from jaxattn.runs.rundir import result_environment, write_json_atomic
 from pallas_kernels._blocks import table_name
 from scripts.bench.kernels import rivals
 from scripts.bench.kernels.cases import OURS, SEED, Case
@@ -28,7 +30,6 @@ from scripts.bench.kernels.report import markdown, plot
 from scripts.bench.kernels.tables import cases_for, derived, scaling
 from scripts.bench.timing import interleaved, ratio
 from scripts.outputs import REMEDY, folder_to_write
-from train.rundir import result_environment, write_json_atomic
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 4e-2}  # of the largest entry
 RESULTS = Path("scripts/bench/results")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from evals.tasks import make_task, names, parse_task
-from evals.tasks.passkey import ASK, FILLER, MARK
 from jaxattn.errors import ConfigError
+from train.data.tasks import make_task, names, parse_task
+from train.data.tasks.passkey import ASK, FILLER, MARK
 
 
 def draw(name, length, count, **options):

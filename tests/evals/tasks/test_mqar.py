@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evals.tasks import make_task, parse_task
 from jaxattn.errors import ConfigError
+from train.data.tasks import make_task, parse_task
 
 T, N, V, COUNT = 64, 6, 40, 3000
 

@@ -15,15 +15,15 @@ import pytest
 from evals.accuracy import accuracy, make_hits, scored_places
 from evals.report import write_report
 from evals.run_task import batches
-from evals.tasks import make_task
-from evals.tasks.__main__ import main
-from evals.trained import open_trained
+from evals.tasks import main
 from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.runs.opened import open_trained
 from tests.train.helpers import command, rows, tiny
 from train.data.bb import HELD_OUT
-from train.loop import run
+from train.data.tasks import make_task
+from train.pretrain import run
 
 MODEL = {"position": "nope", "num_layers": 2, "d_model": 16}
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.checkpoint import Checkpoints
+from jaxattn.runs.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = {"model": {"d": 8, "layers": 2, "tie": True}, "attn": "sigmoid"}

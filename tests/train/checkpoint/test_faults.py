@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Unsupported, UserError
-from train import checkpoint
-from train import manifest as mf
-from train.checkpoint import Checkpoints
+from jaxattn.runs import checkpoint
+from jaxattn.runs import manifest as mf
+from jaxattn.runs.checkpoint import Checkpoints
 
 
 def files_of(folder):

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from jaxattn.errors import UserError
+from jaxattn.runs.rundir import LOCK, environment, open_run, tidy_jsonl, write_json_atomic
 from jaxattn.signals import StopSignal
-from train.rundir import LOCK, environment, open_run, tidy_jsonl, write_json_atomic
 
 
 def make_run(folder):

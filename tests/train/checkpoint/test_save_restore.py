@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxattn.errors import Corrupt, Incomplete, Mismatch, UserError
-from train.checkpoint import Checkpoints
-from train.manifest import diff_config
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.manifest import diff_config
 
 
 def open_ck(kit, folder, **options):

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 
 from jaxattn.errors import UserError
+from jaxattn.runs.rundir import open_run
 from jaxattn.signals import StopSignal
-from train.rundir import open_run
 
 
 def Checkpoints(folder, **options):
-    from train.checkpoint import Checkpoints
+    from jaxattn.runs.checkpoint import Checkpoints
 
     return Checkpoints(folder, config={"model": {"d": 8}}, **options)
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxattn.config_fields import check_values
 from jaxattn.errors import ConfigError
+from jaxattn.runs.data_config import DataConfig
 from train.data.pipeline import Layout, Pieces, take, text_batches
 from train.data.split import Spans
 
@@ -151,7 +153,6 @@ def test_prefix(source_of):
     [
         ({"context": 1}, "context=1"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"packing": "tight"}, "packing is 'tight'"),
         ({"val_fraction": 1.0}, r"val_fraction=1\.0"),
         ({"prefix_len": 16}, "prefix_len=16"),
         ({"workers": -1}, "workers=-1"),
@@ -165,3 +166,8 @@ def test_prefix(source_of):
 def test_impossible_settings_are_refused(source_of, fields, named):
     with pytest.raises(ConfigError, match=named):
         source_of(**fields)
+
+
+def test_a_packing_that_does_not_exist_is_refused_before_it_is_a_configuration():
+    with pytest.raises(ConfigError, match=r"data\.packing is 'tight' but must be one of concat, best_fit"):
+        check_values("data", DataConfig, {"packing": "tight"})

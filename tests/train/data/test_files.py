@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxattn.errors import DataError
-from train.data import files, progress
-from train.data.cache import digest, file_digest
-from train.data.corpus import Tally, open_corpus
+from train.data import files, waiting
+from train.data.cache_files import digest, file_digest
+from train.data.corpus import Tally
+from train.data.open_corpus import open_corpus
 
 
 def read(source, limit=0, **options):
@@ -216,19 +217,19 @@ def test_long_names_come_back_cut(tmp_path):
 
 def test_slow_steps_say_so(capfd, monkeypatch):
     """Also while one item is long in coming; nothing where all goes well."""
-    monkeypatch.setattr(progress, "EVERY", 0.1)
+    monkeypatch.setattr(waiting, "EVERY", 0.1)
 
     def items():
         yield from range(3)
         time.sleep(0.35)
         yield 3
 
-    assert list(progress.progress(items(), "tokenising x")) == [0, 1, 2, 3]
+    assert list(waiting.progress(items(), "tokenising x")) == [0, 1, 2, 3]
     lines = capfd.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 4
     assert lines[0].startswith("tokenising x: 3 so far, 0:00")
-    assert list(progress.progress(range(3), "quick")) == [0, 1, 2]
-    with progress.waiting("quick"):
+    assert list(waiting.progress(range(3), "quick")) == [0, 1, 2]
+    with waiting.waiting("quick"):
         pass
     assert capfd.readouterr().err == ""
 

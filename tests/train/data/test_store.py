@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxattn.errors import DataError
-from train.data import cache as cache_module
+from train.data import cache_files as cache_module
 from train.data import store as store_module
 
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from evals.tasks import parse_task
 from jaxattn.errors import ConfigError, DataError, Mismatch
 from train.data import DataConfig, make_source
 from train.data.bb import TRAIN
+from train.data.tasks import parse_task
 
 TASKS = ["mqar(pairs=[2, 3], vocab=32)", "passkey(digits=2)", "copy(payload=3)", "selective_copy(payload=3)"]
 

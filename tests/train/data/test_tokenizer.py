@@ -8,8 +8,9 @@ import tokenizers
 from tokenizers import processors
 
 from jaxattn.errors import DataError
-from jaxattn.tokenizer import Tokenizer
-from train.data.tokenizer import END, byte_tokenizer, load_tokenizer, sample, train_bpe
+from jaxattn.open_tokenizer import byte_tokenizer, load_tokenizer
+from jaxattn.tokenizer import END, Tokenizer
+from train.data.bpe import sample, train_bpe
 
 TEXT = "größe, naïve — 東京\n\ttab  two spaces 🙂 \0 end"
 
@@ -86,7 +87,7 @@ def trained(source_of, cache):
 def test_caches_are_used(trained, source_of, monkeypatch):
     first, files = trained
     before = {p: p.stat().st_mtime_ns for p in files.values()}
-    monkeypatch.setattr("train.data.tokenizer.train_bpe", None)
+    monkeypatch.setattr("train.data.bpe.train_bpe", None)
     monkeypatch.setattr("train.data.store._write", None)
     again = source_of(["hello world " * 9] * 20, tokenizer="bpe", vocab_size=270)
     assert {p: p.stat().st_mtime_ns for p in files.values()} == before
@@ -207,9 +208,9 @@ def test_words_of_a_training_text_are_bounded_and_others_change_nothing(monkeypa
     """Learning merges costs the square of a word: a text without blanks is cut for the training alone."""
     text = [TEXT, "the cat sat on the mat, 1234 times; " * 50]
     want = train_bpe(text, 300).to_json()
-    monkeypatch.setattr("train.data.tokenizer.LONGEST_WORD", 99_999)
+    monkeypatch.setattr("train.data.bpe.LONGEST_WORD", 99_999)
     assert train_bpe(text, 300).to_json() == want
-    monkeypatch.setattr("train.data.tokenizer.LONGEST_WORD", 4)
+    monkeypatch.setattr("train.data.bpe.LONGEST_WORD", 4)
     made = train_bpe(["abcdefgh" * 200], 300)
     assert max(map(len, (made.token(i) for i in range(1, made.vocab_size)))) == 4
     assert len(made.encode("abcdefgh" * 4)) < 32

@@ -15,13 +15,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxattn.errors import CheckpointError, Corrupt, Mismatch, Unsupported
-from train import manifest as mf
-from train.rundir import versions
+from jaxattn.runs import manifest as mf
+from jaxattn.runs.rundir import versions
 
 
-def context() -> Any:
-    """Orbax's settings for every save and load here."""
+def context(part: bool = False) -> Any:
+    """Orbax's settings for every save and load here; `part` of what was saved may be loaded."""
     made = ocp.Context()
+    made.pytree.loading.partial_load = part
     made.array.saving.use_compression = False
     made.memory.deepcopy_host_arrays = False  # `leaf_io.to_host` has copied
     made.asynchronous.create_directories_asynchronously = False  # a bad folder fails in save itself
@@ -53,15 +54,17 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(told)
 
 
-def load_state(folder: Path, targets: Any, *, verified: bool) -> Any:
+def load_state(folder: Path, targets: Any, *, verified: bool, part: bool = False) -> Any:
     """The state in `folder`; `verified` says that its bytes are known to be those that were saved.
+
+    part: `targets` may lack branches of it, which are not read.
 
     Raises:
       Corrupt: unreadable, and not verified.
       Unsupported: unreadable although verified: another Orbax wrote it.
     """
     try:
-        with context():
+        with context(part):
             return ocp.load_checkpointables(str(folder), {"state": targets})["state"]
     except MemoryError:
         raise

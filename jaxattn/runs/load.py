@@ -1,4 +1,4 @@
-"""Open a run directory: its configuration, its data source and its newest valid parameters."""
+"""Read a run folder or a converted checkpoint: its configuration and its newest valid parameters."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any
 
 import jax
 
+from jaxattn.config_fields import FLOAT32, check_values, hints
 from jaxattn.errors import ConfigError, Incomplete, Mismatch, UserError, shown
-from jaxattn.fields import FLOAT32, check_values, hints
 from jaxattn.hf_tokenizer import has_tokenizer
 from jaxattn.json_text import read_object
-from jaxattn.models import ModelConfig
-from jaxattn.text import SIDE
-from train import base
-from train import manifest as mf
-from train.checkpoint import Checkpoints
-from train.config import RunConfig, with_older_fields
-from train.data import Source, make_source
-from train.leaf_io import name_of
-from train.lora import merge
-from train.step import init_state
+from jaxattn.places import SIDE
+from jaxattn.runs import manifest as mf
+from jaxattn.runs import parameters
+from jaxattn.runs.checkpoint import Checkpoints
+from jaxattn.runs.config import RunConfig, with_older_fields
+from jaxattn.runs.leaf_io import name_of
+from jaxattn.runs.lora import merge
+
+PARAMS = "params"  # what a saved state calls its parameters
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -82,28 +81,6 @@ def _number(value: Any) -> Any:
     return float(value) if type(value) is int and abs(value) < FLOAT32 else value
 
 
-def open_source(cfg: RunConfig) -> tuple[Source, ModelConfig]:
-    """The data source, and the model with the vocabulary it needs.
-
-    Raises:
-      UserError: the data cannot be read, or model.vocab_size is smaller than the data's.
-    """
-    source = make_source(cfg.data, seed=cfg.seed, process_index=jax.process_index(), process_count=jax.process_count())
-    size = cfg.model.vocab_size or source.vocab_size
-    if size < source.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {size} but the data has {source.vocab_size} tokens; raise it or set it to 0."
-        )
-    return source, dataclasses.replace(cfg.model, vocab_size=size)
-
-
-def first_state(cfg: RunConfig) -> Any:
-    """The training state at step 0, before a checkpoint's parameters are put into it."""
-    if not cfg.lora.rank:
-        return init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed)
-    return init_state(cfg.model, cfg.optim, cfg.steps, cfg.seed, cfg.lora, base.new_paths(cfg))
-
-
 def load_base(cfg: RunConfig) -> Any:
     """The parameters that the run starts (or started) from, f32, those that its model has.
 
@@ -118,7 +95,7 @@ def load_base(cfg: RunConfig) -> Any:
             f"step {cfg.start.step} of {folder} is not the checkpoint that this run started from; restore that one."
         )
     params, _ = load_params(folder, read_config(folder), cfg.start.step)
-    return base.keep(params, cfg.model)
+    return parameters.keep(params, cfg.model)
 
 
 def manifest_digest(folder: Path, step: int) -> str:
@@ -127,26 +104,19 @@ def manifest_digest(folder: Path, step: int) -> str:
     return mf.hash_file(path).sha256 if path.is_file() else ""
 
 
-def whole(cfg: RunConfig, params: Any, frozen: Any = None) -> Any:
+def merge_lora(cfg: RunConfig, params: Any, frozen: Any = None) -> Any:
     """The model's parameters from those of a training state, which for LoRA are updates of the `frozen` ones."""
     if not cfg.lora.rank:
         return params
     return jax.jit(merge, static_argnums=2)(load_base(cfg) if frozen is None else frozen, params, cfg.lora)
 
 
-def abstract_state(cfg: RunConfig, sharding: Any = None) -> Any:
-    """Shapes and dtypes of the training state."""
-    shapes = jax.eval_shape(lambda: first_state(cfg))
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
-
-
 def load_params(
     folder: Path, cfg: RunConfig, step: int | None = None, dtype: str | None = "float32"
 ) -> tuple[Any, int]:
-    """Parameters of the newest valid checkpoint (or of `step`), and its step.
+    """Parameters of the newest valid checkpoint (or of `step`), and its step; nothing else of it is read.
 
-    A converted checkpoint holds parameters alone, in the dtype of its source; they come as `dtype` (None: as they are).
+    A converted checkpoint holds parameters in the dtype of its source; they come as `dtype` (None: as they are).
 
     Raises:
       CheckpointError: there is none, or none verifies.
@@ -154,14 +124,12 @@ def load_params(
     checkpoints = Checkpoints(folder / "checkpoints", config={}, read_only=True)
     if checkpoints.latest() is None:
         raise Incomplete(f"{folder} has no checkpoint yet; train longer or lower --checkpoint.every.")
-    wanted, saved = abstract_state(cfg), checkpoints.leaves(step)
-    if all(name.startswith("params/") for name in saved):
-        wanted = {"params": wanted["params"]}
+    saved, sharding = checkpoints.leaves(step), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def retyped(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
-        leaf = saved.get(f"params/{name_of(path)}")
-        return jax.ShapeDtypeStruct(x.shape, dtype or (leaf.dtype if leaf else x.dtype), sharding=x.sharding)
+        leaf = saved.get(f"{PARAMS}/{name_of(path)}")
+        return jax.ShapeDtypeStruct(x.shape, dtype or (leaf.dtype if leaf else x.dtype), sharding=sharding)
 
-    wanted["params"] = jax.tree_util.tree_map_with_path(retyped, wanted["params"])
-    restored = checkpoints.restore(wanted, step=step, allow_cast=True)
-    return whole(cfg, restored.state["params"]), restored.step
+    wanted = {PARAMS: jax.tree_util.tree_map_with_path(retyped, parameters.abstract_trained(cfg))}
+    restored = checkpoints.restore(wanted, step=step, allow_cast=True, only=PARAMS)
+    return merge_lora(cfg, restored.state[PARAMS]), restored.step

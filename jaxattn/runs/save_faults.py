@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.errors import FULL, Corrupt, UserError
-from train import leaf_io
-from train import manifest as mf
+from jaxattn.runs import leaf_io
+from jaxattn.runs import manifest as mf
 
 FREE_SOME = "free some space and save again or resume, older steps are intact"
 FULL_TEXT = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")

@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from evals.tasks._base import Example, Task, at_least, with_answer
+from train.data.tasks._base import Example, Task, at_least, with_answer
 
 MARK, ASK, DIGITS = 0, 1, 10
 FILLER = 2 + DIGITS  # the first filler token; digit d is token 2 + d

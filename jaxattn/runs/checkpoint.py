@@ -1,7 +1,7 @@
 """Checkpoints: a step is whole and proven, or it does not exist.
 
 One Orbax v1 checkpoint per step holds the state and the position of the data iterator. It is written
-in `step_NNNNNNNN.partial`, gets its manifest (`train.manifest`), and is then renamed: a directory with
+in `step_NNNNNNNN.partial`, gets its manifest (`jaxattn.runs.manifest`), and is then renamed: a directory with
 a final name is complete. Orbax writes and sha256 runs in the background; `save` itself blocks for the
 copy from the device and a look for NaN. Local and network file systems only, no object stores.
 
@@ -26,11 +26,11 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxattn.errors import CheckpointError, Corrupt, Incomplete, Mismatch, UserError, free_bytes
-from train import leaf_io, orbax_io
-from train import manifest as mf
-from train.rundir import fsync_dir
-from train.save_faults import Room, no_room, refuse_nonfinite, save_error
-from train.step_folders import StepFolders
+from jaxattn.runs import leaf_io, orbax_io
+from jaxattn.runs import manifest as mf
+from jaxattn.runs.rundir import fsync_dir
+from jaxattn.runs.save_faults import Room, no_room, refuse_nonfinite, save_error
+from jaxattn.runs.step_folders import StepFolders
 
 log = logging.getLogger("jaxattn")
 
@@ -218,12 +218,14 @@ class Checkpoints:
         *,
         verify: bool = True,
         allow_cast: bool = False,
+        only: str | None = None,
     ) -> Restored:
         """Restore `step`, or the newest step that verifies, onto the shardings of `abstract_state`.
 
         `abstract_state` has the structure of the saved state with `jax.ShapeDtypeStruct` leaves (or arrays;
         ints and floats as themselves). The position of `data_iterator` is set in place, last. Without `step`
         a corrupt step is skipped with a warning. `verify=False` looks at the file sizes only.
+        `only` reads the leaves below that name of the state alone.
 
         Raises `Incomplete` or `Corrupt` if no step can be used (naming each), `Mismatch` if a leaf or the
         data iterator does not fit, `Unsupported` for a newer format.
@@ -236,7 +238,7 @@ class Checkpoints:
         skipped: list[tuple[int, str]] = []
         for candidate in candidates:
             try:
-                state = self._restore_one(candidate, abstract_state, data_iterator, verify, allow_cast)
+                state = self._restore_one(candidate, abstract_state, data_iterator, verify, allow_cast, only)
             except (Corrupt, Incomplete) as error:
                 if step is not None:
                     raise
@@ -249,11 +251,13 @@ class Checkpoints:
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise Corrupt(f"no checkpoint in {self.directory} can be used ({reasons})")
 
-    def _restore_one(self, step: int, abstract: Any, data: Any, verify: bool, allow_cast: bool) -> Any:
+    def _restore_one(
+        self, step: int, abstract: Any, data: Any, verify: bool, allow_cast: bool, only: str | None
+    ) -> Any:
         folder = self._folders.existing(step)
         manifest = orbax_io.check(folder, verify)
         wanted = leaf_io.named(jax.tree.map(leaf_io.abstract, abstract))
-        mf.compare_leaves(folder, manifest, wanted, allow_cast=allow_cast)
+        mf.compare_leaves(folder, manifest, wanted, allow_cast=allow_cast, only=only)
         if data is not None and not manifest.has_data:
             raise Mismatch(f"{folder} holds no data position, expected one: pass data_iterator=None.")
         targets = jax.tree_util.tree_map_with_path(
@@ -261,7 +265,7 @@ class Checkpoints:
         )
         loaded, problem = None, None
         try:
-            loaded = orbax_io.load_state(folder, targets, verified=verify)
+            loaded = orbax_io.load_state(folder, targets, verified=verify, part=only is not None)
             if verify:
                 mf.verify_arrays(folder, manifest, leaf_io.named(loaded))
         except CheckpointError as error:

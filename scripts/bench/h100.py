@@ -108,7 +108,7 @@ def _dumping(folder: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """A program from JAX's cache would compile no kernel, and leave nothing to read."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # pyrefly: ignore[missing-attribute]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:

@@ -12,8 +12,8 @@ import dataclasses
 
 import numpy as np
 
-from evals.tasks._base import Example, Task, at_least, with_answer
 from jaxattn.errors import ConfigError
+from train.data.tasks._base import Example, Task, at_least, with_answer
 
 BLANK, GO, SYMBOLS = 0, 1, 2
 

@@ -6,13 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxattn.errors import ConfigError, cannot_write
+from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig, at_context
-from train.config import RunConfig
-from train.load import abstract_state, load_params, open_source, read_config
-from train.rundir import write_json_atomic
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.load import load_params, read_config
+from jaxattn.runs.parameters import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +22,6 @@ class Trained:
     params: Any
     step: int
     attn: str
-
-    def held_out(self, count: int) -> jax.Array:
-        """Token ids [count, T] of sequences the run did not train on, those the sink metric is read on.
-
-        Raises:
-          UserError: the run's data cannot be read.
-        """
-        from evals.sinks import held_out
-
-        cfg = dataclasses.replace(self.cfg, eval=dataclasses.replace(self.cfg.eval, sequences=count))
-        return jax.numpy.asarray(held_out(cfg, open_source(cfg)[0]))
 
     def check_length(self, length: int) -> None:
         """Refuse more positions than a learned table has.
@@ -57,7 +44,7 @@ def open_trained(folder: str | Path, attn: str | None = None, step: int | None =
     cfg = read_config(folder)
     attn = None if attn is None else at_context(attn, cfg.data.context)
     model = cfg.model if attn is None else cfg.model.with_attention(attn)
-    if attn is not None and _shapes(cfg, model) != _shapes(cfg, cfg.model):
+    if attn is not None and _shapes(model) != _shapes(cfg.model):
         raise ConfigError(
             f"--attn={attn!r} has other parameters than the run's {cfg.attn!r}: change only options that own none, "
             "such as window."
@@ -66,18 +53,5 @@ def open_trained(folder: str | Path, attn: str | None = None, step: int | None =
     return Trained(cfg, model, params, found, attn or cfg.attn)
 
 
-def _shapes(cfg: RunConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    params = abstract_state(dataclasses.replace(cfg, model=model))["params"]
-    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON where the user asked for it.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        write_json_atomic(path, result)
-    except OSError as error:
-        raise cannot_write(path, error, "choose another --json") from error
+def _shapes(model: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    return {path: x.shape for path, x in abstract_params(model).items()}

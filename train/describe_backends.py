@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from jaxattn.backends import backends_of
-from train.base import abstract_params
-from train.config import RunConfig
+from jaxattn.runs.config import RunConfig
+from jaxattn.runs.parameters import abstract_params
 from train.step import batch_loss
 
 

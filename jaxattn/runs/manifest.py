@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxattn.errors import Corrupt, Incomplete, Mismatch, Unsupported, UserError, shown
 from jaxattn.json_text import loads
-from train.rundir import versions, write_json_atomic
+from jaxattn.runs.rundir import versions, write_json_atomic
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -235,10 +235,13 @@ def verify_arrays(folder: Path, manifest: Manifest, leaves: Mapping[str, Any]) -
             )
 
 
-def compare_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Any], *, allow_cast: bool) -> None:
+def compare_leaves(
+    folder: Path, manifest: Manifest, wanted: Mapping[str, Any], *, allow_cast: bool, only: str | None = None
+) -> None:
     """Raises `Mismatch` naming the leaf if names, shapes or dtypes differ from `wanted`.
 
-    `allow_cast` accepts one floating type for another; nothing accepts an integer for a float.
+    `allow_cast` accepts one floating type for another; nothing accepts an integer for a float. `only` leaves out what
+    is not below that name.
     """
 
     def refuse(name: str, saved: object, now: object, remedy: str) -> None:
@@ -248,6 +251,8 @@ def compare_leaves(folder: Path, manifest: Manifest, wanted: Mapping[str, Any], 
         if name not in manifest.leaves:
             refuse(name, "nothing", "the tensor", "build the model with the configuration in its manifest")
     for name, saved in manifest.leaves.items():
+        if only is not None and not name.startswith(f"{only}/"):
+            continue
         if name not in wanted:
             refuse(name, "a tensor", "none", "build the model with the configuration in its manifest")
         now = wanted[name]

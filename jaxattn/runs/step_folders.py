@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from jaxattn.errors import Corrupt, Incomplete, Mismatch, UserError
-from train import manifest as mf
+from jaxattn.runs import manifest as mf
 
 log = logging.getLogger("jaxattn")
 

@@ -14,13 +14,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from evals.tasks._base import Example, Task
-from evals.tasks.copying import Copy
-from evals.tasks.mqar import MQAR
-from evals.tasks.passkey import Passkey
-from evals.tasks.selective_copying import SelectiveCopy
 from jaxattn.calls import parse_call
 from jaxattn.errors import ConfigError, suggest
+from train.data.tasks._base import Example, Task
+from train.data.tasks.copying import Copy
+from train.data.tasks.mqar import MQAR
+from train.data.tasks.passkey import Passkey
+from train.data.tasks.selective_copying import SelectiveCopy
 
 __all__ = ["Example", "Task", "is_task", "make_task", "names", "parse_task"]
 

@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from evals.tasks.copying import Copy
+from train.data.tasks.copying import Copy
 
 
 @dataclasses.dataclass(frozen=True)

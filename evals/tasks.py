@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxattn.errors import ConfigError, run_cli
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError
 
 
 def main() -> int:
@@ -30,7 +31,8 @@ def main() -> int:
             raise ConfigError(f"--{flag} is {value} but must be at least {least}.")
 
     from evals.run_task import choose_task, line, run_task
-    from evals.trained import open_trained, write_result
+    from evals.write_result import write_result
+    from jaxattn.runs.opened import open_trained
 
     trained = open_trained(args.run_dir, args.attn, args.step)
     result = run_task(trained, *choose_task(trained, args.task), args.sequences, args.chunk)

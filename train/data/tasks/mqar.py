@@ -15,8 +15,8 @@ import dataclasses
 
 import numpy as np
 
-from evals.tasks._base import Example, Task, at_least
 from jaxattn.errors import ConfigError
+from train.data.tasks._base import Example, Task, at_least
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
-from train.config import LoraConfig
+from jaxattn.runs.config import LoraConfig
 
 Path = tuple[str, ...]
 

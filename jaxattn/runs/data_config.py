@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxattn.config_fields import check_fields
 from jaxattn.errors import ConfigError, shown
-from jaxattn.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class DataConfig:
     source: str = "bb"
     """Where the text comes from: "bb" (the Bigram-Backcopy task, no files needed), "stdlib" (the source of
     the running Python; "stdlib:json,email" takes some of its packages), a synthetic task ("mqar", "passkey",
-    "copy", "selective_copy", with options like "mqar(pairs=[4, 8], vocab=512)"; see evals/tasks), a path, a glob or a comma-separated
+    "copy", "selective_copy", with options like "mqar(pairs=[4, 8], vocab=512)"), a path, a glob or a comma-separated
     list of txt, md, py, jsonl or parquet files, or "hf:NAME[:SPLIT]" for a HuggingFace dataset or local
     dataset folder."""
 
