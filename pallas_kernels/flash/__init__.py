@@ -104,9 +104,10 @@ def flash(
     if backend != "reference":
         (q, scale), key_bias = options.folded(q, scale), options.dense(key_bias, len(q))
     more: dict[str, Any] = {} if key_bias is None and not stats else {"key_bias": key_bias, "stats": stats}
-    if backend == "auto" and not more and fits(q, k, v, vis, score, bias):
+    if backend == "auto" and fits(q, k, v, vis, score, bias):
         note("flash", "numba", "single rows on a cpu")
-        return flash_decode(q, k, v, vis, scale)
+        o, stat = flash_decode(q, k, v, vis, key_bias, scale)
+        return (o, stat) if stats else o
     reasons = {"tpu": unfit(q, k, v, bias), "gpu": unfit_gpu(q, k, v, score, bias, key_bias)}
     run = resolve("flash", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(q, k, v, vis, score, scale=scale, bias=bias, **more)

@@ -18,8 +18,10 @@ from pallas_kernels._numba import (
     widen,
     word,
 )
+from pallas_kernels.flash import reference, rows
 
 GLOBAL = -1  # `jaxattn.masks`
+NEVER, FLOOR = np.float32(reference.NEVER), np.float32(rows.FLOOR)
 
 
 @compiled(inline="always")
@@ -43,17 +45,30 @@ def add(total, weight, row):
         total[i] += weight * widen(row[i])
 
 
+@compiled(inline="always")
+def log_normaliser(top, mass):
+    return top + np.log(mass) if mass != 0 else NEVER
+
+
 @compiled(parallel=True)
-def attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
-    """q [N, K, G, D] (scaled), k [N, K, S, D], v [N, K, S, V]; places [N] and [N, S]; o [N, K, G, V]."""
+def attend(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat):
+    """One row of softmax attention per head, and its log Z, NEVER where it sees nothing.
+
+    q [N, K, G, D] (scaled), k [N, K, S, D], v [N, K, S, V]; places [N] and [N, S]; o [N, K, G, V], stat [N, K, G].
+    bias [N, 1 or K or K·G, S] is added to the scores, and from FLOOR down hides a key; with one column there is none.
+    """
     heads, group, keys = q.shape[1], q.shape[2], k.shape[2]
+    biased, shared = bias.shape[2] == keys, heads * group // bias.shape[1]
     for item in prange(q.shape[0] * heads * group):
         n, h, g = item // (heads * group), item // group % heads, item % group
         scores, places = np.empty(keys, np.float32), np.empty(keys, np.int32)
-        count, top = 0, np.float32(-np.inf)
+        count, top, mine = 0, FLOOR, bias[n, (h * group + g) // shared]
         for s in range(keys if q_segments[n] else 0):  # padding sees nothing
             if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
-                score = dot(q[n, h, g], k[n, h, s])
+                added = mine[s] if biased else np.float32(0)
+                if added <= FLOOR:
+                    continue
+                score = dot(q[n, h, g], k[n, h, s]) + added
                 scores[count], places[count] = score, s
                 count += 1
                 top = max(top, score)
@@ -63,27 +78,30 @@ def attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
             weight = np.exp(scores[i] - top)
             mass += weight
             add(total, weight, v[n, h, places[i]])
-        if count:
+        if mass != 0:
             total /= mass
+        stat[n, h, g] = log_normaliser(top, mass)
 
 
 @compiled(fastmath=SUMS)
 def softmax(scores):
-    """In place."""
-    top, mass = np.float32(-np.inf), np.float32(0)
+    """In place; gives log Z."""
+    top, mass = FLOOR, np.float32(0)
     for i in range(scores.shape[0]):
         top = max(top, scores[i])
     for i in range(scores.shape[0]):
         scores[i] = np.exp(scores[i] - top)
         mass += scores[i]
-    for i in range(scores.shape[0]):
+    for i in range(scores.shape[0] if mass != 0 else 0):
         scores[i] /= mass
+    return log_normaliser(top, mass)
 
 
 @compiled(parallel=True)
-def attend_rows(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
+def attend_rows(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat):
     """`attend` for many rows: what a row sees is found once for its heads, and a key is read once for its group."""
     rows, heads, group, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    biased, shared = bias.shape[2] == keys, heads * group // bias.shape[1]
     seen, counts = np.empty((rows, keys), np.int32), np.empty(rows, np.intp)
     for n in prange(rows):
         count = 0
@@ -95,23 +113,28 @@ def attend_rows(q, k, v, q_positions, q_segments, k_positions, k_segments, windo
     for item in prange(rows * heads):
         n, h = item // heads, item % heads
         scores = np.empty((group, counts[n]), np.float32)
+        first, step = h * group // shared, 1 if shared < group else 0  # rows of bias
         for i in range(counts[n]):
             for g in range(group):
-                scores[g, i] = dot(q[n, h, g], k[n, h, seen[n, i]])
+                added = bias[n, first + g * step, seen[n, i]] if biased else np.float32(0)
+                hidden = added <= FLOOR
+                scores[g, i] = NEVER if hidden else dot(q[n, h, g], k[n, h, seen[n, i]]) + added
         for g in range(group):
-            softmax(scores[g])
+            stat[n, h, g] = softmax(scores[g])
         o[n, h] = 0
         for i in range(counts[n]):
             for g in range(group):
+                if biased and bias[n, first + g * step, seen[n, i]] <= FLOOR:
+                    continue
                 add(o[n, h, g], scores[g, i], v[n, h, seen[n, i]])
 
 
 @compiled()
-def answer(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o):
+def answer(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat):
     if q.shape[0] == 1:  # its heads are all there is to share among threads
-        attend(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+        attend(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
     else:
-        attend_rows(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+        attend_rows(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
 
 
 def _decode(frame: int) -> int:
@@ -126,16 +149,19 @@ def _decode(frame: int) -> int:
     h, g, d = dim(query, extra + 1), dim(query, extra + 2), dim(query, extra + 3)
     s, e = dim(keys, extra + 2), dim(values, extra + 3)
     q = carray(data(query), (n, h, g, d), np.float32)
-    q_positions, q_segments = places(frame, 3, n), places(frame, 4, n)
-    k_positions, k_segments = places(frame, 5, n * s).reshape(n, s), places(frame, 6, n * s).reshape(n, s)
-    window = places(frame, 7, 1)[0]
+    columns = argument(frame, 3)
+    bias = carray(data(columns), (n, dim(columns, extra + 1), dim(columns, extra + 2)), np.float32)
+    q_positions, q_segments = places(frame, 4, n), places(frame, 5, n)
+    k_positions, k_segments = places(frame, 6, n * s).reshape(n, s), places(frame, 7, n * s).reshape(n, s)
+    window = places(frame, 8, 1)[0]
     o = carray(data(result(frame, 0)), (n, h, g, e), np.float32)
+    stat = carray(data(result(frame, 1)), (n, h, g), np.float32)
     if is_f32(keys):
         k, v = carray(data(keys), (n, h, s, d), np.float32), carray(data(values), (n, h, s, e), np.float32)
-        answer(q, k, v, q_positions, q_segments, k_positions, k_segments, window, o)
+        answer(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
     else:
         kb, vb = carray(data(keys), (n, h, s, d), np.uint16), carray(data(values), (n, h, s, e), np.uint16)
-        answer(q, kb, vb, q_positions, q_segments, k_positions, k_segments, window, o)
+        answer(q, kb, vb, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
     return 0
 
 
