@@ -9,7 +9,6 @@ from flax import struct
 from jaxattn.errors import ConfigError
 from jaxattn.types import Leaf
 
-
 Phase = Literal["prompt", "answer"]
 
 

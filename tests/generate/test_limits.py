@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import jaxattn
-from jaxattn.stores import append, empty_cache
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.stores import append, empty_cache
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 17, (1, 24)), jnp.int32)
 

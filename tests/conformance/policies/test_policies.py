@@ -53,7 +53,9 @@ def test_padding_on_the_left_changes_nothing(case):
     """The padded row is a prompt of fewer tokens, so its answer begins earlier in the text: asked of one as short."""
     padded = answers(case.config())[1, LEFT:]
     tokens, positions, segments = texts()
-    alone, _ = decode(case.config(), tuple(x[:1, : LENGTH - LEFT] for x in (tokens, positions, segments)), (PROMPT - LEFT,))
+    alone, _ = decode(
+        case.config(), tuple(x[:1, : LENGTH - LEFT] for x in (tokens, positions, segments)), (PROMPT - LEFT,)
+    )
     close(padded, alone[0])
 
 
