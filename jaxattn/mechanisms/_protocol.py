@@ -17,7 +17,7 @@ Further keyword arguments, only for mechanisms that ask for them:
   `layer` may be traced, and is None in init_state where all layers must share one state shape.
 - `rotary` "raw": ``rope``, a `jaxattn.rope.Rope` or None, in the same four; q and k come unrotated.
 - `surround` with rates: ``rates`` in the same four, what `Surround.rates` made of the layer's input;
-  None there means the mechanism's own constants.
+  with None the mechanism takes the constants of its spec.
 - `weights_of_values`: ``v`` in weights, where the influence of a key depends on the values.
 - `weights_of_queries`: ``queries`` of all tokens in weights, where a row depends on other rows' queries.
 A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
@@ -215,7 +215,7 @@ class Mechanism:
 MOST = 2**31 - 1  # the largest whole number an option may have: JAX counts in int32
 
 
-def whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     """Whether a value is a whole number, not True or False."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxattn.calls import FORM, parse_call, parsed, quoted
 from jaxattn.errors import ConfigError, UserError, shown, suggest
-from jaxattn.mechanisms._protocol import MOST, Mechanism, whole
+from jaxattn.mechanisms._protocol import MOST, Mechanism, is_whole
 
 _PLACES = {
     "softmax": "softmax:MECHANISM",
@@ -166,11 +166,11 @@ def resolve_mixer(text: str) -> MixerChoice:
     name, options = parse_call("attention", text)
     if name == "conv":
         width = options.pop("width", 3)
-        if options or not whole(width) or not 1 <= width <= MOST:
+        if options or not is_whole(width) or not 1 <= width <= MOST:
             raise ConfigError(f"{text}: conv takes width alone, a whole number of at least 1.")
         return MixerChoice(None, conv=width)
     mechanism = get(name)
     window = options.pop("window", None)
-    if window is not None and (not whole(window) or not 1 <= window <= MOST):
+    if window is not None and (not is_whole(window) or not 1 <= window <= MOST):
         raise ConfigError(f"{shown(text)}: window is {shown(window)} but must be a whole number from 1 to {MOST}.")
     return MixerChoice(mechanism, mechanism.make_spec(**options), window)
