@@ -159,7 +159,7 @@ def main() -> int:
     context = trained.cfg.data.context
     lengths = choose_lengths(args.lengths, context)
     source, _ = open_source(trained.cfg)
-    if source.whole:
+    if source.indivisible:
         remedy = f"all its sequences have the training context of {context} tokens, so name a run of text"
         if isinstance(source, TaskSource):
             task = f"{source.name}(context={lengths[-1]})"

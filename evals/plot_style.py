@@ -119,7 +119,7 @@ def percent(ax: Axes) -> None:
     ax.set_ylim(-0.03 * top, 1.03 * top)
 
 
-def whole(ax: Axes) -> None:
+def layer_ticks(ax: Axes) -> None:
     """Ticks on layer numbers only."""
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from evals.groups import Group
 from evals.plot_parts import Plot, curve, largest, legend, smallest, subtitle, title, titles
-from evals.plot_style import DASH, GREY, axes, in_style, percent, png, svg, whole
+from evals.plot_style import DASH, GREY, axes, in_style, layer_ticks, percent, png, svg
 from evals.plots_heads import emergence, heads, positions
 from evals.plots_maps import all_maps, maps
 from evals.read_run import TRIGGER, Run
@@ -223,7 +223,7 @@ def extreme(groups: Sequence[Group]) -> Plot | None:
         title(row[0], group, shown[str(group.first.path)].split("\n")[0] + count, many=len(groups) > 1)
         row[0].axhline(0, color=GREY, lw=0.8)
         row[0].margins(y=0.12)
-        whole(row[2])
+        layer_ticks(row[2])
     for ax in plot.axes[0, 1:]:  # after every row is drawn: the rows share the scale
         ax.set_ylim(bottom=0)
     dot = {"marker": "o", "ls": "", "ms": 4, "color": GREY}

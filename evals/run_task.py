@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from evals.accuracy import Batch, make_hits
-from jaxattn.calls import parse_call
 from jaxattn.errors import ConfigError
 from jaxattn.reader import reads_state
 from jaxattn.runs.opened import Trained
 from train.data.bb import HELD_OUT
-from train.data.tasks import Task, make_task
+from train.data.tasks import TASKS, Task, make_task
 
 TOKENS_AT_ONCE = 16_384
 
@@ -27,12 +26,12 @@ def choose_task(trained: Trained, text: str | None) -> tuple[Task, int]:
       ConfigError: no task, an unknown one, impossible options, a length or vocabulary the model cannot take.
     """
     source = trained.cfg.data.source
-    name, options = parse_call("task", source if text is None else text, lists=True)
+    name, options = TASKS.parse(source if text is None else text)
     length = options.pop("context", trained.cfg.data.context)
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ConfigError(f"context is {length!r} but must be a whole number of at least 2.")
     if text is not None and source.partition("(")[0].strip() == name:
-        options = parse_call("task", source, lists=True)[1] | options
+        options = TASKS.parse(source)[1] | options
     task = make_task(name, options)
     task.check(length)
     trained.check_length(length)

@@ -49,7 +49,7 @@ def bigram_task(source: Source) -> BigramTask | None:
 
 def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndarray:
     """The sequences [n, T] the metric is read on; T is the training context unless the data are text."""
-    length = cfg.data.context if source.whole else cfg.eval.length
+    length = cfg.data.context if source.indivisible else cfg.eval.length
     if text is not None:
         return source.encode_text(text, cfg.eval.sequences, length)
     return source.held_out(cfg.eval.sequences, length)
@@ -191,12 +191,12 @@ def main() -> int:
     changes = {k: getattr(args, k) for k in ("epsilon", "sequences", "length") if getattr(args, k) is not None}
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, **changes))
     source, model = open_source(cfg)
-    if source.whole and args.length not in (None, cfg.data.context):
+    if source.indivisible and args.length not in (None, cfg.data.context):
         raise ConfigError(
             f"--length is {args.length} but all sequences of {source.name!r} have the training context of "
             f"{cfg.data.context} tokens: leave it out."
         )
-    if not source.whole and cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
+    if not source.indivisible and cfg.model.position == "learned" and cfg.eval.length > cfg.model.max_positions:
         raise ConfigError(
             f"--length is {cfg.eval.length} but the model has {cfg.model.max_positions} learned positions; lower it."
         )

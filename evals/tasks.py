@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
+from jaxattn.signals import loading
 
 
 def main() -> int:
@@ -30,9 +31,10 @@ def main() -> int:
         if (value := getattr(args, flag)) is not None and value < least:
             raise ConfigError(f"--{flag} is {value} but must be at least {least}.")
 
-    from evals.run_task import choose_task, line, run_task
-    from evals.write_result import write_result
-    from jaxattn.runs.opened import open_trained
+    with loading():
+        from evals.run_task import choose_task, line, run_task
+        from evals.write_result import write_result
+        from jaxattn.runs.opened import open_trained
 
     trained = open_trained(args.run_dir, args.attn, args.step)
     result = run_task(trained, *choose_task(trained, args.task), args.sequences, args.chunk)

@@ -16,7 +16,7 @@ from jaxattn.errors import ConfigError, UserError, one_line, shown
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("jaxattn", "train", "evals", "convert", "pallas_kernels", "scripts")
-WORDS = {"jaxattn.serve": ["."]}  # what a command needs to come as far as its imports
+WORDS = {"jaxattn.serve": ["."], "evals.tasks": ["."]}  # what a command needs to come as far as its imports
 LIGHT = ("scripts.get", "scripts.results_table")  # import nothing that takes time
 # As imports do that look for what is optional, or C extensions: whatever comes means "not installed".
 SLOW_IMPORT = """
@@ -101,7 +101,7 @@ def script(tmp_path: pathlib.Path, body: str) -> tuple[subprocess.Popen[str], pa
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     path = tmp_path / "own.py"
     path.write_text(
-        f"import os, pathlib, time\nfrom jaxattn.errors import run_cli\nmark = pathlib.Path(os.environ['MARK'])\n"
+        f"import os, pathlib, time\nfrom jaxattn.command import run_cli\nmark = pathlib.Path(os.environ['MARK'])\n"
         f"def main():\n{lines}\nrun_cli(main)\n"
     )
     return start(tmp_path, str(path))

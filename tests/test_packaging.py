@@ -26,8 +26,8 @@ def python(folder: Path, *words: str, path: Path = ROOT) -> tuple[int, str, str]
 @pytest.mark.parametrize(
     "imports",
     [
-        "from jaxattn.runs.load import read_config",
-        "from jaxattn.runs.opened import open_trained",
+        "from train.start_from import first_state",
+        "from evals.sinks import held_out_of",
         "import convert.from_hf",
     ],
 )
@@ -59,12 +59,15 @@ def test_commands_say_it_in_one_line(tmp_path, kind):
     assert "hides jaxattn's package 'train': rename it" in line
 
 
-def test_text_of_a_checkpoint_needs_all_packages(tmp_path):
-    (tmp_path / "evals.py").touch()
+def test_text_of_a_checkpoint_needs_the_library_alone(tmp_path):
+    """Whatever the user's own train.py, evals.py and convert.py are."""
+    for name in ("train", "evals", "convert"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n", "utf-8")
     program = "import jaxattn.text\njaxattn.text.load(__import__('pathlib').Path('x'))"
     code, _, err = python(tmp_path, "-c", program)
     assert code == 1
-    assert "evals.py hides jaxattn's package 'evals'" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("jaxattn.errors.UserError: x holds no run")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("package", ["train", "evals", "convert"])

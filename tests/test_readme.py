@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxattn import mechanisms
+from jaxattn import mechanisms, registry
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from tests.train.helpers import tiny
@@ -81,5 +81,5 @@ def test_a_mechanism_outside_the_library_is_found_by_its_name(folder, monkeypatc
         np.testing.assert_allclose(layer.rebuild(), layer.heads_out, atol=1e-5)
     finally:
         mechanisms.unregister("my_relu")
-        mechanisms._registry._loaded.clear()
+        registry.forget_plugins()
         sys.modules.pop("my_attention", None)

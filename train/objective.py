@@ -55,8 +55,8 @@ def _summed_forward(x: Array, kernel: Array, y: Array, w: Array, chunk: int):
         hot = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == yc[:, None]
         d = (wc[:, None] * (e / mass - hot)).astype(xc.dtype)
         dx = jnp.einsum("tn,en->te", d, kernel.astype(xc.dtype), preferred_element_type=jnp.float32)
-        turned = jax.lax.optimization_barrier(xc.T)  # a row-major product: faster on XLA's CPU
-        dw = jnp.matmul(turned, d, preferred_element_type=jnp.float32)
+        transposed = jax.lax.optimization_barrier(xc.T)  # a row-major product: faster on XLA's CPU
+        dw = jnp.matmul(transposed, d, preferred_element_type=jnp.float32)
         return (total + loss, d_kernel + dw), dx.astype(xc.dtype)
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))

@@ -88,8 +88,8 @@ def retrieval_step(
     base = jnp.minimum(blocks, spec.retrieve + 1) * length
     bad = _refuse(state, positions, segment_ids, base + tail, spec)
     local = (base + tail)[:, None] + rank
-    turn = (lambda x, at: x) if rope is None else rope
-    q = turn(q, local)
+    rotated = (lambda x, at: x) if rope is None else rope
+    q = rotated(q, local)
 
     # The unfinished block and the chunk itself.
     start = total % (state.slots // length) * length
@@ -103,10 +103,10 @@ def retrieval_step(
         q_segments=live.astype(jnp.int32),
         k_segments=join(offset < tail[:, None], live).astype(jnp.int32),
     )
-    keys, values = turn(join(take(state.keys, start), k), k_positions), join(take(state.values, start), v)
+    keys, values = rotated(join(take(state.keys, start), k), k_positions), join(take(state.values, start), v)
     near = grouped_softmax(q, keys, values, vis, block=length, scale=scale, backend=backend)
 
-    o = _merge(near, _retrieve(_past(state, total, blocks, length), q, live, spec, scale, turn))
+    o = _merge(near, _retrieve(_past(state, total, blocks, length), q, live, spec, scale, rotated))
     # Of a chunk longer than the ring only the newest tokens stay.
     stays = live & (rank >= (count - state.slots)[:, None])
     index = jnp.where(stays, (state.length[:, None] + rank) % state.slots, state.slots)
@@ -149,7 +149,7 @@ def _past(state: LandmarkCache, total: Array, blocks: Array, length: int) -> Pas
     return Past(fold(state.keys), fold(state.values), number - (total - blocks)[:, None], blocks)
 
 
-def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, turn: Any) -> tuple[Array, Array]:
+def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, rotated: Any) -> tuple[Array, Array]:
     """Attention to the fetched blocks alone: output [B,T,H,V] and log of the gate's mass [B,T,H]."""
     kind = jnp.promote_types(q.dtype, jnp.float32)
     batch, length, heads, dim = q.shape
@@ -166,7 +166,7 @@ def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, turn: 
     back = spec.length - 1  # of a landmark in its block
     slot = jnp.maximum(past.order - jnp.maximum(past.count - spec.retrieve - 1, 0)[:, None], 0)
     marks = jnp.moveaxis(past.keys[:, :, :, back], 1, 2).astype(q.dtype)
-    marks = turn(marks, slot * spec.length + back).astype(kind)  # [B, N, K, D]
+    marks = rotated(marks, slot * spec.length + back).astype(kind)  # [B, N, K, D]
 
     def chances(q: Array, live: Array) -> Array:
         """Log of the gate over all blocks, [B, t, H, N], which still ranks where the gate itself underflows."""
@@ -176,7 +176,7 @@ def _retrieve(past: Past, q: Array, live: Array, spec: Any, scale: float, turn: 
 
     def fetch(chance: Array) -> tuple[Choice, Array, Array]:
         choice = choose(chance, past, spec.retrieve)
-        return choice, *_fetched(past, choice, heads, spec.length, q.dtype, turn)
+        return choice, *_fetched(past, choice, heads, spec.length, q.dtype, rotated)
 
     shared = None
     if spec.select == "max_over_tokens":
@@ -208,7 +208,7 @@ def choose(chance: Array, past: Past, retrieve: int) -> Choice:
     return Choice(place, jnp.arange(place.shape[-1]) + recent, order >= 0)
 
 
-def _fetched(past: Past, choice: Choice, heads: int, length: int, dtype: Any, turn: Any) -> tuple[Array, Array]:
+def _fetched(past: Past, choice: Choice, heads: int, length: int, dtype: Any, rotated: Any) -> tuple[Array, Array]:
     """Keys [B,t,H,k,L,D], rotated at their slots, and values [B,t,H,k,L,V] of the chosen blocks."""
     group = heads // past.keys.shape[1]
     owner = jnp.arange(heads) // group
@@ -217,7 +217,7 @@ def _fetched(past: Past, choice: Choice, heads: int, length: int, dtype: Any, tu
     keys, values = take(past.keys, wide(choice.place)), take(past.values, wide(choice.place))
     at = jnp.broadcast_to(wide(choice.slot)[..., None] * length + jnp.arange(length), keys.shape[:-1])
     flat = keys.astype(dtype).reshape(keys.shape[0], -1, 1, keys.shape[-1])
-    return turn(flat, at.reshape(at.shape[0], -1)).reshape(keys.shape), values
+    return rotated(flat, at.reshape(at.shape[0], -1)).reshape(keys.shape), values
 
 
 def _attend(q: Array, choice: Choice, keys: Array, values: Array, scale: float) -> tuple[Array, Array]:

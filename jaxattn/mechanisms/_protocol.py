@@ -20,7 +20,7 @@ Further keyword arguments, only for mechanisms that ask for them:
   `layer` may be traced, and is None in init_state where all layers must share one state shape.
 - `rotary` "raw": ``rope``, a `jaxattn.rope.Rope` or None, in the same four; q and k come unrotated.
 - `surround` with rates: ``rates`` in the same four, what `Surround.rates` made of the layer's input;
-  None there means the mechanism's own constants.
+  with None the mechanism takes the constants of its spec.
 - `weights_of_values`: ``v`` in weights, where the influence of a key depends on the values.
 - `weights_of_queries`: ``queries`` of all tokens in weights, where a row depends on other rows' queries.
 A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
@@ -36,17 +36,16 @@ A mechanism whose output is more than that says in `shows` what its rows are ins
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
 from jaxattn import checks
-from jaxattn.errors import ConfigError, near, shown
+from jaxattn.errors import ConfigError
+from jaxattn.registry import make_spec
 from jaxattn.types import Leaf
 
 
@@ -238,51 +237,7 @@ class Mechanism:
         Raises:
           ConfigError: a field the mechanism does not have, or of another type.
         """
-        known = {f.name: f for f in dataclasses.fields(self.spec)}
-        for field, value in fields.items():
-            if field not in known:
-                have = ", ".join(known) or "none"
-                raise ConfigError(
-                    f"{self.name} has no option {shown(field)}; {near(field, known)}its options are: {have}."
-                )
-            fields[field] = _typed(f"{self.name}.{field}", value, known[field].default)
-        return self.spec(**fields)
-
-
-MOST = 2**31 - 1  # the largest whole number an option may have: JAX counts in int32
-
-
-def whole(value: Any) -> bool:
-    """Whether a value is a whole number, not True or False."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _typed(label: str, value: Any, default: Any) -> Any:
-    """An option's value in the type of its default; whole floats pass as whole numbers.
-
-    Raises:
-      ConfigError: it has another type, is not finite or beyond int32.
-    """
-    wrong = lambda kind: ConfigError(f"{label} is {shown(value)} but must be {kind}.")
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise wrong("True or False")
-    elif isinstance(default, str):
-        if not isinstance(value, str):
-            raise wrong("text")
-    elif isinstance(default, int | float):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong("a number")
-        if not abs(value) <= sys.float_info.max:  # nan, infinity, and whole numbers that no float holds
-            raise wrong("a finite number")
-        if isinstance(default, int):
-            if value != int(value):
-                raise wrong("a whole number")
-            if abs(value) > MOST:
-                raise wrong(f"at most {MOST} in size")
-        return type(default)(value)
-    return value
+        return make_spec(self.name, self.spec, fields)
 
 
 def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool) -> None:

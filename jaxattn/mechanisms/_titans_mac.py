@@ -74,7 +74,7 @@ class SegmentState:
 
 
 def empty_segment(batch: int, segment: int, start: Weights, dtype: Any) -> SegmentState:
-    """Nobody's; only the shapes of `start` [H, i, o] are used."""
+    """The state of a row that has seen no token: zeros. Of `start` [H, i, o] only the shapes are used."""
     heads, key_dim, value_dim = start[0].shape[0], start[0].shape[1], start[-1].shape[2]
     keys = jnp.zeros((batch, segment, heads, key_dim), dtype)
     values = jnp.zeros((batch, segment, heads, value_dim), dtype)

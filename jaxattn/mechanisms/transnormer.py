@@ -9,7 +9,7 @@ Scaling TransNormer to 175 Billion Parameters (arXiv 2307.14995, section 3; rele
 Computed as S_t = λ S_{t-1} + k̃_tᵀ v_t, o_t = q̃_t S_t (the paper's robust inference), never with λ^-t. No
 1/sqrt(D) unless `scale` is passed, no denominator. t comes with every call, so a decode state has no counter.
 The slopes s_h are lightning's (three conventions, see there). θ [H, D] is learned from 10000^(-2j/(H D)), j
-over all channels of all heads. It is no RoPE and replaces it: the model's rotation does not reach this layer.
+over all channels of all heads. It stands in RoPE's place: queries and keys of this layer are not rotated.
 
 Deviations by choice:
 - θ is a parameter of every layer, used or not (H D numbers, gradient 0), so that a model scanned over depth and

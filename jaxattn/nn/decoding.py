@@ -25,7 +25,7 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
 
     Kernels and embeddings are in the compute dtype once, instead of at every step; all else stays as trained: the
     layers cast these themselves, and a mechanism's own parameters may need f32. Where `pallas_kernels.linear.gemv`
-    runs and `model.backend` is "auto", kernels lie turned to [out, in] in the collection `ROWS` and are gone from
+    runs and `model.backend` is "auto", kernels lie transposed, [out, in], in the collection `ROWS` and are gone from
     "params", but for a tied embedding, which is looked up too. What this function returned passes unchanged.
 
     Args:
@@ -43,12 +43,12 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
     for path, x in given.items():
         checks.leaf("/".join(map(str, path)), x)
     turns = () if why_plain(model) else ("kernel", "unembed")
-    turn = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
+    transposed = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
     flat, rows, names = {}, {}, collections.Counter(map(id, given.values()))
     for path, x in given.items():
         new = x.astype(dtype) if path[-1] in CAST else x
         if path[-1] in turns and not is_depthwise(path) and usable(new):
-            new = rows[path] = turn(new)
+            new = rows[path] = transposed(new)
         else:
             flat[path] = new
         if consume and new is not x and isinstance(x, jax.Array) and names[id(x)] == 1:

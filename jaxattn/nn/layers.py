@@ -15,7 +15,7 @@ from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
 from pallas_kernels.linear.gemv import gemv
 
-ROWS = "rows"  # variables of decoding: kernels turned to [out, in], see `jaxattn.nn.decoding`
+ROWS = "rows"  # variables of decoding: kernels transposed to [out, in], see `jaxattn.nn.decoding`
 
 
 def kernel_init(cfg: ModelConfig, d_in: int, *, last_of_mlp: bool = False):

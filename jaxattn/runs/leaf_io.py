@@ -29,7 +29,7 @@ def named(tree: Any) -> dict[str, Any]:
     return by_name
 
 
-def whole(leaf: Any) -> bool:
+def fits_on_host(leaf: Any) -> bool:
     """Whether this process can hold all of the leaf on the host; else Orbax moves it shard by shard."""
     sharding = getattr(leaf, "sharding", None)
     return sharding is None or sharding.is_fully_addressable
@@ -42,13 +42,13 @@ def to_host(state: Any) -> Any:
       UserError: a leaf that cannot be saved, by name.
     """
     for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, jax.Array) and whole(leaf):
+        if isinstance(leaf, jax.Array) and fits_on_host(leaf):
             leaf.copy_to_host_async()  # all transfers at once, then collected one by one
 
     def convert(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise UserError(f"state leaf {name_of(path)!r} is a typed key: save jax.random.key_data of it.")
-        if isinstance(leaf, jax.Array) and not whole(leaf):
+        if isinstance(leaf, jax.Array) and not fits_on_host(leaf):
             return leaf
         # On the CPU this is a view, but one that JAX counts: a donated buffer under it is not reused.
         host = np.asarray(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
@@ -85,7 +85,7 @@ def abstract(leaf: Any) -> Any:
 def target(leaf: Any, dtype: str) -> Any:
     """What Orbax is asked for: host memory (hashed there, then placed) or, over processes, the shards."""
     leaf = abstract(leaf)
-    if not whole(leaf):
+    if not fits_on_host(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
     return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), leaf.shape)  # a shape and a dtype, no memory
 

@@ -68,7 +68,7 @@ def make_app(loaded: Loaded, engine: Engine, name: str, max_body: int, patience:
             return StreamingResponse(
                 talk.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        return await talk.whole(request)
+        return await talk.in_one_answer(request)
 
     async def completions(request: Request) -> Response:
         return await answer(request, chat=False)

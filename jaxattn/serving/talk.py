@@ -118,7 +118,7 @@ class Talk:
         finally:
             self._cancel()
 
-    async def whole(self, request: Request) -> Response:
+    async def in_one_answer(self, request: Request) -> Response:
         """The finished answer in one piece, unless the client goes away first."""
         collect = asyncio.ensure_future(self._collect())
         gone = asyncio.ensure_future(_disconnected(request))

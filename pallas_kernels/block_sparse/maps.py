@@ -20,7 +20,10 @@ TURNED_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel",
 
 
 class Maps:
-    """Of the forward and the dq kernel: grid (unit, copy, step); rows are query blocks, the others key blocks."""
+    """Which blocks of its arrays a step of the forward and of the dq kernel reads: grid (unit, copy, step).
+
+    Rows of the plan are query blocks, their entries key blocks.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -78,7 +81,10 @@ class Maps:
 
 
 class TurnedMaps:
-    """Of the dk and dv kernel: grid (unit, key head of it, step, turn); rows are key blocks."""
+    """Which blocks of its arrays a step of the dk and dv kernel reads: grid (unit, key head of it, step, turn).
+
+    Rows of the plan are key blocks.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What travels from group to group."""
+    """The memory between two groups of tokens: weights M, momentum S, and the weights that gradients are taken at."""
 
     M: Weights
     S: Weights

@@ -37,7 +37,7 @@ class Source(ABC):
     trigger_ids: tuple[int, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def indivisible(self) -> bool:
         """Whether a sequence means something only as a whole, at the training context; text can be cut."""
         return self.tokenizer is None
 

@@ -24,7 +24,7 @@ def test_batches_are_the_tasks_sequences(text):
     source = source_of(text)
     task = parse_task(text)
     assert (source.name, source.vocab_size, source.tokenizer) == (task.name, task.vocab_size, None)
-    assert source.whole
+    assert source.indivisible
     batches = source.train_iterator()
     for step in range(3):
         batch = next(batches)

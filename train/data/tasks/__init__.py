@@ -9,27 +9,30 @@ NumPy only; no module here starts JAX before a model is run.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxattn.calls import parse_call
-from jaxattn.errors import ConfigError, suggest
+from jaxattn.errors import ConfigError
+from jaxattn.registry import Registry
 from train.data.tasks._base import Example, Task
-from train.data.tasks.copying import Copy
-from train.data.tasks.mqar import MQAR
-from train.data.tasks.passkey import Passkey
-from train.data.tasks.selective_copying import SelectiveCopy
 
-__all__ = ["Example", "Task", "is_task", "make_task", "names", "parse_task"]
+__all__ = ["TASKS", "Example", "Task", "is_task", "make_task", "names", "parse_task"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (MQAR, Passkey, Copy, SelectiveCopy)}
-
-
-def names() -> list[str]:
-    """Every task, sorted."""
-    return sorted(TASKS)
+TASKS: Registry[type[Task]] = Registry(
+    kind="task",
+    package="train.data.tasks",
+    record=Task,
+    lists=True,
+    typed=False,  # a task names the nearest value that it takes
+    places={
+        "mqar": "mqar:MQAR",
+        "passkey": "passkey:Passkey",
+        "copy": "copying:Copy",
+        "selective_copy": "selective_copying:SelectiveCopy",
+    },
+)
+names = TASKS.names
 
 
 def is_task(text: str) -> bool:
@@ -43,15 +46,9 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     Raises:
       ConfigError: no such task or option, or an impossible value.
     """
-    if name not in TASKS:
-        raise ConfigError(suggest("task", name, names()))
-    known = [f.name for f in dataclasses.fields(TASKS[name])]
-    for option in options:
-        if option == "context":
-            raise ConfigError(f"the task {name} has no option 'context': its length is the data's, --data.context.")
-        if option not in known:
-            raise ConfigError(suggest(f"option of the task {name}", option, known))
-    return TASKS[name](**options)
+    if name in TASKS and "context" in options:
+        raise ConfigError(f"the task {name} has no option 'context': its length is the data's, --data.context.")
+    return TASKS.make(name, options)
 
 
 def parse_task(text: str) -> Task:
@@ -60,4 +57,4 @@ def parse_task(text: str) -> Task:
     Raises:
       ConfigError: another form, an unknown task or option, an impossible value.
     """
-    return make_task(*parse_call("task", text, lists=True))
+    return make_task(*TASKS.parse(text))
