@@ -25,8 +25,12 @@ from pallas_kernels.flash.score import Score
 TOKENS = {"block_q": BLOCK, "block_k": BLOCK}  # what a block of threads works on; its steps are parts of that
 
 
-def unfit(q: Array, k: Array, v: Array, score: Score, block_q: int, block_k: int) -> str | None:
+def unfit(
+    q: Array, k: Array, v: Array, score: Score, block_q: int, block_k: int, key_bias: Array | None = None
+) -> str | None:
     """Why the Hopper kernels cannot serve a call, or None."""
+    if key_bias is not None:
+        return "backend 'gpu' has no key_bias: use 'xla'."
     if reason := gpu.unfit(q, k, v, score, None):
         return reason
     if score.normaliser == "count":
@@ -52,13 +56,14 @@ def block_sparse_gpu(
     block_k: int,
     scale: float,
     stats: bool = True,
+    key_bias: Float[Array, "B n S"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `pallas_kernels.block_sparse.block_sparse`. What is kept for the backward pass: q, k, v, o, a number a row.
 
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, v, score, block_q, block_k):
+    if reason := unfit(q, k, v, score, block_q, block_k, key_bias):
         raise NotImplementedError(f"block_sparse: {reason}")
     interpret = mg.mode(interpret_for("block_sparse", "gpu"))
     batch, length, heads, _ = q.shape

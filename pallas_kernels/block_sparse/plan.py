@@ -161,8 +161,19 @@ def _most(q: Array, k: Array, v: Array) -> int:
     return LARGEST if wide <= WIDEST else LARGEST // 2
 
 
-def unfit(q: Array, k: Array, v: Array, vis: Visibility, blocks: Array, block_q: int, block_k: int) -> str | None:
+def unfit(
+    q: Array,
+    k: Array,
+    v: Array,
+    vis: Visibility,
+    blocks: Array,
+    block_q: int,
+    block_k: int,
+    key_bias: Array | None = None,
+) -> str | None:
     """Why the TPU kernels cannot serve a call, or None."""
+    if key_bias is not None:
+        return "backend 'tpu' has no key_bias: use 'xla'."
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             return f"backend 'tpu' computes float32 and bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.masks import Visibility, visible
 from pallas_kernels.flash.reference import dense_scores, dense_stats, dense_weights
+from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.flash.score import Score
 
 
@@ -31,12 +32,15 @@ def block_sparse_reference(
     block_k: int,
     scale: float,
     stats: bool = True,
+    key_bias: Float[Array, "b n S"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """o = weights @ v, all in f32; result in v's dtype. With `flash`'s statistic of each row."""
     batch, length, heads, _ = q.shape
     may = listed(blocks, length, k.shape[1], block_q, block_k)
     see = visible(vis)[:, None] & jnp.repeat(may, heads // blocks.shape[1], axis=1)  # [B, H, T, S]
-    s = dense_scores(q, k, vis, scale=scale)
+    s = dense_scores(q, k, vis, scale=scale, key_bias=key_bias)
+    if score.activation == "exp":  # rows of which every key is hidden see nothing
+        see &= ~(s <= FLOOR)
     fold = lambda x: x.reshape(batch * heads, *x.shape[2:])  # a mask per head: heads as further rows of the batch
     args = fold(s)[:, None], fold(see), score
     v_all = jnp.repeat(v, heads // v.shape[2], axis=2).astype(jnp.float32)

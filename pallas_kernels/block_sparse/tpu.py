@@ -39,13 +39,14 @@ def block_sparse_tpu(
     block_k: int,
     scale: float,
     stats: bool = True,
+    key_bias: Float[Array, "B n S"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """See `pallas_kernels.block_sparse.block_sparse`. What is kept for the backward pass: q, k, v, o, a number a row.
 
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, v, vis, blocks, block_q, block_k):
+    if reason := unfit(q, k, v, vis, blocks, block_q, block_k, key_bias):
         raise NotImplementedError(f"block_sparse: {reason}")
     interpret = interpret_for("block_sparse", "tpu")
     batch, length, heads, _ = q.shape

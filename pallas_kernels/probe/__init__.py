@@ -1,6 +1,6 @@
 """`probe`: statistics of attention rows, without the rows: what sparse methods, evictions and head studies ask for.
 
-w_ps = exp(scale · q_p·k_s - L_p) · visible_ps,  L_p = log Σ_s exp(scale · q_p·k_s) · visible_ps
+w_ps = exp(x_ps - L_p) · visible_ps,  x_ps = scale · q_p·k_s + key_bias_s,  L_p = log Σ_s exp(x_ps) · visible_ps
 
 and from it sums over columns, diagonals and blocks, and each row's largest weight. Two passes over the keys, L first;
 memory O(P·H + H·S), for blocks O(P·H·S / block).
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.flash import options
 from pallas_kernels.probe.gpu import probe_gpu
 from pallas_kernels.probe.gpu import unfit as unfit_gpu
 from pallas_kernels.probe.reference import probe_reference
@@ -36,6 +37,7 @@ def probe(
     scale: float,
     want: Iterable[str] = ("columns",),
     block: int = 64,
+    key_bias: Float[Array, "..."] | None = None,
     backend: str = "auto",
 ) -> Stats:
     """Statistics of softmax rows; see `Stats` for each. Not differentiable: gradients through it are zero.
@@ -52,16 +54,21 @@ def probe(
       scale: multiplies q·k.
       want: which of `NAMES`; "top" gives index and weight.
       block: keys of a block, of "blocks" and "block_max".
+      key_bias: [1 or B, 1 or K or H, S], added to the scaled scores of every query that sees the key, as `flash` does.
+        -inf (and all below -1e29) hides a key: it is in no normaliser and has weight 0.
       backend: "auto", "xla", "tpu", "gpu", "reference"; a named backend never falls back.
 
     Raises:
-      ConfigError: an unknown statistic, or block < 1.
+      ConfigError: an unknown statistic, block < 1, or key_bias of another shape.
       NotImplementedError: a backend this op does not have, or that cannot serve this call.
     """
     names = wanted(want)
     if block < 1:
         raise ConfigError(f"block is {block} but must be at least 1 key.")
-    q, k = jax.lax.stop_gradient((q, k))
-    reasons = {"tpu": unfit(q, k, names, block), "gpu": unfit_gpu(q, k, names, block)}
+    options.check(q, k, scale, key_bias)
+    q, k, key_bias = jax.lax.stop_gradient((q, k, key_bias))
+    if backend != "reference":
+        key_bias = options.dense(key_bias, len(q))
+    reasons = {"tpu": unfit(q, k, names, block, key_bias), "gpu": unfit_gpu(q, k, names, block, key_bias)}
     run = resolve("probe", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
-    return run(q, k, vis, scale=scale, want=names, block=block)
+    return run(q, k, vis, scale=scale, want=names, block=block, key_bias=key_bias)

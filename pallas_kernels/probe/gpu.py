@@ -28,8 +28,10 @@ from pallas_kernels.probe.xla import row_stats, widened
 BLOCKS = (8, 16, 32, 64)  # and multiples of 128
 
 
-def unfit(q: Array, k: Array, want: frozenset[str], block: int) -> str | None:
+def unfit(q: Array, k: Array, want: frozenset[str], block: int, key_bias: Array | None = None) -> str | None:
     """Why this backend cannot serve a call, or None."""
+    if key_bias is not None:
+        return "backend 'gpu' has no key_bias: use 'xla'."
     if reason := mg.missing() or mg.inexact(q=q, k=k):
         return reason
     if q.shape[3] > WIDTHS[-1]:
@@ -50,13 +52,14 @@ def probe_gpu(
     scale: float,
     want: frozenset[str],
     block: int,
+    key_bias: Float[Array, "B n S"] | None = None,
 ) -> Stats:
     """See `pallas_kernels.probe.probe`.
 
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, want, block):
+    if reason := unfit(q, k, want, block, key_bias):
         raise NotImplementedError(f"probe: {reason}")
     interpret = mg.mode(interpret_for("probe", "gpu"))
     batch, count, heads, _ = q.shape

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.masks import GLOBAL, Visibility, visible
 from pallas_kernels.flash.reference import NEVER, dense_scores, dense_weights
+from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.flash.score import Score
 from pallas_kernels.probe.stats import Stats
 
@@ -20,13 +21,16 @@ def probe_reference(
     scale: float,
     want: frozenset[str],
     block: int,
+    key_bias: Float[Array, "b n S"] | None = None,
 ) -> Stats:
     """See `pallas_kernels.probe.probe`."""
     keys = k.shape[1]
-    see = visible(vis)
-    s = jnp.where(see[:, None], dense_scores(q, k, vis, scale=scale), NEVER)  # [B, H, P, S]
-    some = jnp.broadcast_to(jnp.any(see, axis=-1)[:, None], s.shape[:3])
-    w = dense_weights(s, see, Score())
+    s = dense_scores(q, k, vis, scale=scale, key_bias=key_bias)  # [B, H, P, S]
+    see = visible(vis)[:, None] & ~(s <= FLOOR)  # what the bias hides, maybe of one head only, is not seen
+    s = jnp.where(see, s, NEVER)
+    some = jnp.any(see, axis=-1)
+    fold = lambda x: x.reshape(-1, *x.shape[2:])  # a mask per head: heads as further rows of the batch
+    w = dense_weights(fold(s)[:, None], fold(see), Score()).reshape(s.shape)
     cut = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (0, -keys % block))).reshape(*w.shape[:3], -1, block)
     per_row = lambda x: jnp.swapaxes(x, 1, 2)
     every = {

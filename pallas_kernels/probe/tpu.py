@@ -34,8 +34,10 @@ MOST = 2048
 DIAGONALS = 2**20  # keys whose diagonals fit on chip
 
 
-def unfit(q: Array, k: Array, want: frozenset[str], block: int) -> str | None:
+def unfit(q: Array, k: Array, want: frozenset[str], block: int, key_bias: Array | None = None) -> str | None:
     """Why this backend cannot serve a call, or None."""
+    if key_bias is not None:
+        return "backend 'tpu' has no key_bias: use 'xla'."
     for name, x in (("q", q), ("k", k)):
         if x.dtype not in DTYPES:
             return f"backend 'tpu' computes float32 and bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
@@ -64,13 +66,14 @@ def probe_tpu(
     scale: float,
     want: frozenset[str],
     block: int,
+    key_bias: Float[Array, "B n S"] | None = None,
 ) -> Stats:
     """See `pallas_kernels.probe.probe`.
 
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, want, block):
+    if reason := unfit(q, k, want, block, key_bias):
         raise NotImplementedError(f"probe: {reason}")
     interpret = interpret_for("probe", "tpu")
     batch, count, heads, _ = q.shape

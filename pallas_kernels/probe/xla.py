@@ -27,6 +27,7 @@ def probe_xla(
     scale: float,
     want: frozenset[str],
     block: int,
+    key_bias: Float[Array, "B n S"] | None = None,
 ) -> Stats:
     """See `pallas_kernels.probe.probe`. The largest temporary is [B, H, P, chunk]."""
     batch, count, heads, dim = q.shape
@@ -39,6 +40,8 @@ def probe_xla(
     rows = jnp.moveaxis(q.reshape(batch, count, kv_heads, -1, dim), 1, 3)  # [B, K, G, P, D]
     k = jnp.pad(jnp.swapaxes(k, 1, 2), ((0, 0), (0, 0), (0, pad), (0, 0)))
     dtype = jnp.promote_types(q.dtype, k.dtype)
+    if key_bias is not None:
+        key_bias = jnp.pad(per_group(key_bias, kv_heads), ((0, 0), (0, 0), (0, 0), (0, pad)))
 
     def scores(i: Array) -> tuple[Array, Visibility]:
         """[B, H, P, chunk] and the chunk's rules."""
@@ -46,6 +49,8 @@ def probe_xla(
         s = scale * jnp.einsum(
             "bkgpd,bksd->bkgps", rows.astype(dtype), part.astype(dtype), preferred_element_type=jnp.float32
         )
+        if key_bias is not None:
+            s = s + jax.lax.dynamic_slice_in_dim(key_bias, i * size, size, axis=3)[..., None, :]
         return jnp.where(visible(rules)[:, None], s.reshape(batch, heads, count, size), NEVER), rules
 
     def first(carry, i):
@@ -108,6 +113,12 @@ def widened(vis: Visibility, batch: int, count: int, keys: int) -> Visibility:
         k_positions=wide(vis.k_positions, keys),
         k_segments=wide(vis.k_segments, keys),
     )
+
+
+def per_group(key_bias: Float[Array, "B n S"], kv_heads: int) -> Float[Array, "B k g S"]:
+    """Key biases by key head and query head of it: k is 1 or K, g is 1 or H // K."""
+    batch, count, keys = key_bias.shape
+    return key_bias.reshape(batch, *((1, 1) if count == 1 else (kv_heads, count // kv_heads)), keys)
 
 
 def row_stats(lse: Array, weight: Array, index: Array, want: frozenset[str]) -> Stats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from pallas_kernels.block_sparse import block_lists, block_sparse, density
 from pallas_kernels.block_sparse.lists import in_blocks, usable
 from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER, flash_reference
-from tests.conformance.cases import close, inputs, packed
+from pallas_kernels.shapes import ODD
+from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels.odd import in_both_dtypes
 
 SOFTMAX = Score()
@@ -47,15 +49,27 @@ def share_listed(blocks, vis, block_q, block_k):
 
 
 def both(backend, arrays, vis, score=SOFTMAX, **options):
-    """Output, statistic and all gradients of a loss that weighs every entry of both differently."""
+    """Output, statistic and all gradients of a loss that weighs every entry of both differently.
 
-    def loss(*arrays):
-        o, stat = block_sparse(*arrays, vis, score, scale=0.3, stats=True, backend=backend, **options)
+    Args:
+      arrays: q, k, v and maybe a key bias.
+    """
+
+    def loss(q, k, v, key_bias=None):
+        bias = {} if key_bias is None else {"key_bias": key_bias}
+        o, stat = block_sparse(q, k, v, vis, score, scale=0.3, stats=True, backend=backend, **bias, **options)
         weighed = lambda x: jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
         seen = jnp.where(stat > NEVER, stat, 0.0)
         return weighed(jnp.sin(o.astype(jnp.float32))) + 0.1 * weighed(jnp.sin(seen)), (o, stat)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
+
+
+def draw_bias(batch, heads, keys, seed=5):
+    """A key bias for `heads` heads; every seventh key of the first one is hidden, each its own way."""
+    bias = np.array(normal(seed, (batch, heads, keys)))
+    bias[:, 0, 2::7] = NEVER
+    return jnp.asarray(bias)
 
 
 def check(backend, arrays, vis, score=SOFTMAX, rtol=2e-5, **options):
@@ -80,6 +94,10 @@ def test_every_member_on_packed_documents(score):
     vis = self_visibility(2, 91, positions=positions, segment_ids=segments)
     blocks = draw_lists(2, 2, 91, 91, 16, 12, width=6)
     arrays = inputs(91, heads=4, kv_heads=2, dim=5, value_dim=12)
+    if score.activation == "exp":
+        arrays = *arrays, draw_bias(2, 4, 91)
+    else:
+        arrays = *arrays, jnp.asarray(normal(5, (1, 2, 91)))
     o, _ = check("xla", arrays, vis, score, rtol=1e-4, blocks=blocks, block_q=16, block_k=12)
     assert not o[:, 80:].any(), "padding rows give zeros"
 
@@ -97,12 +115,23 @@ def test_odd_lengths_and_head_dims(shape, dtype):
     )
     blocks = draw_lists(shape.batch, shape.kv_heads, shape.length, shape.length, 64, 48)
     vis = self_visibility(shape.batch, shape.length)
-    check("xla", arrays, vis, rtol=2e-5 if dtype == jnp.float32 else 2e-2, blocks=blocks, block_q=64, block_k=48)
+    heads = (shape.heads, 1, shape.kv_heads)[ODD.index(shape) % 3]
+    check(
+        "xla",
+        (*arrays, draw_bias(1, heads, shape.length)),
+        vis,
+        rtol=2e-5 if dtype == jnp.float32 else 2e-2,
+        blocks=blocks,
+        block_q=64,
+        block_k=48,
+    )
 
 
-@pytest.mark.parametrize("lists", [1, 3, 6])
-def test_lists_for_all_heads_per_key_head_and_per_query_head(lists):
+@pytest.mark.parametrize(("lists", "biases"), [(1, 0), (1, 6), (3, 6), (3, 3), (6, 1), (6, 3), (6, 6)])
+def test_lists_and_biases_for_all_heads_per_key_head_and_per_query_head(lists, biases):
     arrays = inputs(70, heads=6, kv_heads=3, dim=8, value_dim=8)
+    if biases:
+        arrays = *arrays, draw_bias(2, biases, 70)
     blocks = draw_lists(2, lists, 70, 70, 16, 8)
     check("xla", arrays, self_visibility(2, 70, window=40), blocks=blocks, block_q=16, block_k=8)
 
@@ -153,6 +182,38 @@ def test_a_query_without_listed_keys_gives_zeros_and_no_gradient():
     dq = both("xla", (q, k, v), self_visibility(1, 40), **args)[1][0]
     assert not np.any(dq[:, :10])
     assert np.any(dq[:, 10:20])
+
+
+def without_hidden_keys(q, k, v, hidden, scale, shift=0.0):
+    """Causal softmax attention of every head without its hidden keys, and log Z, by NumPy in f64; NaN sees nothing."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group, length = q.shape[2] // k.shape[2], q.shape[1]
+    o, log_z = np.full((*q.shape[:3], v.shape[3]), np.nan), np.full(q.shape[:3], np.nan)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        left = np.flatnonzero(~hidden[h // group] & (np.arange(length) <= t))
+        if len(left):
+            w = np.exp(scale * k[b, left, h // group] @ q[b, t, h] + shift)
+            o[b, t, h], log_z[b, t, h] = w @ v[b, left, h // group] / w.sum(), np.log(w.sum())
+    return o, log_z
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_hidden_keys_are_as_if_they_were_not_there(backend):
+    """Of each key head others; a query of which every listed key is hidden gives zeros."""
+    q, k, v = inputs(40, batch=1, heads=4, kv_heads=2, dim=8, value_dim=8)
+    hidden = np.zeros((2, 40), bool)
+    hidden[0, 3::2], hidden[1, 1::3], hidden[1, 0] = True, True, True
+    sizes = dict(blocks=jnp.zeros((1, 1, 1, 1), jnp.int32), block_q=40, block_k=40, scale=0.3)
+    run = jax.jit(
+        lambda bias: block_sparse(q, k, v, self_visibility(1, 40), **sizes, key_bias=bias, backend=backend, stats=True)
+    )
+    expected, log_z = without_hidden_keys(q, k, v, hidden, 0.3, shift=0.7)
+    for nothing in (-np.inf, NEVER):
+        o, stat = run(jnp.where(hidden, nothing, 0.7)[None])
+        close(o, np.nan_to_num(expected))
+        close(stat, np.where(np.isnan(log_z), NEVER, log_z))
+        assert np.isnan(log_z[:, :2, 2:]).all(), "keys 0 and 1 are hidden"
+        close(jnp.where(stat > NEVER, stat, 0), np.nan_to_num(log_z))
 
 
 @pytest.mark.parametrize("score", [SOFTMAX, Score("sigmoid", "none"), Score("exp", "p_norm", p=2.0)], ids=ids)
@@ -276,3 +337,13 @@ def test_lists_that_do_not_fit_are_refused(shape, sizes, message):
     sizes = dict(block_q=16, block_k=8) | sizes
     with pytest.raises(ConfigError, match=message):
         block_sparse(q, k, v, self_visibility(2, 20), blocks=jnp.zeros(shape, jnp.int32), scale=1.0, **sizes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "xla", "tpu", "gpu"])
+@pytest.mark.parametrize("shape", [(2, 3, 20), (3, 1, 20), (2, 1, 21), (20,)], ids=str)
+def test_a_key_bias_that_does_not_fit_is_refused(shape, backend):
+    q, k, v = inputs(20, heads=4, kv_heads=2)
+    sizes = dict(blocks=jnp.zeros((2, 1, 1, 1), jnp.int32), block_q=32, block_k=8, scale=1.0)
+    message = rf"key_bias has shape {re.escape(str(shape))} but must be \[batch, heads, keys\] with batch 1 or 2"
+    with pytest.raises(ConfigError, match=message):
+        block_sparse(q, k, v, self_visibility(2, 20), **sizes, key_bias=jnp.zeros(shape), backend=backend)
