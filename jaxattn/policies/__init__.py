@@ -24,6 +24,7 @@ __all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "
 
 _PLACES = {
     "dense": "dense",
+    "streaming": "streaming_llm",
 }
 
 
