@@ -209,6 +209,18 @@ def _of_length(freq: Array, length: Array, scaling: RopeScaling) -> Array:
     return freq * stretch ** (-jnp.arange(half, dtype=jnp.float32) / (half - 1))  # base · stretch^(R/(R-1))
 
 
+def _angles(positions: Array, freq: np.ndarray) -> Array:
+    """positions · freq modulo whole turns, from -π to π in f32: in whole numbers of 2^-64 turns, which wrap by themselves."""
+    steps = [int(turn * 2.0**64) for turn in (freq / (2 * math.pi)) % 1.0]
+    high, low = (jnp.asarray([n >> shift & 0xFFFFFFFF for n in steps], jnp.uint32) for shift in (32, 0))
+    at = jnp.asarray(positions).astype(jnp.uint32)
+    half = lambda x: (x >> 16, x & 0xFFFF)
+    (a, b), (c, d) = half(at), half(low)
+    carry = a * d + (b * d >> 16)
+    turns = at * high + a * c + (carry >> 16) + (b * c + (carry & 0xFFFF) >> 16)  # the upper half of 64 bits
+    return jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32) * (2 * math.pi / 2**32)
+
+
 def rotate(
     x: Float[Array, "B T H D"], tables: tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
 ) -> Float[Array, "B T H D"]:
@@ -240,6 +252,18 @@ class Rope:
     ) -> tuple[Array, Array]:
         """cos and sin, see `rotary_tables`."""
         return rotary_tables(positions, head_dim, self.base, self.fraction, self.scaling, live)
+
+    def exact_tables(self, positions: Int[Array, "B T"], head_dim: int) -> tuple[Array, Array]:
+        """`tables` within 1e-6 at every position of an int32, where products of floats lose the fast pairs' angles.
+
+        Raises:
+          ConfigError: angles that depend on how long a sequence is.
+        """
+        if self.scaling.by_length:
+            raise ConfigError(f"rope_scaling.kind {self.scaling.kind} has angles of a length, not of a position alone.")
+        angle = _angles(positions[:, :, None, None], frequencies(head_dim, self.base, self.fraction, self.scaling))
+        amplitude = self.scaling.amplitude
+        return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
 
     def __call__(self, x: Float[Array, "B T H D"], positions: Int[Array, "B T"]) -> Float[Array, "B T H D"]:
         return rotate(x, self.tables(positions, x.shape[-1]))

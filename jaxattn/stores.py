@@ -121,3 +121,92 @@ def cache_visibility(
         causal=True,
         window=window,
     )
+
+
+@struct.dataclass
+class Ring:
+    """Keys and values in slots that are written again and again; slots of segment 0 are empty. Layout as `KVCache`.
+
+    Which token goes where is the caller's: a ring counts nothing, so it serves a row's newest tokens and its first.
+    """
+
+    head_keys: Leaf  # [B, K, S, D]
+    head_values: Leaf  # [B, K, S, V]
+    positions: Leaf  # [B, S]
+    segments: Leaf  # [B, S]
+    dtype: str = struct.field(pytree_node=False)  # of keys and values
+
+    @property
+    def slots(self) -> int:
+        return self.head_keys.shape[2]
+
+    @property
+    def keys(self) -> Array:
+        """[B, S, K, D]"""
+        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
+
+    @property
+    def values(self) -> Array:
+        """[B, S, K, V]"""
+        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
+
+
+def empty_ring(*, batch: int, slots: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> Ring:
+    """A ring of `slots` slots a row, all empty."""
+    zeros = lambda dim: _bits(jnp.zeros((batch, kv_heads, slots, dim), dtype))
+    nothing = jnp.zeros((batch, slots), jnp.int32)
+    return Ring(zeros(key_dim), zeros(value_dim), nothing, jnp.full_like(nothing, PADDING), str(jnp.dtype(dtype)))
+
+
+def overwrite(
+    ring: Ring,
+    slot: Int[Array, "B"],
+    k: Array,
+    v: Array,
+    positions: Int[Array, "B 1"],
+    segment_ids: Int[Array, "B 1"],
+    keep: Bool[Array, "B"] | None = None,
+) -> Ring:
+    """One token a row (k [B,1,K,D], v [B,1,K,V]) into its `slot`, in place; rows that `keep` what they have do."""
+
+    def put(old: Array, new: Array, axis: int = 1) -> Array:
+        if keep is not None:
+            cut = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, 1, axis - 1)
+            held = keep.reshape(-1, *[1] * (new.ndim - 1))
+            new = jnp.where(held, jax.vmap(cut)(old, slot), new.astype(old.dtype))
+        return _put(old, new, slot, axis)
+
+    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(ring.dtype))
+    return Ring(
+        head_keys=put(ring.head_keys, heads_first(k), axis=2),
+        head_values=put(ring.head_values, heads_first(v), axis=2),
+        positions=put(ring.positions, positions),
+        segments=put(ring.segments, segment_ids),
+        dtype=ring.dtype,
+    )
+
+
+def refill(
+    ring: Ring,
+    source: Int[Array, "B S"],
+    k: Array,
+    v: Array,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> Ring:
+    """Into every slot the token of k [B,T,K,D], v [B,T,K,V] that `source` names; negative leaves the slot as it is."""
+
+    def put(old: Array, new: Array, axis: int = 1) -> Array:
+        shape = [1] * old.ndim
+        shape[0], shape[axis] = source.shape
+        at = source.reshape(shape)
+        return jnp.where(at < 0, old, jnp.take_along_axis(new, jnp.maximum(at, 0), axis).astype(old.dtype))
+
+    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(ring.dtype))
+    return Ring(
+        head_keys=put(ring.head_keys, heads_first(k), axis=2),
+        head_values=put(ring.head_values, heads_first(v), axis=2),
+        positions=put(ring.positions, positions),
+        segments=put(ring.segments, segment_ids),
+        dtype=ring.dtype,
+    )

@@ -157,6 +157,7 @@ class Mechanism:
     slots: what the constant slots in front are, "learned" or "constant"; "" without any.
     core(*, spec, params, bias, key_dim, backend) -> `Core`; None: the mechanism has a state of its own.
     inseparable: why its keys cannot be hidden nor be attended in parts, in words; "" where they can.
+    maps: whether `core` has feature maps that do not commute with a rotation of queries and keys.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Mechanism:
     shows: Callable[[Any], str] = lambda spec: ""
     slots: Literal["", "learned", "constant"] = ""
     inseparable: str = ""
+    maps: bool = False
 
     def rebuild(
         self, rows: RowWeights, v: Array, live: Array, *, spec: Any, params: dict[str, Any] | None

@@ -200,6 +200,7 @@ def score_family(
         columns=columns,
         offset=output_term,
         slots="learned" if slots else "",
+        maps=feature_map is not None,
     )
     return mechanism
 

@@ -187,6 +187,9 @@ class ModelConfig:
             front=self.prefix_tokens,
             inserts=any(c.mechanism.block(c.spec) > 0 for c in map(resolve_mixer, self.mixers) if c.mechanism),
             scanned=self.scan_layers,
+            position=self.position,
+            trained=self.trained_positions,
+            maps=choice.mechanism.maps,
         )
 
     @property
@@ -195,11 +198,15 @@ class ModelConfig:
         return Rope(self.rope_base, self.rope_fraction, self.rope_scaling) if self.position == "rope" else None
 
     @property
+    def trained_positions(self) -> int:
+        """Positions that the model knows by itself; 0 where nothing says."""
+        known = self.max_positions
+        return self.rope_scaling.reach(known) if self.position == "rope" and known else known
+
+    @property
     def position_limit(self) -> int:
         """Tokens that prompt and answer may have together; 0 where nothing says."""
-        known = self.max_positions
-        if self.position == "rope" and known:
-            known = self.rope_scaling.reach(known)
+        known = self.trained_positions
         return self.keeping.policy.reach(self.keeping.spec, known) if self.position != "learned" else known
 
     @property

@@ -1,48 +1,39 @@
 """Inference policies: how a trained model's keys and values are kept and read. One paper, one file; see `_protocol`.
 
-names()         every registered name
-get(name)       the `Policy`
-resolve(text)   "zero_tuning(gamma=2), streaming(sinks=4)" -> its `Plan`
+names()            every registered name
+get(name)          the `Policy`
+register(policy)   one of your own, kept outside the library
+resolve(text)      "zero_tuning(gamma=2), streaming(sinks=4)" -> its `Plan`
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxattn.calls import parse_call
-from jaxattn.errors import ConfigError, shown, suggest
-from jaxattn.mechanisms import parse_mixers
+from jaxattn.errors import ConfigError, shown
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.policies._protocol import Policy, Site
+from jaxattn.registry import Registry, parse_list
 
-__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "resolve", "text_of"]
+__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "register", "resolve", "text_of", "unregister"]
 
-_PLACES = {
-    "dense": "dense",
-    "zero_tuning": "zero_tuning",
-}
-
-
-def names() -> list[str]:
-    """Every registered policy, sorted."""
-    return sorted(_PLACES)
-
-
-def get(name: str) -> Policy:
-    """The policy called `name`.
-
-    Raises:
-      ConfigError: no such policy; the sentence lists near names.
-    """
-    if name not in _PLACES:
-        raise ConfigError(suggest("policy", name, names()))
-    return importlib.import_module(f"jaxattn.policies.{_PLACES[name]}").POLICY
+POLICIES: Registry[Policy] = Registry(
+    kind="policy",
+    package="jaxattn.policies",
+    record=Policy,
+    attribute="POLICY",
+    places={
+        "dense": "dense",
+        "streaming": "streaming_llm",
+        "zero_tuning": "zero_tuning",
+    },
+)
+names, get, register, unregister = POLICIES.names, POLICIES.get, POLICIES.register, POLICIES.unregister
 
 
 class Plan(NamedTuple):
@@ -82,11 +73,7 @@ def resolve(text: str) -> Plan:
     Raises:
       ConfigError: an unknown name or option, an impossible value, or more than one policy that keeps.
     """
-    parts = []
-    for entry in parse_mixers(text) if text.strip() else ():
-        name, options = parse_call("policy", entry)
-        policy = get(name)
-        parts.append((policy, policy.spec(**options)))
+    parts = [POLICIES.resolve(entry) for entry in parse_list("policy", text)] if text.strip() else []
     keeping = [part for part in parts if part[0].step is not None]
     if len(keeping) > 1 or (keeping and parts[-1] != keeping[0]):
         raise ConfigError(

@@ -27,6 +27,8 @@ class Site:
     inseparable: why the mechanism's keys cannot be hidden or attended in parts; "" where they can.
     front: learned tokens in front of the stream. inserts: whether the model inserts tokens of its own.
     scanned: whether one program serves all layers, which then do not know their number.
+    position: the model's position encoding. trained: positions the model knows, 0 where nobody says.
+    maps: whether queries and keys pass a feature map behind their rotation, so that kept keys cannot be turned.
     """
 
     mechanism: str
@@ -44,6 +46,9 @@ class Site:
     front: int = 0
     inserts: bool = False
     scanned: bool = False
+    position: str = "nope"
+    trained: int = 0
+    maps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
