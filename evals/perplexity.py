@@ -161,9 +161,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, help="tokens per window (default: what was trained, at most 1024)")
     parser.add_argument("--stride", type=int, help="tokens from window to window (default: the context)")
     parser.add_argument("--token-by-token", action="store_true", help="through the decode state, as an answer")
-    parser.add_argument(
-        "--prefill", type=int, metavar="N", help="the first N tokens of a window as a prompt, the rest so"
-    )
+    parser.add_argument("--prefill", type=int, metavar="N", help="so, but the first N tokens of a window as a prompt")
     parser.add_argument("--max-tokens", type=int, help="only the beginning of the text")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")

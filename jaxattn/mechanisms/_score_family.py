@@ -156,9 +156,7 @@ def score_family(
             joined: list[Any] = list(parts)
             if slots is not None:
                 wide = lambda slot: jnp.broadcast_to(slot, (q.shape[0], *slot.shape)).astype(q.dtype)
-                k, v = (
-                    wide(make(spec, params, d)) for make, d in zip(slots, (key_dim, parts[0][0].shape[-1]), strict=True)
-                )
+                k, v = wide(slots[0](spec, params, key_dim)), wide(slots[1](spec, params, parts[0][0].shape[-1]))
                 heads = max(k.shape[2], v.shape[2])  # a slot that all heads share has one
                 k, v = (jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3])) for x in (k, v))
                 joined.append(attend(q, k, v, vis.columns(0, 0).prepend_global(k.shape[1])))

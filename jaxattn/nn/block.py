@@ -17,7 +17,10 @@ from jaxattn.nn.stream import Edit, Stream, edits_of
 
 
 class Block(nn.Module):
-    """x -> x after mixer and MLP, what travels on beside it, and the decode state; sows `attn_out`, `mlp_out` and `block_out` [B,T,E] into ``capture``."""
+    """x, what travels beside it and the decode state -> the same after mixer and MLP.
+
+    Sows `attn_out`, `mlp_out` and `block_out` [B,T,E] into ``capture``.
+    """
 
     cfg: ModelConfig
     layer: int

@@ -20,7 +20,20 @@ from jaxattn.mechanisms._protocol import Core
 from jaxattn.policies._protocol import Policy, Site
 from jaxattn.registry import Registry, parse_list
 
-__all__ = ["Cost", "Plan", "Policy", "Site", "cost", "get", "names", "refuse", "register", "resolve", "text_of", "unregister"]
+__all__ = [
+    "Cost",
+    "Plan",
+    "Policy",
+    "Site",
+    "cost",
+    "get",
+    "names",
+    "refuse",
+    "register",
+    "resolve",
+    "text_of",
+    "unregister",
+]
 
 POLICIES: Registry[Policy] = Registry(
     kind="policy",
@@ -33,7 +46,19 @@ POLICIES: Registry[Policy] = Registry(
         "zero_tuning": "zero_tuning",
     },
 )
-names, get, register, unregister = POLICIES.names, POLICIES.get, POLICIES.register, POLICIES.unregister
+names, get = POLICIES.names, POLICIES.get
+
+
+def register(policy: Policy, *, replace: bool = False) -> Policy:
+    """Make a policy of your own known by its name, to `get`, `--policy` and the tests; see `Registry.register`."""
+    resolve.cache_clear()
+    return POLICIES.register(policy, replace=replace)
+
+
+def unregister(name: str) -> None:
+    """Forget what `register` added under this name."""
+    resolve.cache_clear()
+    POLICIES.unregister(name)
 
 
 class Plan(NamedTuple):
@@ -51,7 +76,7 @@ class Plan(NamedTuple):
     @property
     def depth(self) -> bool:
         """Whether layers differ in what they do."""
-        return any(policy.depth or policy.tables for policy, _ in (*self.wraps, (self.policy, self.spec)))
+        return any(policy.depth(spec) for policy, spec in (*self.wraps, (self.policy, self.spec)))
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -112,7 +137,7 @@ def _unfit(policy: Policy, spec: Any, site: Site) -> str:
         return "the model puts learned tokens in front of the stream; use policy dense."
     if site.inserts and policy.name != "dense":
         return "the model inserts landmark tokens; use policy dense."
-    if site.scanned and (policy.depth or policy.tables):
+    if site.scanned and (policy.depth(spec) or policy.tables):
         return "its layers differ, which model.scan_layers=True does not allow; set it False (`unstack_layers`)."
     return policy.unfit(spec, site)
 

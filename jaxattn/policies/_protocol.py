@@ -4,10 +4,10 @@
     step(state, q, k, v, here, *, spec, site, core)       -> (o, state, carry)
     wrap(core, *, spec, site, heads)                      -> core      score-space methods, which go with any policy
 
-`step` appends T new tokens, chooses, and attends, for prompts and answers alike; `here` is the `jaxattn.nn.stream.Stream`
-of these tokens: positions, segments, `phase` ("prompt" or "answer"), `carry` (what layers below left) and `heads` (this
-layer's rows of the head tables). q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], o [B,T,H,V]; `core` attends
-(`jaxattn.mechanisms.Core`). A policy without `step` only wraps.
+`step` appends T new tokens, chooses, and attends, for prompts and answers alike; `here` is the stream of these tokens
+(`jaxattn.nn.stream`): positions, segments, `phase` ("prompt" or "answer"), `carry` (what layers below left) and `heads`
+(this layer's rows of the head tables). q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], o [B,T,H,V]; `core` attends
+(`jaxattn.mechanisms._protocol.Core`). A policy without `step` only wraps.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One paper's way to keep and read keys. `variants`: settings that tests run, the first with a budget of few tokens.
+    """One paper's way to keep and read keys. `variants`: settings for tests, the first with a budget of few tokens.
 
     keeps, reads: in words, for tables.
     rotates: q and k come as projected, and the policy turns them by `site.rope`; else they come rotated.
     separates: it hides keys or attends to them in parts.
     windows, biased, front: it works in layers with a sliding window, with a position bias, behind learned tokens.
-    depth: layers differ, or tell each other something (`carry`).
+    depth(spec): layers differ, or tell each other something (`carry`).
     one_piece(spec): a prompt has to be read in one call.
     reach(spec, trained): most positions of a text for a model that knows `trained` of them (0: unlimited, in both).
     read(spec, site, length): keys that a key head reads for a new token behind `length` others, on average.
@@ -84,7 +84,7 @@ class Policy:
     windows: bool = False
     biased: bool = False
     front: bool = False
-    depth: bool = False
+    depth: Callable[[Any], bool] = lambda spec: False
     bounded: bool = False
     one_piece: Callable[[Any], bool] = lambda spec: False
     reach: Callable[[Any, int], int] = lambda spec, trained: trained

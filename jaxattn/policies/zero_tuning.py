@@ -98,6 +98,7 @@ POLICY = Policy(
     wrap=wrap,
     windows=True,
     biased=True,
+    depth=lambda spec: spec.first > 0 or spec.last != -1,
     tables=(TABLE,),
     unfit=unfit,
     unlimited=lambda spec, length: dataclasses.replace(spec, gamma=1.0),

@@ -47,8 +47,8 @@ def test_a_full_cache_is_refused_outside_jit_and_poisoned_inside(case):
     questions.a_full_cache_is_poisoned_inside_jit(case)
     q, k, v = inputs(6, value_dim=8)
     ones, positions = jnp.ones((2, 6), jnp.int32), default_positions(2, 6)
+    state, params = questions.new_state(case, q, k, v, 5), case.params_for(q, k, v)
     with pytest.raises(ConfigError, match="capacity 5"):
-        state, params = questions.new_state(case, q, k, v, 5), case.params_for(q, k, v)
         decoding.step(case.mechanism, case.spec, state, q, k, v, positions, ones, params=params)
 
 

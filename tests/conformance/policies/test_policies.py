@@ -53,9 +53,8 @@ def test_padding_on_the_left_changes_nothing(case):
     """The padded row is a prompt of fewer tokens, so its answer begins earlier in the text: asked of one as short."""
     padded = answers(case.config())[1, LEFT:]
     tokens, positions, segments = texts()
-    alone, _ = decode(
-        case.config(), tuple(x[:1, : LENGTH - LEFT] for x in (tokens, positions, segments)), (PROMPT - LEFT,)
-    )
+    shorter = tuple(x[:1, : LENGTH - LEFT] for x in (tokens, positions, segments))
+    alone, _ = decode(case.config(), shorter, (PROMPT - LEFT,))
     close(padded, alone[0])
 
 
