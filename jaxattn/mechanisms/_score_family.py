@@ -7,6 +7,7 @@ optionally a feature map on q and k, constant slots in front of the keys, and an
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,11 +146,9 @@ def score_family(
             folded: bool = False,
             stats: bool = True,
         ) -> tuple[Array, Array | None]:
-            how = {"scale": scale, "key_bias": key_bias, "backend": backend, "stats": stats}
-            if blocks is not None:
-                out = block_sparse(q, k, v, vis, part, **how, **blocks)
-            else:
-                out = flash(q, k, v, vis, part, bias=bias, **how)
+            how: dict[str, Any] = {"scale": scale, "key_bias": key_bias, "backend": backend}
+            run = functools.partial(flash, bias=bias) if blocks is None else functools.partial(block_sparse, **blocks)
+            out: Any = run(q, k, v, vis, part, stats=stats, **how)
             return out if stats else (out, None)
 
         def join(parts: Sequence[tuple[Array, Array | None]], q: Array, vis: Visibility) -> Array:

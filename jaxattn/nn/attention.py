@@ -118,12 +118,14 @@ class Attention(nn.Module):
             heads = self._heads(plan)
             core = self._core(plan, params, call["bias"], heads)
             here = dataclasses.replace(stream, heads=heads)
-            site, keep = cfg.site(self.layer), plan.policy
-            o, inner, carry = keep.step(inner, q, k, v, here, spec=plan.spec, site=site, core=core)
+            site, keep = cfg.site(self.layer), plan.policy.step
+            assert keep is not None, "a plan has a policy that keeps"
+            o, inner, carry = keep(inner, q, k, v, here, spec=plan.spec, site=site, core=core)
             stream = dataclasses.replace(stream, carry=carry)
             state = inner if tails is None else ConvolvedState(inner, tails)
         else:
             window, places = choice.window, (stream.positions, stream.segments)
+            assert mechanism.step is not None, "without a core a mechanism has a state of its own"
             o, inner = mechanism.step(inner, q, k, v, *places, window=window, backend=cfg.backend, **call, **extra)
             state = inner if tails is None else ConvolvedState(inner, tails)
         if around is not None and around.finish is not None:
@@ -137,9 +139,8 @@ class Attention(nn.Module):
     def _core(self, plan: Plan, params: Any, bias: PositionBias | None, heads: dict[str, Array]) -> Core:
         """The mechanism over keys that the plan keeps, behind its score-space methods."""
         choice, dims = self.cfg.mixer(self.layer), self._dims()
-        core = choice.mechanism.core(
-            spec=choice.spec, params=params, bias=bias, key_dim=dims["key_dim"], backend=self.cfg.backend
-        )
+        make: Any = choice.mechanism and choice.mechanism.core
+        core = make(spec=choice.spec, params=params, bias=bias, key_dim=dims["key_dim"], backend=self.cfg.backend)
         return plan.wrapped(core, self.cfg.site(self.layer), heads)
 
     def _heads(self, plan: Plan | None) -> dict[str, Array]:
@@ -226,8 +227,10 @@ def layer_state(cfg: ModelConfig, layer: int, batch: int, capacity: int) -> Any:
     mechanism, dims, dtype = choice.mechanism, layer_dims(cfg, layer), jnp.dtype(cfg.dtype)
     if mechanism.core is not None:
         plan = cfg.keeping
+        assert plan.policy.init is not None, "a plan has a policy that keeps"
         state = plan.policy.init(plan.spec, cfg.site(layer), batch=batch, capacity=capacity)
     else:
+        assert mechanism.init_state is not None, "without a core a mechanism has a state of its own"
         extra = {"depth": (None if cfg.scan_layers else layer, cfg.num_layers)} if mechanism.capabilities.depth else {}
         state = mechanism.init_state(choice.spec, batch=batch, capacity=capacity, dtype=dtype, **dims, **extra)
     width = mechanism.surround.conv(choice.spec) if mechanism.surround else 0

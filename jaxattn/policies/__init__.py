@@ -13,6 +13,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.errors import ConfigError, shown
@@ -156,6 +157,6 @@ def cost(plan: Plan, site: Site, *, length: int, capacity: int) -> Cost:
     assert policy.init is not None
     state = jax.eval_shape(lambda: policy.init(spec, site, batch=1, capacity=capacity))
     held = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    token = site.kv_heads * (site.key_dim + site.value_dim) * jax.numpy.dtype(site.dtype).itemsize
+    token = site.kv_heads * (site.key_dim + site.value_dim) * jnp.dtype(site.dtype).itemsize
     keys = policy.read(spec, site, length)
     return Cost(held, keys * token, keys / (length + 1))
