@@ -44,7 +44,7 @@ def trained_tokenizer(folder: Path, cfg: RunConfig) -> Tokenizer | None:
       UserError: it is not there any more, or cannot be read.
     """
     facts = optional_object(folder / "data.json").get("meta")
-    if isinstance(facts, dict) and "tokenizer" not in facts:
+    if cfg.data.source == "bb" or (isinstance(facts, dict) and "tokenizer" not in facts):
         return None
     if cfg.data.tokenizer == "bytes":
         return byte_tokenizer()

@@ -314,12 +314,12 @@ def test_numbers_that_a_dtype_does_not_hold_are_not_exported_as_infinite(tmp_pat
     export(tmp_path / "fits", tmp_path / "half", dtype="float16", tokenizer=False)
 
 
-def test_a_run_without_its_data_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
+def test_a_run_without_its_tokenizer_says_what_to_do_and_one_without_text_has_no_end(tmp_path):
     import transformers
 
     from train.data import DataConfig
 
-    data = DataConfig(source=str(tmp_path / "gone.txt"), tokenizer="bytes", context=48)
+    data = DataConfig(source=str(tmp_path / "gone.txt"), context=48)
     save_run(tmp_path / "run", RunConfig(model=model_of(vocab_size=257), data=data))
     with pytest.raises(UserError, match="--no-tokenizer exports without"):
         export(tmp_path / "run", tmp_path / "hf")
