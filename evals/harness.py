@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError, UserError, shown
+from jaxattn.policies.command import add_flags, asked
 
 try:
     import lm_eval
@@ -186,12 +187,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
+    add_flags(parser)
     args = parser.parse_args()
     gen_kwargs = parse_options("--gen-kwargs", args.gen_kwargs)
     more = parse_options("--chat-template-args", args.chat_template_args)
     tasks = load_tasks(args.tasks, args.include_path)
     seed = SEEDS[1] if args.seed is None else args.seed
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn)
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, asked=asked(args))
     model = JaxattnLM(
         loaded, batch_size=args.batch_size, max_length=args.max_length, seed=seed, add_bos_token=args.add_bos_token,
         think_end_token=args.think_end_token, chat_template_args=more,

@@ -24,6 +24,7 @@ from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import variables_of
+from jaxattn.policies.command import add_flags, asked
 from jaxattn.reader import hidden_in_pieces, hidden_of, hidden_one_by_one, scores
 from jaxattn.runs.opened import Trained, open_trained
 
@@ -148,6 +149,7 @@ def main() -> int:
     parser.add_argument("--attn", help="attention of the layers, for options that keep the parameters")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here instead of the run directory")
+    add_flags(parser)
     args = parser.parse_args()
     if args.sequences < 1:
         raise ConfigError(f"--sequences is {args.sequences} but must be at least 1.")
@@ -155,7 +157,7 @@ def main() -> int:
     from train.data.open import open_source
     from train.data.task_source import TaskSource
 
-    trained = open_trained(args.run_dir, args.attn, args.step)
+    trained = open_trained(args.run_dir, args.attn, args.step, asked(args))
     context = trained.cfg.data.context
     lengths = choose_lengths(args.lengths, context)
     source, _ = open_source(trained.cfg)

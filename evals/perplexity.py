@@ -29,6 +29,7 @@ from evals.write_result import write_result
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError
 from jaxattn.models import ModelConfig
+from jaxattn.policies.command import add_flags, asked
 from jaxattn.text import Loaded, load
 from jaxattn.tokenizer import Tokenizer
 
@@ -165,12 +166,13 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, help="only the beginning of the text")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    add_flags(parser)
     args = parser.parse_args()
     try:
         text = args.text.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
-    loaded = load(args.checkpoint, attn=args.attn)
+    loaded = load(args.checkpoint, attn=args.attn, asked=asked(args))
     context = min(1024, loaded.context) if args.context is None else args.context
     stride = context if args.stride is None else args.stride
     prefill = args.prefill if args.prefill is not None else 0 if args.token_by_token else None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
+from jaxattn.policies.command import add_flags, asked
 from jaxattn.signals import loading
 
 
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, help="tokens at a time, as in generation; 0: as many as possible")
     parser.add_argument("--step", type=int, help="checkpoint step (default: the newest valid one)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    add_flags(parser)
     args = parser.parse_args()
     for flag, least in (("sequences", 1), ("chunk", 0)):
         if (value := getattr(args, flag)) is not None and value < least:
@@ -36,7 +38,7 @@ def main() -> int:
         from evals.write_result import write_result
         from jaxattn.runs.opened import open_trained
 
-    trained = open_trained(args.run_dir, args.attn, args.step)
+    trained = open_trained(args.run_dir, args.attn, args.step, asked(args))
     result = run_task(trained, *choose_task(trained, args.task), args.sequences, args.chunk)
     print(line(result))
     if args.json:

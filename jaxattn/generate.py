@@ -19,6 +19,7 @@ from jaxattn._generate import generate
 from jaxattn.backends import of_decoding
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
+from jaxattn.policies.command import add_flags, asked
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 from jaxattn.types import Backend
@@ -48,13 +49,16 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--backend", choices=get_args(Backend), help="of attention (default: the model's)")
+    add_flags(parser)
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that does not have every character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend).prepared(consume=True)
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend, asked=asked(args)).prepared(
+        consume=True
+    )
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)

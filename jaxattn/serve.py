@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, UserError
+from jaxattn.policies.command import add_flags, asked
 from jaxattn.serving.memory import bound_heaps, give_back, settle
 from jaxattn.signals import loading
 
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--max-body", type=int, default=1 << 20, help="bytes of a request's body (default 1 MiB)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype (default: the model's)")
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
+    add_flags(parser)
     args = parser.parse_args()
     bound_heaps()
     with loading():
@@ -55,7 +57,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     listener = _listen(args.host, args.port)  # before the model is read, which takes longer
     prepare_jax()
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn).prepared(consume=True)
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, asked=asked(args)).prepared(consume=True)
     give_back()
     context = min(loaded.context, 2048) if args.context is None else args.context
     engine = Engine(loaded.model, loaded.params, slots=args.slots, context=context, queue=args.queue)

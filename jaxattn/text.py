@@ -18,7 +18,8 @@ from jaxattn.json_text import optional_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
 from jaxattn.places import SIDE
-from jaxattn.runs.opened import open_trained
+from jaxattn.policies.command import Asked
+from jaxattn.runs.opened import PLAIN, open_trained
 from jaxattn.runs.run_tokenizer import run_tokenizer
 from jaxattn.sampling import Sampling
 from jaxattn.text_stream import TextStream
@@ -100,13 +101,14 @@ def load(
     attn: str | None = None,
     backend: Backend | None = None,
     step: int | None = None,
+    asked: Asked = PLAIN,
 ) -> Loaded:
-    """Open a converted checkpoint or a run of text; dtype, attention and backend default to the model's own.
+    """Open a converted checkpoint or a run of text; dtype, attention, backend and policy default to the model's own.
 
     Raises:
       UserError: no checkpoint, or a run whose data are no text.
     """
-    trained = open_trained(folder, attn, step)
+    trained = open_trained(folder, attn, step, asked)
     model = trained.model if dtype is None else dataclasses.replace(trained.model, dtype=dtype)
     model = model if backend is None else dataclasses.replace(model, backend=backend)
     tokenizer = run_tokenizer(folder, trained.cfg)

@@ -16,7 +16,8 @@ from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_v
 from jaxattn.mechanisms import Mechanism, RowWeights
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, unstack_layers
-from jaxattn.nn.attention import extra_arguments, position_bias
+from jaxattn.nn.attention import HEADS, extra_arguments, position_bias
+from jaxattn.nn.decoding import variables_of
 from jaxattn.nn.insertion import insert, insertion_block
 from jaxattn.nn.transformer import behind
 
@@ -140,15 +141,25 @@ def look(
     segment_ids: Int[Array, "B T"] | None = None,
     prefix_len: Int[Array, "B"] | None = None,
 ) -> ForwardView:
-    """Run the model with every capture point on. `params` as trained (scanned or not); the rest as `Decoder` has it.
+    """Run the model with every capture point on. `params` as trained (scanned or not), or variables with head tables;
+    the rest as `Decoder` has it. Score-space policies show; one that leaves keys out has no such map.
 
     Raises:
-      ConfigError: an input that does not fit; parameters of another model.
+      ConfigError: an input that does not fit; parameters of another model; a policy that leaves keys out.
     """
+    keeping = cfg.keeping
+    if keeping.policy.name != "dense":
+        raise ConfigError(
+            f"policy {keeping.policy.name} leaves keys out when it decodes, so there is no attention map of it: name a "
+            "policy in score space, such as zero_tuning, or none."
+        )
+    variables = variables_of(params)
+    params = variables["params"]
     if cfg.scan_layers:
         params = unstack_layers(params, cfg)
     cfg = dataclasses.replace(cfg, scan_layers=False, remat=False)
-    logits, sown = Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, prefix_len, mutable="capture")
+    variables = variables | {"params": params}
+    logits, sown = Decoder(cfg).apply(variables, tokens, positions, segment_ids, prefix_len, mutable="capture")
     captured = sown["capture"]
     batch, length = tokens.shape
     front = cfg.prefix_tokens
@@ -189,7 +200,7 @@ def look(
                 mechanism=choice.mechanism,
                 spec=choice.spec,
                 params=own.get("mechanism", {}),
-                bias=position_bias(cfg, own.get("relative")),
+                bias=_bias(cfg, layer, own.get("relative"), variables),
                 queries=q,
                 keys=k,
                 values=v,
@@ -206,3 +217,17 @@ def look(
         )
     residuals = jnp.stack([c["block_out"] for c in components])
     return ForwardView(logits, tuple(views), residuals, tuple(components), front)
+
+
+def _bias(cfg: ModelConfig, layer: int, table: Array | None, variables: dict[str, Any]) -> PositionBias | None:
+    """What is added to a layer's scores: its position bias and what score-space policies add."""
+    own, plan = position_bias(cfg, table), cfg.keeping
+    if not plan.wraps or cfg.mixer(layer).mechanism.core is None:
+        return own
+    heads = variables.get(HEADS, {}).get(f"layer_{layer}", {}).get("attn", {})
+    site, parts = cfg.site(layer), [] if own is None else [own]
+    for policy, spec in plan.wraps:
+        assert policy.score_bias is not None, "a policy without `step` adds to scores"
+        added = policy.score_bias(spec, site, heads)
+        parts += [] if added is None else [added]
+    return (lambda q, k: sum(part(q, k) for part in parts)) if parts else None

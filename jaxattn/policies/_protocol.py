@@ -63,6 +63,7 @@ class Policy:
     one_piece(spec): a prompt has to be read in one call.
     reach(spec, trained): most positions of a text for a model that knows `trained` of them (0: unlimited, in both).
     read(spec, site, length): keys that a key head reads for a new token behind `length` others, on average.
+    score_bias(spec, site, heads): what `wrap` adds to scores, as a `jaxattn.rope.PositionBias`, for attention maps.
     tables: names of the head tables it reads from `here.heads`.
     unfit(spec, site): why it cannot work there, one sentence; "" where it can.
     unlimited(spec, length): its options with a budget that holds `length` tokens: then it is dense attention.
@@ -79,6 +80,7 @@ class Policy:
     init: Callable[..., Any] | None = None
     step: Callable[..., tuple[Any, Any, Any]] | None = None
     wrap: Callable[..., Any] | None = None
+    score_bias: Callable[..., Any] | None = None
     rotates: bool = False
     separates: bool = True
     windows: bool = False

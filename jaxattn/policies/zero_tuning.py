@@ -25,7 +25,8 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.policies._protocol import Policy, Site
-from jaxattn.policies.parts.bias import added
+from jaxattn.policies.parts.bias import joined
+from jaxattn.rope import PositionBias
 
 TABLE = "zero_tuning"
 
@@ -55,17 +56,23 @@ def unfit(spec: Spec, site: Site) -> str:
     return ""
 
 
+def _log_gamma(spec: Spec, site: Site, heads: dict[str, Array]) -> Array | None:
+    """log γ [1 or H]; None where nothing changes."""
+    table, last = heads.get(TABLE), site.num_layers - 1 if spec.last == -1 else spec.last
+    if not spec.first <= site.layer <= last or (table is None and spec.gamma == 1.0):
+        return None
+    return jnp.full(1, math.log(spec.gamma)) if table is None else jnp.log(table)
+
+
 def wrap(core: Core, *, spec: Spec, site: Site, heads: dict[str, Array]) -> Core:
-    table = heads.get(TABLE)
-    inside = spec.first <= site.layer <= (site.num_layers - 1 if spec.last == -1 else spec.last)
-    if not inside or (table is None and spec.gamma == 1.0):
+    log_gamma = _log_gamma(spec, site, heads)
+    if log_gamma is None:
         return core
     if core.activation not in ("exp", "sigmoid"):
         raise ConfigError(
             f"policy zero_tuning multiplies weights through the logarithm of their scores, which {site.mechanism} "
             "does not take; use a softmax or sigmoid model."
         )
-    log_gamma = jnp.full(1, math.log(spec.gamma)) if table is None else jnp.log(table)  # [1 or H]
 
     def attend(
         q: Array,
@@ -78,14 +85,23 @@ def wrap(core: Core, *, spec: Spec, site: Site, heads: dict[str, Array]) -> Core
         folded: bool = False,
         **how: Any,
     ) -> tuple[Array, Array | None]:
-        first = (vis.k_positions == 0) & (vis.k_segments != PADDING)
-        first = first[:, None] if places is None else places == 0  # [B, 1 or K, S]
+        if places is None:
+            first = ((vis.k_positions == 0) & (vis.k_segments != PADDING))[:, None]
+        else:
+            first = places == 0  # [B, K or H, S]
         gamma = jnp.tile(log_gamma, q.shape[0] // len(log_gamma))[:, None, None] if folded else log_gamma[:, None]
-        own = added(jnp.where(first, 1.0, 0.0), gamma, jnp.multiply, heads=q.shape[2])
-        key_bias = own if key_bias is None else added(key_bias, own, jnp.add, heads=q.shape[2])
+        own = joined(jnp.where(first, 1.0, 0.0), gamma, jnp.multiply, heads=q.shape[2])
+        key_bias = own if key_bias is None else joined(key_bias, own, jnp.add, heads=q.shape[2])
         return core.attend(q, k, v, vis, key_bias=key_bias, places=places, folded=folded, **how)
 
-    return dataclasses.replace(core, attend=attend, alone=core.alone)
+    return dataclasses.replace(core, attend=attend)
+
+
+def score_bias(spec: Spec, site: Site, heads: dict[str, Array]) -> PositionBias | None:
+    log_gamma = _log_gamma(spec, site, heads)
+    if log_gamma is None:
+        return None
+    return lambda q, k: jnp.where(k[:, None, None, :] == 0, log_gamma[:, None, None], 0.0)
 
 
 POLICY = Policy(
@@ -96,6 +112,7 @@ POLICY = Policy(
     reads="the first token's weight times gamma",
     spec=Spec,
     wrap=wrap,
+    score_bias=score_bias,
     windows=True,
     biased=True,
     depth=lambda spec: spec.first > 0 or spec.last != -1,

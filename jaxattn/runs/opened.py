@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.errors import ConfigError
+from jaxattn.head_tables import read_head_tables, with_head_tables
 from jaxattn.models import ModelConfig, at_context
+from jaxattn.policies.command import Asked
 from jaxattn.runs.config import RunConfig
 from jaxattn.runs.load import load_params, read_config
 from jaxattn.runs.parameters import abstract_params
+
+PLAIN = Asked()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +38,15 @@ class Trained:
             raise ConfigError(f"{length} tokens are asked for but the model has {most} learned positions; use {most}.")
 
 
-def open_trained(folder: str | Path, attn: str | None = None, step: int | None = None) -> Trained:
+def open_trained(folder: str | Path, attn: str | None = None, step: int | None = None, asked: Asked = PLAIN) -> Trained:
     """The newest valid checkpoint of a run (or that of `step`), with the attention as trained or as given.
 
+    Args:
+      asked: how keys are kept and read; with head tables `Trained.params` are variables.
+
     Raises:
-      UserError: no run, no checkpoint, or an attention that has other parameters than the trained one.
+      UserError: no run, no checkpoint, an attention that has other parameters than the trained one, or a policy that
+        the model cannot use.
     """
     folder = Path(folder)
     cfg = read_config(folder)
@@ -49,7 +57,11 @@ def open_trained(folder: str | Path, attn: str | None = None, step: int | None =
             f"--attn={attn!r} has other parameters than the run's {cfg.attn!r}: change only options that own none, "
             "such as window."
         )
+    if asked.policy is not None:
+        model = dataclasses.replace(model, policy=asked.policy)
+    tables = {} if asked.heads is None else read_head_tables(asked.heads, model)
     params, found = load_params(folder, cfg, step)
+    params = with_head_tables(model, params, tables) if tables else params
     return Trained(cfg, model, params, found, attn or cfg.attn)
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def added(
-    a: Float[Array, "*a"], b: Float[Array, "*b"], join: Callable[[Array, Array], Array], *, heads: int
-) -> Float[Array, "B h S"]:
-    """join(a, b) of arrays [..., 1 or K or H, S], where H = `heads` is a multiple of K."""
+def joined(
+    a: Float[Array, "*a"], b: Float[Array, "*b"], how: Callable[[Array, Array], Array], *, heads: int
+) -> Float[Array, "*c"]:
+    """how(a, b) of arrays [..., 1 or K or H, S], where H = `heads` is a multiple of K."""
     if 1 < a.shape[-2] != b.shape[-2] > 1:
         spread = lambda x: jnp.repeat(x, heads // x.shape[-2], axis=-2)
         a, b = spread(a), spread(b)
-    return join(a, b)
+    return how(a, b)
