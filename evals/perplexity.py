@@ -30,6 +30,7 @@ from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError
 from jaxattn.models import ModelConfig
 from jaxattn.policies.command import add_flags, asked
+from jaxattn.policies.report import totals
 from jaxattn.text import Loaded, load
 from jaxattn.tokenizer import Tokenizer
 
@@ -140,6 +141,7 @@ def perplexity(
         "token_by_token": prefill is not None,
         "prefill": prefill or 0,
         "policy": loaded.model.policy or "dense",
+        **totals(loaded.model, length=context, capacity=context),
         "nats_per_token": mean,
         "perplexity": math.exp(min(mean, 700.0)),
         "bits_per_byte": float(values.sum()) / math.log(2) / max(1, size - _bytes(loaded.tokenizer, ids[0])),

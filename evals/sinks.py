@@ -2,8 +2,8 @@
 
 Reads the newest valid checkpoint, measures sinks and extreme tokens on held-out sequences (or on a text
 file), prints a table and writes `sinks.json` and `maps.npz` into the run directory; a converted checkpoint also gets
-its `report.html` with the heat maps. With --text, --step or another --epsilon, --sequences or --length the directory
-stays as it is.
+its `report.html` with the heat maps. With --text, --step, --policy or another --epsilon, --sequences or --length the
+directory stays as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxattn.analysis import look
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, writing
 from jaxattn.mechanisms import resolve_mixer
+from jaxattn.policies.command import add_flags
 from jaxattn.runs.config import RunConfig
 from jaxattn.runs.opened import Trained
 from jaxattn.runs.rundir import write_atomic, write_json_atomic
@@ -76,6 +77,7 @@ def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str |
         "attn": cfg.attn,
         "source": source.name,
         "text": text,
+        "policy": cfg.model.policy,
         "data_seed": cfg.data.seed,
         "epsilon": cfg.eval.epsilon,
         "length": int(tokens.shape[1]),
@@ -182,9 +184,11 @@ def main() -> int:
     parser.add_argument("--epsilon", type=float, help="threshold of the sink indicator")
     parser.add_argument("--sequences", type=int, help="how many sequences")
     parser.add_argument("--length", type=int, help="their length T (text runs)")
+    add_flags(parser)
     args = parser.parse_args()
 
     from evals.write_result import write_result
+    from jaxattn.head_tables import read_head_tables, with_head_tables
     from jaxattn.runs.load import load_params, read_config
 
     cfg = read_config(args.run_dir)
@@ -202,11 +206,16 @@ def main() -> int:
         )
     cfg = dataclasses.replace(cfg, model=model)
     params, step = load_params(args.run_dir, cfg, args.step)
+    if args.policy is not None:
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, policy=args.policy))
+    if args.heads is not None:
+        params = with_head_tables(cfg.model, params, read_head_tables(args.heads, cfg.model))
     result = evaluate(cfg, source, params, step, args.text)
     print(table(result), flush=True)
     if args.json:
         write_result(args.json, result)
-    if args.text is not None or args.step is not None or changes:
+    other = (args.text, args.step, args.policy, args.heads)
+    if changes or any(given is not None for given in other):
         return 0  # what the folder holds is about the newest step, as configured
     with writing(args.run_dir, f"make the folder writable, or give --step={step} to leave it as it is"):
         write_study(args.run_dir, cfg, source, params, result)

@@ -6,6 +6,7 @@ times `BUCKET`, so a second prompt of about the same length compiles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,11 @@ def room_for(tokens: int) -> int:
     while room < tokens:
         room *= 2
     return room
+
+
+def state_room(model: ModelConfig, prompt: int, new: int, block: int = BLOCK) -> int:
+    """The room of states for `new` tokens behind a prompt of `prompt` tokens."""
+    return room_for(prompt + -prompt % piece_for(model, prompt, CHUNK) + new + block)
 
 
 def checked_rows(tokens: Any, lengths: Any | None) -> tuple[np.ndarray, np.ndarray]:
@@ -150,6 +156,7 @@ def stream(
     stop_tokens: Sequence[int] = (),
     pad_id: int = 0,
     block: int = BLOCK,
+    policy: str | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """New tokens [B, n] as they come, n <= block, and which of them are a row's own; ends when every row has ended.
 
@@ -158,6 +165,7 @@ def stream(
     Raises:
       ConfigError: an impossible argument, or prompt and new tokens exceed the positions the model knows.
     """
+    model = model if policy is None else dataclasses.replace(model, policy=policy)
     tokens, lengths = checked_rows(tokens, lengths)
     batch = len(tokens)
     if max_new_tokens < 1:
@@ -181,8 +189,7 @@ def stream(
     one_each = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == (batch,)
     keys = key if one_each else jax.random.split(key, batch)
     variables = decoding_variables(model, params)
-    padded = longest + -longest % piece_for(model, longest, CHUNK)
-    cursor = prefill(model, variables, tokens, lengths, room_for(padded + max_new_tokens + block), keys)
+    cursor = prefill(model, variables, tokens, lengths, state_room(model, longest, max_new_tokens, block), keys)
     made = 0
     while made < max_new_tokens:
         new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, variables, cursor, jnp.int32(pad_id))
@@ -207,6 +214,7 @@ def generate(
     lengths: Any | None = None,
     stop_tokens: Sequence[int] = (),
     pad_id: int = 0,
+    policy: str | None = None,
 ) -> Generated:
     """Continue prompts with any model of this library.
 
@@ -217,15 +225,16 @@ def generate(
       temperature, top_k, top_p, min_p: see `jaxattn.sampling.Sampling`; temperature 0 is greedy.
       stop_tokens: a row ends with the first of these that it makes.
       pad_id: stands behind a row's end.
+      policy: how keys are kept and read, such as "streaming(sinks=4)" (`jaxattn.policies.names()`); None: the model's.
 
     Raises:
-      ConfigError: an impossible argument, or more positions than the model knows.
+      ConfigError: an impossible argument, more positions than the model knows, or a policy that it cannot use.
     """
     how = Sampling(temperature, top_k, top_p, min_p)
     parts = list(
         stream(
             model, params, tokens, max_new_tokens=max_new_tokens, key=key, how=how, lengths=lengths,
-            stop_tokens=stop_tokens, pad_id=pad_id,
+            stop_tokens=stop_tokens, pad_id=pad_id, policy=policy,
         )
     )  # fmt: skip
     return Generated(np.concatenate([t for t, _ in parts], 1), np.concatenate([own for _, own in parts], 1).sum(1))

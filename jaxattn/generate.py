@@ -15,11 +15,12 @@ import types
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxattn._generate import generate
+from jaxattn._generate import generate, state_room
 from jaxattn.backends import of_decoding
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
 from jaxattn.policies.command import add_flags, asked
+from jaxattn.policies.report import line
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 from jaxattn.types import Backend
@@ -50,23 +51,25 @@ def main() -> int:
     parser.add_argument("--attn", help="other options of the model's attention, such as softmax(window=64)")
     parser.add_argument("--backend", choices=get_args(Backend), help="of attention (default: the model's)")
     add_flags(parser)
+    parser.add_argument("--policy-report", action="store_true", help="say what the policy held and read")
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that does not have every character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     if args.system and not args.chat:
         raise ConfigError(f"--system is {args.system!r} but there is no --chat; add it.")
     how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
-    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend, asked=asked(args)).prepared(
-        consume=True
-    )
+    loaded = load(args.checkpoint, dtype=args.dtype, attn=args.attn, backend=args.backend, asked=asked(args))
+    loaded = loaded.prepared(consume=True)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
     ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
     print(f"[{of_decoding(loaded.model, loaded.params)}]", file=sys.stderr, flush=True)
     if not args.chat:
         print(args.prompt, end="", flush=True)
-    begin, first = time.perf_counter(), None
-    for piece in stream_text(loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop):
+    begin, first, made = time.perf_counter(), None, []
+    for piece in stream_text(
+        loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop, counted=made.append
+    ):
         first = first or time.perf_counter() - begin
         print(piece, end="", flush=True)
     print()
@@ -75,6 +78,11 @@ def main() -> int:
         f"[{len(ids)} prompt tokens; first text after {first or 0:.1f} s, {seconds:.1f} s in all]",
         file=sys.stderr,
     )
+    if args.policy_report:
+        room, behind = state_room(loaded.model, len(ids), args.max_new_tokens), sum(made[1:])
+        rate = behind / max(seconds - (first or 0), 1e-9)
+        cost = line(loaded.model, length=len(ids) + sum(made), capacity=room)
+        print(f"[{cost}; {rate:.1f} tokens/s behind the first {made[0] if made else 0}]", file=sys.stderr)
     return 0
 
 

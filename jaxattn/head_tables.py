@@ -35,8 +35,8 @@ def read_head_tables(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
             raise ConfigError(f"{path}: {shown(name)} must be {shape[0]} rows of {shape[1]} numbers.") from error
         if table.shape != shape or not np.isfinite(table).all():
             raise ConfigError(
-                f"{path}: {shown(name)} has shape {list(table.shape)} but the model's {shape[0]} layers have {shape[1]} "
-                "heads each; make the table with this model, of finite numbers."
+                f"{path}: {shown(name)} has shape {list(table.shape)} but must be finite numbers {list(shape)}, one a "
+                "layer and head; make the table with this model."
             )
         tables[name] = table
     return tables

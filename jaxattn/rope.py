@@ -210,7 +210,10 @@ def _of_length(freq: Array, length: Array, scaling: RopeScaling) -> Array:
 
 
 def _angles(positions: Array, freq: np.ndarray) -> Array:
-    """positions · freq modulo whole turns, from -π to π in f32: in whole numbers of 2^-64 turns, which wrap by themselves."""
+    """positions · freq modulo whole turns, from -π to π in f32.
+
+    Counted in whole numbers of 2^-64 turns, which wrap by themselves.
+    """
     steps = [int(turn * 2.0**64) for turn in (freq / (2 * math.pi)) % 1.0]
     high, low = (jnp.asarray([n >> shift & 0xFFFFFFFF for n in steps], jnp.uint32) for shift in (32, 0))
     at = jnp.asarray(positions).astype(jnp.uint32)

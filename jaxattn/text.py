@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,9 +153,11 @@ def stream_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     in_context: bool = True,
+    counted: Callable[[int], None] = lambda count: None,
 ) -> Iterator[str]:
     """Pieces of text behind one prompt, until a stop token, a stop string or the limit.
 
+    counted: is told how many tokens were made each time some were.
     in_context: the text as it goes on from the prompt's; else that of the new tokens alone, which may lack a blank.
     """
     out = TextStream(loaded.tokenizer, stop, prompt_ids=ids if in_context else ())
@@ -164,6 +166,7 @@ def stream_text(
         key=jax.random.key(seed), how=how, stop_tokens=loaded.stop_tokens, block=min(BLOCK, max_new_tokens),
     )  # fmt: skip
     for tokens, own in parts:
+        counted(int(own.sum()))
         yield out.add([t for t in tokens[0][own[0]].tolist() if t not in loaded.stop_tokens])
         if out.stopped:
             return

@@ -41,7 +41,8 @@ from jaxattn.types import Leaf
 class Spec:
     """sinks: S, first tokens that are kept for good. recent: W, newest tokens besides the one that reads.
 
-    shift: positions are those in the cache; False counts them in the text, which a model knows as far as it was trained.
+    shift: positions are those in the cache; False counts them in the text, of which a model knows as many as it was
+    trained on.
     """
 
     sinks: int = 4

@@ -28,10 +28,6 @@ def markdown() -> str:
     for name in names():
         policy = get(name)
         link = f"[{policy.arxiv}](https://arxiv.org/abs/{policy.arxiv})"
-        options = (
-            ", ".join(f"`{option}`" for option in options_of(policy.spec).split(", "))
-            if options_of(policy.spec)
-            else "–"
-        )
+        options = f"`{options_of(policy.spec)}`" if dataclasses.fields(policy.spec) else "–"
         lines.append(f"| `{name}` | {policy.title} | {policy.keeps} | {policy.reads} | {options} | {link} |")
     return "\n".join(lines)

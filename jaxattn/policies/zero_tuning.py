@@ -85,10 +85,8 @@ def wrap(core: Core, *, spec: Spec, site: Site, heads: dict[str, Array]) -> Core
         folded: bool = False,
         **how: Any,
     ) -> tuple[Array, Array | None]:
-        if places is None:
-            first = ((vis.k_positions == 0) & (vis.k_segments != PADDING))[:, None]
-        else:
-            first = places == 0  # [B, K or H, S]
+        own_places = jnp.where(vis.k_segments != PADDING, vis.k_positions, -1)[:, None]
+        first = (own_places if places is None else places) == 0  # [B, 1 or K or H, S]
         gamma = jnp.tile(log_gamma, q.shape[0] // len(log_gamma))[:, None, None] if folded else log_gamma[:, None]
         own = joined(jnp.where(first, 1.0, 0.0), gamma, jnp.multiply, heads=q.shape[2])
         key_bias = own if key_bias is None else joined(key_bias, own, jnp.add, heads=q.shape[2])
