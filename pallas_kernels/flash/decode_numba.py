@@ -55,20 +55,22 @@ def attend(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, wind
     """One row of softmax attention per head, and its log Z, NEVER where it sees nothing.
 
     q [N, K, G, D] (scaled), k [N, K, S, D], v [N, K, S, V]; places [N] and [N, S]; o [N, K, G, V], stat [N, K, G].
-    bias [N, 1 or K or K·G, S] is added to the scores, and from FLOOR down hides a key; with one column there is none.
+    bias [N, 1 or K or K·G, S] is added to the scores, and from FLOOR down hides a key. It may be None, which
+    is compiled for itself: a test of it costs nothing.
     """
     heads, group, keys = q.shape[1], q.shape[2], k.shape[2]
-    biased, shared = bias.shape[2] == keys, heads * group // bias.shape[1]
+    shared = heads * group // (1 if bias is None else bias.shape[1])
     for item in prange(q.shape[0] * heads * group):
         n, h, g = item // (heads * group), item // group % heads, item % group
         scores, places = np.empty(keys, np.float32), np.empty(keys, np.int32)
-        count, top, mine = 0, FLOOR, bias[n, (h * group + g) // shared]
+        count, top, row = 0, FLOOR, (h * group + g) // shared
         for s in range(keys if q_segments[n] else 0):  # padding sees nothing
             if sees(q_positions[n], q_segments[n], k_positions[n, s], k_segments[n, s], window):
-                added = mine[s] if biased else np.float32(0)
-                if added <= FLOOR:
+                if bias is not None and bias[n, row, s] <= FLOOR:
                     continue
-                score = dot(q[n, h, g], k[n, h, s]) + added
+                score = dot(q[n, h, g], k[n, h, s])
+                if bias is not None:
+                    score += bias[n, row, s]
                 scores[count], places[count] = score, s
                 count += 1
                 top = max(top, score)
@@ -101,7 +103,7 @@ def softmax(scores):
 def attend_rows(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat):
     """`attend` for many rows: what a row sees is found once for its heads, and a key is read once for its group."""
     rows, heads, group, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    biased, shared = bias.shape[2] == keys, heads * group // bias.shape[1]
+    shared = heads * group // (1 if bias is None else bias.shape[1])
     seen, counts = np.empty((rows, keys), np.int32), np.empty(rows, np.intp)
     for n in prange(rows):
         count = 0
@@ -116,15 +118,18 @@ def attend_rows(q, k, v, bias, q_positions, q_segments, k_positions, k_segments,
         first, step = h * group // shared, 1 if shared < group else 0  # rows of bias
         for i in range(counts[n]):
             for g in range(group):
-                added = bias[n, first + g * step, seen[n, i]] if biased else np.float32(0)
-                hidden = added <= FLOOR
-                scores[g, i] = NEVER if hidden else dot(q[n, h, g], k[n, h, seen[n, i]]) + added
+                if bias is not None and bias[n, first + g * step, seen[n, i]] <= FLOOR:
+                    scores[g, i] = NEVER
+                    continue
+                scores[g, i] = dot(q[n, h, g], k[n, h, seen[n, i]])
+                if bias is not None:
+                    scores[g, i] += bias[n, first + g * step, seen[n, i]]
         for g in range(group):
             stat[n, h, g] = softmax(scores[g])
         o[n, h] = 0
         for i in range(counts[n]):
             for g in range(group):
-                if biased and bias[n, first + g * step, seen[n, i]] <= FLOOR:
+                if bias is not None and bias[n, first + g * step, seen[n, i]] <= FLOOR:
                     continue
                 add(o[n, h, g], scores[g, i], v[n, h, seen[n, i]])
 
@@ -138,7 +143,7 @@ def answer(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, wind
 
 
 def _decode(frame: int) -> int:
-    """Arguments as in `attend`, leading axes of vmap joined with N; returns no error."""
+    """Arguments as in `attend`, leading axes of vmap joined with N; a bias of one column is none. Returns no error."""
     if answered_version(frame):
         return 0
     query, keys, values = argument(frame, 0), argument(frame, 1), argument(frame, 2)
@@ -150,7 +155,8 @@ def _decode(frame: int) -> int:
     s, e = dim(keys, extra + 2), dim(values, extra + 3)
     q = carray(data(query), (n, h, g, d), np.float32)
     columns = argument(frame, 3)
-    bias = carray(data(columns), (n, dim(columns, extra + 1), dim(columns, extra + 2)), np.float32)
+    bias = carray(data(columns), (n, dim(columns, extra + 1), s), np.float32)
+    biased = dim(columns, extra + 2) == s
     q_positions, q_segments = places(frame, 4, n), places(frame, 5, n)
     k_positions, k_segments = places(frame, 6, n * s).reshape(n, s), places(frame, 7, n * s).reshape(n, s)
     window = places(frame, 8, 1)[0]
@@ -158,10 +164,16 @@ def _decode(frame: int) -> int:
     stat = carray(data(result(frame, 1)), (n, h, g), np.float32)
     if is_f32(keys):
         k, v = carray(data(keys), (n, h, s, d), np.float32), carray(data(values), (n, h, s, e), np.float32)
-        answer(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
+        if biased:
+            answer(q, k, v, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
+        else:
+            answer(q, k, v, None, q_positions, q_segments, k_positions, k_segments, window, o, stat)
     else:
         kb, vb = carray(data(keys), (n, h, s, d), np.uint16), carray(data(values), (n, h, s, e), np.uint16)
-        answer(q, kb, vb, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
+        if biased:
+            answer(q, kb, vb, bias, q_positions, q_segments, k_positions, k_segments, window, o, stat)
+        else:
+            answer(q, kb, vb, None, q_positions, q_segments, k_positions, k_segments, window, o, stat)
     return 0
 
 
