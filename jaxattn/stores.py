@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, DTypeLike, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
@@ -209,4 +209,70 @@ def refill(
         positions=put(ring.positions, positions),
         segments=put(ring.segments, segment_ids),
         dtype=ring.dtype,
+    )
+
+
+@struct.dataclass
+class Kept:
+    """Keys and values that each key head keeps for itself, in no order; a place without a token has position -1.
+
+    Heads come first and 16-bit floats are bits, as in `KVCache`.
+    """
+
+    head_keys: Leaf  # [B, K, C, D]
+    head_values: Leaf  # [B, K, C, V]
+    positions: Leaf  # [B, K, C]
+    mass: Leaf  # [B, K, C] f32: what a policy measures a token by
+    dtype: str = struct.field(pytree_node=False)  # of keys and values
+
+    @property
+    def keys(self) -> Array:
+        """[B, C, K, D]"""
+        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
+
+    @property
+    def values(self) -> Array:
+        """[B, C, K, V]"""
+        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
+
+
+def empty_kept(*, batch: int, room: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> Kept:
+    """Room for `room` tokens a key head, none of which are there yet."""
+    shape = (batch, kv_heads, room)
+    zeros = lambda dim: _bits(jnp.zeros((*shape, dim), dtype))
+    places, mass = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return Kept(zeros(key_dim), zeros(value_dim), places, mass, dtype=str(jnp.dtype(dtype)))
+
+
+def place(kept: Kept, k: Array, v: Array, positions: Int[Array, "B"], live: Bool[Array, "B"]) -> Kept:
+    """One token [B, 1, K, D] in an empty place of every key head, with mass 0; one that is not live takes none."""
+    batch, heads, _ = kept.positions.shape
+    at = jnp.arange(batch)[:, None], jnp.arange(heads), jnp.argmin(kept.positions, axis=2)
+    put = lambda old, new: old.at[at].set(_bits(new[:, 0].astype(kept.dtype)))
+    where = jnp.where(live, positions, -1)[:, None]
+    return Kept(
+        head_keys=put(kept.head_keys, k),
+        head_values=put(kept.head_values, v),
+        positions=kept.positions.at[at].set(jnp.broadcast_to(where, (batch, heads))),
+        mass=kept.mass.at[at].set(0.0),
+        dtype=kept.dtype,
+    )
+
+
+def choose(
+    empty: Kept, k: Array, v: Array, positions: Int[Array, "B K T"], mass: Float[Array, "B K T"], keep: Int[Array, "B K n"]
+) -> Kept:
+    """`empty` with the tokens `keep` of k [B, T, K, D] and v; of these, ones with position -1 are none."""
+    room = empty.positions.shape[2]
+    wide = lambda x, value: jnp.pad(
+        x, ((0, 0), (0, 0), (0, room - keep.shape[2]), *[(0, 0)] * (x.ndim - 3)), constant_values=value
+    )
+    pick = lambda x: jnp.take_along_axis(x, keep, axis=2)
+    rows = lambda x: jnp.take_along_axis(jnp.swapaxes(x, 1, 2), keep[..., None], axis=2).astype(empty.dtype)
+    return Kept(
+        head_keys=wide(_bits(rows(k)), 0),
+        head_values=wide(_bits(rows(v)), 0),
+        positions=wide(pick(positions), -1),
+        mass=wide(pick(mass), 0),
+        dtype=empty.dtype,
     )

@@ -43,7 +43,9 @@ POLICIES: Registry[Policy] = Registry(
     attribute="POLICY",
     places={
         "dense": "dense",
+        "h2o": "h2o",
         "streaming": "streaming_llm",
+        "tidal": "tidal_decode",
         "zero_tuning": "zero_tuning",
     },
 )
