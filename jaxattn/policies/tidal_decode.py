@@ -143,7 +143,7 @@ POLICY = Policy(
     spec=Spec,
     init=dense.init,
     step=step,
-    depth=True,
+    depth=lambda spec: True,
     read=read,
     unfit=unfit,
     unlimited=lambda spec, length: dataclasses.replace(spec, tokens=max(spec.tokens, length)),
