@@ -16,6 +16,12 @@ def site_of(q: Any, k: Any, v: Any, window: int | None = None, **more: Any) -> S
     return Site("test", 0, 1, q.shape[2], k.shape[2], q.shape[3], v.shape[3], str(jnp.dtype(q.dtype)), window, **more)
 
 
+def core_of(mechanism: Mechanism, key_dim: int, *, spec: Any = None, params: Any = None, bias: Any = None) -> Any:
+    """The mechanism over keys that the caller keeps."""
+    spec = mechanism.spec() if spec is None else spec
+    return mechanism.core(spec=spec, params=params or {}, bias=bias, key_dim=key_dim, backend="auto")
+
+
 def init_state(mechanism: Mechanism, spec: Any, q: Any, k: Any, v: Any, capacity: int, **more: Any) -> Any:
     """A state for tokens of these shapes."""
     if mechanism.core is not None:
