@@ -56,14 +56,14 @@ def held_out(cfg: RunConfig, source: Source, text: str | None = None) -> np.ndar
     return source.held_out(cfg.eval.sequences, length)
 
 
-def held_out_of(run: Trained, count: int) -> np.ndarray:
+def held_out_of(run: Trained, count: int) -> jax.Array:
     """Token ids [count, T] of sequences that a run did not train on, those the sink metric is read on.
 
     Raises:
       UserError: the run's data cannot be read.
     """
     cfg = dataclasses.replace(run.cfg, eval=dataclasses.replace(run.cfg.eval, sequences=count))
-    return held_out(cfg, open_source(cfg)[0])
+    return jax.numpy.asarray(held_out(cfg, open_source(cfg)[0]))
 
 
 def evaluate(cfg: RunConfig, source: Source, params: Any, step: int, text: str | None = None) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def parse_call(kind: str, text: str, *, lists: bool = False) -> tuple[str, dict[
     Raises:
       ConfigError: another form; the sentence begins with `kind` and the text.
     """
+    name, options = _read_call(kind, text, lists)
+    return name, {option: list(value) if isinstance(value, tuple) else value for option, value in options}
+
+
+@functools.lru_cache(maxsize=1024)  # models ask for their layers' attention again and again
+def _read_call(kind: str, text: str, lists: bool) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """`parse_call` in values that nobody changes."""
     node = _expression(kind, text, text)
     call = node if isinstance(node, ast.Call) else None
     head = call.func if call else node
@@ -60,11 +67,11 @@ def parse_call(kind: str, text: str, *, lists: bool = False) -> tuple[str, dict[
         try:
             value = written.value
             listed = lists and isinstance(value, ast.List | ast.Tuple)
-            options[written.arg] = [_literal(item) for item in value.elts] if listed else _literal(value)
+            options[written.arg] = tuple(map(_literal, value.elts)) if listed else _literal(value)
         except (ValueError, TypeError, RecursionError, MemoryError) as error:
             known = "a number, a word, 'text', True or False" + ", or a list of such" * lists
             raise ConfigError(f"{wrong}: the value of {written.arg} must be {known}.") from error
-    return head.id, options
+    return head.id, tuple(options.items())
 
 
 def parse_list(kind: str, text: str) -> tuple[str, ...]:

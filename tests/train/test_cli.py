@@ -13,7 +13,7 @@ import pytest
 from jaxattn.errors import UserError
 from jaxattn.mechanisms import names
 from jaxattn.runs import config
-from train import loop, pretrain
+from train import pretrain
 from train.presets import PRESETS, get_preset
 from train.start_from import abstract_state
 from train.step import make_train_step
@@ -35,7 +35,7 @@ def caught(monkeypatch):
     def parse(*words):
         seen = []
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "run", lambda cfg: seen.append(cfg) or 0)
+            patch.setattr(pretrain, "run", lambda cfg: seen.append(cfg) or 0)
             assert pretrain.main(list(words)) == 0
         return seen[0]
 
