@@ -17,8 +17,9 @@ from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.block_sparse.gpu_lists import Plan, by_key, by_query
 from pallas_kernels.block_sparse.lists import in_blocks
-from pallas_kernels.flash import gpu, gpu_backward, rows
+from pallas_kernels.flash import gpu, gpu_backward, gpu_biases, rows
 from pallas_kernels.flash.gpu import blocked
+from pallas_kernels.flash.gpu_biases import Biases
 from pallas_kernels.flash.gpu_tiles import BLOCK, column_tile, key_tile
 from pallas_kernels.flash.score import Score
 
@@ -29,9 +30,7 @@ def unfit(
     q: Array, k: Array, v: Array, score: Score, block_q: int, block_k: int, key_bias: Array | None = None
 ) -> str | None:
     """Why the Hopper kernels cannot serve a call, or None."""
-    if key_bias is not None:
-        return "backend 'gpu' has no key_bias: use 'xla'."
-    if reason := gpu.unfit(q, k, v, score, None):
+    if reason := gpu.unfit(q, k, v, score, None, key_bias):
         return reason
     if score.normaliser == "count":
         return "backend 'gpu' does not count the keys of lists but the normaliser is 'count': use 'xla'."
@@ -68,6 +67,8 @@ def block_sparse_gpu(
     interpret = mg.mode(interpret_for("block_sparse", "gpu"))
     batch, length, heads, _ = q.shape
     v_dim, kind = v.shape[3], v.dtype
+    biases = gpu_biases.settings(k, None, key_bias, heads // k.shape[2])
+    added = gpu_biases.gathered(k, None, key_bias, -k.shape[1] % BLOCK)
     q, k, v = map(blocked, (q, k, v))
     dims = q.shape[3], v.shape[3]
     plan = Plan(
@@ -87,29 +88,34 @@ def block_sparse_gpu(
         block_q=block_q,
         block_k=block_k,
         query_tiles=-(-length // BLOCK) * (BLOCK // column_tile(*dims)),
+        **biases,
     )
-    o, stat = _attend(plan, q, k, v, in_blocks(vis, batch, BLOCK, BLOCK), blocks)
+    o, stat = _attend(plan, q, k, v, in_blocks(vis, batch, BLOCK, BLOCK), blocks, added)
     return o[:, :length, :, :v_dim].astype(kind), rows.reported(jnp.swapaxes(stat[:, :, :length], 1, 2), score)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: Array) -> tuple[Array, Array]:
+def _attend(
+    plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: Array, biases: Biases
+) -> tuple[Array, Array]:
     """[B,T,H,D], [B,S,K,D], [B,S,K,V] in whole tiles to [B,T,H,V] and [B,H,T]."""
-    return _forward(plan, q, k, v, vis, blocks)[0]
+    return _forward(plan, q, k, v, vis, blocks, biases)[0]
 
 
-def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: Array) -> tuple[Any, Any]:
+def _forward(
+    plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, blocks: Array, biases: Biases
+) -> tuple[Any, Any]:
     tile = key_tile(q.shape[3], v.shape[3])
-    o, stat = gpu.forward(plan, by_query(plan, blocks, vis, BLOCK, tile), q, k, v, vis)
-    return (o, stat), ((q, k, v, vis, o, stat), blocks)
+    o, stat = gpu.forward(plan, by_query(plan, blocks, vis, BLOCK, tile), q, k, v, vis, biases)
+    return (o, stat), ((q, k, v, vis, o, stat), blocks, biases)
 
 
-def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None, None]:
-    (q, _, v, vis, _, _), blocks = saved
+def _backward(plan: Plan, saved: Any, d_out: tuple[Array, Array]) -> tuple[Array, Array, Array, None, None, Biases]:
+    (q, _, v, vis, _, _), blocks, biases = saved
     columns = column_tile(q.shape[3], v.shape[3])
     tables = by_query(plan, blocks, vis, BLOCK, columns), by_key(plan, blocks, vis, columns, BLOCK)
-    dq, dk, dv, _ = gpu_backward.gradients(plan, saved[0], *d_out, tables)
-    return dq, dk, dv, None, None
+    dq, dk, dv, d_biases = gpu_backward.gradients(plan, saved[0], *d_out, tables, biases)
+    return dq, dk, dv, None, None, d_biases
 
 
 _attend.defvjp(_forward, _backward)

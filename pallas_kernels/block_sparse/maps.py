@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.block_sparse.plan import Plan
 from pallas_kernels.block_sparse.steps import Step
-from pallas_kernels.flash import tiles
-from pallas_kernels.flash.reference import NEVER
-from pallas_kernels.flash.tiles import Places, column, div, rem
+from pallas_kernels.flash.tiles import column, div, rem
 
 ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 TURNED_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"))
@@ -72,6 +69,15 @@ class Maps:
 
         return pl.BlockSpec((None, None, self.plan.tile.block_k, dim), index)
 
+    def key_bias(self, *, slot: int) -> pl.BlockSpec:
+        """A block of [B, n, 1, S]."""
+
+        def index(u, c, s, first, words, prefix):
+            batch, chunk, step = self.where(u, c, s, first, words)
+            return batch, div(chunk * self.plan.fold, self.plan.tile.sharing), 0, step.other(slot)
+
+        return pl.BlockSpec((None, None, 1, self.plan.tile.block_k), index)
+
     def key_places(self, *, slot: int) -> pl.BlockSpec:
         def index(u, c, s, first, words, prefix):
             batch, _, step = self.where(u, c, s, first, words)
@@ -113,6 +119,26 @@ class TurnedMaps:
         index = lambda u, c, s, t, first, words, prefix: (u, c, self.where(u, c, s, first, words)[2].row, 0)
         return pl.BlockSpec((None, None, self.plan.tile.block_k, dim), index)
 
+    def chunk(self, head: Any, entry: Any, t: Any) -> Any:
+        """The chunk of query heads of a step's entry (list of the unit, query block) at a turn."""
+        plan = self.plan
+        return head * (plan.tile.group // plan.fold) + div(entry, plan.rows) * plan.turns + t
+
+    def key_bias(self, *, slot: int) -> pl.BlockSpec:
+        """A block of [B, n, 1, S], which belongs to the query heads of the slot."""
+
+        def index(u, c, s, t, first, words, prefix):
+            batch, head, step = self.where(u, c, s, first, words)
+            chunk = self.chunk(head, step.other(slot), t)
+            return batch, div(chunk * self.plan.fold, self.plan.tile.sharing), 0, step.row
+
+        return pl.BlockSpec((None, None, 1, self.plan.tile.block_k), index)
+
+    def key_bias_result(self) -> pl.BlockSpec:
+        """A block of the gradients of a key head's biases, [units, key heads of it, biases, S]."""
+        index = lambda u, c, s, t, first, words, prefix: (u, c, 0, self.where(u, c, s, first, words)[2].row)
+        return pl.BlockSpec((None, None, self.plan.biases, self.plan.tile.block_k), index)
+
     def key_places(self) -> pl.BlockSpec:
         def index(u, c, s, t, first, words, prefix):
             batch, _, step = self.where(u, c, s, first, words)
@@ -124,11 +150,9 @@ class TurnedMaps:
         """A block of [B, C, F, T, ·] or [B, C, F, ·, T]."""
 
         def index(u, c, s, t, first, words, prefix):
-            plan = self.plan
             batch, head, step = self.where(u, c, s, first, words)
-            entry = step.other(slot)  # (list of the unit, query block)
-            chunk = head * (plan.tile.group // plan.fold) + div(entry, plan.rows) * plan.turns + t
-            i = rem(entry, plan.rows)
+            entry = step.other(slot)
+            chunk, i = self.chunk(head, entry, t), rem(entry, self.plan.rows)
             return (batch, chunk, 0, 0, i) if tokens_last else (batch, chunk, 0, i, 0)
 
         return pl.BlockSpec((None, None, self.plan.fold, *shape), index)
@@ -152,18 +176,3 @@ def columns(to: Any, blocks: list[Any]) -> None:
         count, size = block.shape
         for n in range(count):
             to[n, f * size : (f + 1) * size] = column(block[n : n + 1])
-
-
-def scores(product: Array, masked: bool, prefix: Any, q_at: Places, k_at: Places, plan: tiles.Plan):
-    """Scores from q·k, with NEVER where exp must give exactly 0, and who sees whom.
-
-    Args:
-      masked: False where everyone sees everyone.
-    """
-    s = product if plan.scale == 1.0 else product * plan.scale
-    if plan.score.logit_bias:
-        s = s + plan.score.logit_bias
-    if not masked:
-        return s, jnp.ones(s.shape, bool)
-    see = tiles.sees(q_at, k_at, prefix, plan)
-    return (jnp.where(see, s, NEVER) if plan.score.activation == "exp" else s), see

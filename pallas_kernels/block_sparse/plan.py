@@ -55,6 +55,11 @@ class Plan:
         return self.kv_heads // self.units_turned
 
     @property
+    def biases(self) -> int:
+        """Key biases of one key head: one for each of its query heads where they have their own, and so no `fold`."""
+        return self.tile.group if own_biases(self.tile.sharing, self.tile.group) else 1
+
+    @property
     def turns(self) -> int:
         """Chunks of one key head that share each list."""
         return self.tile.group // self.fold // (self.lists // self.units_turned)
@@ -114,12 +119,14 @@ def make_plan(
     scale: float,
     stats: bool,
     interpret: Any,
+    key_bias: Array | None = None,
 ) -> Plan:
     """The plan of a call."""
     heads, kv_heads, lists = q.shape[2], k.shape[2], blocks.shape[1]
     group, rows, columns = heads // kv_heads, blocks.shape[2], -(-k.shape[1] // block_k)
     most = _most(q, k, v)
-    shared = math.gcd(group, heads // lists)
+    sharing = 0 if key_bias is None else heads // key_bias.shape[1]
+    shared = 1 if own_biases(sharing, group) else math.gcd(group, heads // lists)
     fold = max(n for n in range(1, shared + 1) if shared % n == 0 and (n == 1 or n * block_q <= most))
     seen = [columns] * rows
     if vis.aligned is not None:
@@ -137,7 +144,7 @@ def make_plan(
         bias=None,
         buckets=0,
         factors=0,
-        sharing=0,
+        sharing=sharing,
         stats=stats,
         interpret=interpret,
     )
@@ -153,6 +160,11 @@ def make_plan(
         columns=columns,
         tiles=sum(min(blocks.shape[3], n) for n in seen),
     )
+
+
+def own_biases(sharing: int, group: int) -> bool:
+    """Whether query heads of one key head have key biases of their own."""
+    return 0 < sharing < group
 
 
 def _most(q: Array, k: Array, v: Array) -> int:
@@ -172,8 +184,6 @@ def unfit(
     key_bias: Array | None = None,
 ) -> str | None:
     """Why the TPU kernels cannot serve a call, or None."""
-    if key_bias is not None:
-        return "backend 'tpu' has no key_bias: use 'xla'."
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in DTYPES:
             return f"backend 'tpu' computes float32 and bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
@@ -184,7 +194,7 @@ def unfit(
                 f"backend 'tpu' reads whole registers of {tiles.LANES} tokens, at most {most} of heads this wide, but "
                 f"{name} is {size}: choose a multiple of {tiles.LANES} up to {most} or use 'xla'."
             )
-    words = make_plan(q, k, v, vis, Score(), blocks, block_q, block_k, 1.0, False, False).words
+    words = make_plan(q, k, v, vis, Score(), blocks, block_q, block_k, 1.0, False, False, key_bias).words
     if words > steps.WORDS:
         return (
             f"backend 'tpu' keeps one list head's tiles in {steps.WORDS} words of scalar memory but blocks of shape "

@@ -19,10 +19,11 @@ from jaxattn.masks import Visibility
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.block_sparse import steps
 from pallas_kernels.block_sparse.lists import Lists, in_blocks, usable
-from pallas_kernels.block_sparse.maps import ORDER, Maps, columns, folded, scores
+from pallas_kernels.block_sparse.maps import ORDER, Maps, columns, folded
 from pallas_kernels.block_sparse.plan import Plan, make_plan, size_of, unfit, up
 from pallas_kernels.block_sparse.tpu_backward import backward
 from pallas_kernels.flash import rows
+from pallas_kernels.flash.biases import scores
 from pallas_kernels.flash.score import ACTIVATIONS, Score
 from pallas_kernels.flash.tiles import LANES, POSITION, SEGMENT, dot, places, row
 
@@ -51,13 +52,15 @@ def block_sparse_tpu(
     interpret = interpret_for("block_sparse", "tpu")
     batch, length, heads, _ = q.shape
     v_dim = v.shape[3]
-    plan = make_plan(q, k, v, vis, score, blocks, block_q, block_k, scale, stats, interpret)
+    plan = make_plan(q, k, v, vis, score, blocks, block_q, block_k, scale, stats, interpret, key_bias)
     vis = in_blocks(vis, batch, block_q, block_k)
     lists = usable(blocks, vis, block_q, block_k)
     dtype = jnp.promote_types(q.dtype, k.dtype)
     q, k, v = _blocked(q.astype(dtype), block_q), _blocked(k.astype(dtype), block_k), _blocked(v, block_k)
     q = q.reshape(batch, -1, plan.fold, *q.shape[2:])
-    o, stat = _attend(plan, q, k, v, vis, lists)
+    if key_bias is not None:
+        key_bias = jnp.pad(key_bias, ((0, 0), (0, 0), (0, -key_bias.shape[2] % block_k)))[:, :, None]
+    o, stat = _attend(plan, q, k, v, vis, lists, key_bias)
     back = lambda x: jnp.swapaxes(x.reshape(batch, heads, *x.shape[3:]), 1, 2)[:, :length]
     stat = rows.reported(jnp.swapaxes(stat, 3, 4), score)
     return back(o)[..., :v_dim], back(stat)[..., 0]
@@ -71,17 +74,21 @@ def _blocked(x: Float[Array, "B T H D"], block: int) -> Float[Array, "B H t d"]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: Lists) -> tuple[Array, Array]:
-    """[B,C,F,T,D] (C·F = H), [B,K,S,D], [B,K,S,V] in whole blocks to [B,C,F,T,V] and [B,C,F,1,T]."""
-    return _forward(plan, q, k, v, vis, lists)[0]
+def _attend(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: Lists, key_bias: Any) -> Any:
+    """[B,C,F,T,D] (C·F = H), [B,K,S,D], [B,K,S,V] and key biases [B,·,1,S] in whole blocks to outputs and statistics.
+
+    These are [B,C,F,T,V] and [B,C,F,1,T].
+    """
+    return _forward(plan, q, k, v, vis, lists, key_bias)[0]
 
 
-def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: Lists) -> tuple[Any, Any]:
+def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: Lists, key_bias: Any) -> Any:
     batch, chunks, fold, length, dim = q.shape
     v_dim, bq, bk, slots = v.shape[3], plan.tile.block_q, plan.tile.block_k, plan.slots
     at = Maps(plan)
     prefix = vis.prefix_len if plan.tile.has_prefix else jnp.zeros((batch,), jnp.int32)
     q_at, k_at = places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
+    extra = [] if key_bias is None else [key_bias]
     o = jax.ShapeDtypeStruct((batch, chunks, fold, length, v_dim), v.dtype)
     stat = jax.ShapeDtypeStruct((batch, chunks, fold, 1, length), jnp.float32)
 
@@ -99,6 +106,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: L
                     *each(at.key, dim),
                     *each(at.key, v_dim),
                     *each(at.key_places),
+                    *(spec for _ in extra for spec in each(at.key_bias)),
                 ],
                 out_specs=[at.result(bq, v_dim), at.result(1, bq, tokens_last=True)],
                 scratch_shapes=[
@@ -111,21 +119,22 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, vis: Visibility, lists: L
             out_shape=[part(o), part(stat)],
             compiler_params=ORDER,
             cost_estimate=plan.cost(
-                k, v, units, products=(1, 1), once=(q, o, stat), again=bk * size_of(k[0, 0, :1], v[0, 0, :1])
+                k, v, units, products=(1, 1), once=(q, o, stat, *extra), again=bk * size_of(k[0, 0, :1], v[0, 0, :1])
             ),
             interpret=plan.tile.interpret,
             name="block_sparse_forward",
-        )(first, words, prefix, q, q_at, *[k] * slots, *[v] * slots, *[k_at] * slots)
+        )(first, words, prefix, q, q_at, *[k] * slots, *[v] * slots, *[k_at] * slots, *extra * slots)
 
     table = steps.table(steps.of_queries(lists), slots, plan.size)
     o, stat = (x.reshape(y.shape) for x, y in zip(steps.over_units(table, call), (o, stat), strict=True))
-    return (o, stat), (q, k, v, vis, lists, o, stat)
+    return (o, stat), (q, k, v, vis, lists, key_bias, o, stat)
 
 
 def _forward_kernel(plan: Plan, first, words, prefix, q, q_at, *refs):
     n = plan.slots
     k, v, k_at = refs[:n], refs[n : 2 * n], refs[2 * n : 3 * n]
-    o, stat, acc, top, mass, at = refs[3 * n :]
+    key_bias = refs[3 * n : 4 * n] if plan.tile.sharing else None
+    o, stat, acc, top, mass, at = refs[-6:]
     score = plan.tile.score
     batch, _, step = Maps(plan).here(first, words)
 
@@ -139,8 +148,8 @@ def _forward_kernel(plan: Plan, first, words, prefix, q, q_at, *refs):
     def tile(m: int, masked: bool) -> None:
         q_here = at[POSITION][:, :1], at[SEGMENT][:, :1]
         k_here = k_at[m][POSITION][None], k_at[m][SEGMENT][None]
-        product = dot(folded(q), k[m][...], (1, 1))
-        s, see = scores(product, masked, prefix[batch], q_here, k_here, plan.tile)
+        product, bias = dot(folded(q), k[m][...], (1, 1)), None if key_bias is None else key_bias[m][...]
+        s, see = scores(product, masked, prefix[batch], None, bias, q_here, k_here, plan.tile)
         if score.activation == "exp":
             before = top[:, :1]
             now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
@@ -167,8 +176,9 @@ def _forward_kernel(plan: Plan, first, words, prefix, q, q_at, *refs):
             stat[f] = row(saved[f])
 
 
-def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None, None]:
-    return *backward(plan, saved, *cotangents), None, None
+def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, None, None, Any]:
+    dq, dk, dv, d_key_bias = backward(plan, saved, *cotangents)
+    return dq, dk, dv, None, None, d_key_bias
 
 
 _attend.defvjp(_forward, _backward)

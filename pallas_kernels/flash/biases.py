@@ -93,7 +93,7 @@ def scores(
     product: Array,
     masked: bool,
     prefix: Any,
-    factor: Factor,
+    factor: Factor | None,
     key_bias: Array | None,
     q_at: Places,
     k_at: Places,
@@ -103,12 +103,13 @@ def scores(
 
     Args:
       masked: False where everyone sees everyone.
+      factor: None without a position bias.
       key_bias: of the tile's keys, a row or a column.
     """
     s = product if plan.scale == 1.0 else product * plan.scale
     if plan.score.logit_bias:
         s = s + plan.score.logit_bias
-    if plan.bias is not None:
+    if factor is not None and plan.bias is not None:
         s = s + position_bias(factor, q_at, k_at, plan)
     if key_bias is not None:
         s = s + key_bias

@@ -256,7 +256,10 @@ def _dk_dv_kernel(plan: Plan, steps: int, names, table, prefix, q, k, v, do, kep
 
     def own(hides: bool, n: Any, wg: Any) -> tuple[Any, Biases]:
         """Which of a key's biases belongs to step n, and what is added then."""
-        turn = jax.lax.div(*((n - wholes, jnp.maximum(rest, 1)) if hides else (n, jnp.maximum(whole, 1))))
+        at = (n - wholes, jnp.maximum(rest, 1)) if hides else (n, jnp.maximum(whole, 1))
+        turn = jax.lax.div(*at)
+        if plan.turns < plan.group and plan.biases > 1:  # not all heads of the group share the table's entries
+            turn += plan.query_tile(visit.tile(jax.lax.rem(*at) + (whole if hides else 0)))[0]
         which = turn if plan.biases > 1 else 0
         factor = None if biases.by_head is None else biases.by_head[h * plan.group + turn]
         return which, Biases(bias_s.at[wg, VALUE, which] if plan.biases else None, factor)

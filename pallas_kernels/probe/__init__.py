@@ -69,6 +69,6 @@ def probe(
     q, k, key_bias = jax.lax.stop_gradient((q, k, key_bias))
     if backend != "reference":
         key_bias = options.dense(key_bias, len(q))
-    reasons = {"tpu": unfit(q, k, names, block, key_bias), "gpu": unfit_gpu(q, k, names, block, key_bias)}
+    reasons = {"tpu": unfit(q, k, names, block), "gpu": unfit_gpu(q, k, names, block)}
     run = resolve("probe", backend, IMPLEMENTATIONS, default="xla", unfit=reasons)
     return run(q, k, vis, scale=scale, want=names, block=block, key_bias=key_bias)

@@ -16,6 +16,7 @@ from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
 from pallas_kernels._dispatch import interpret_for
 from pallas_kernels.flash.gpu import blocked
+from pallas_kernels.flash.gpu_biases import gathered, in_units, settings
 from pallas_kernels.flash.gpu_tiles import LOG2E, WIDTHS, Plan
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.flash.score import Score
@@ -28,10 +29,8 @@ from pallas_kernels.probe.xla import row_stats, widened
 BLOCKS = (8, 16, 32, 64)  # and multiples of 128
 
 
-def unfit(q: Array, k: Array, want: frozenset[str], block: int, key_bias: Array | None = None) -> str | None:
+def unfit(q: Array, k: Array, want: frozenset[str], block: int) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if key_bias is not None:
-        return "backend 'gpu' has no key_bias: use 'xla'."
     if reason := mg.missing() or mg.inexact(q=q, k=k):
         return reason
     if q.shape[3] > WIDTHS[-1]:
@@ -59,7 +58,7 @@ def probe_gpu(
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, want, block, key_bias):
+    if reason := unfit(q, k, want, block):
         raise NotImplementedError(f"probe: {reason}")
     interpret = mg.mode(interpret_for("probe", "gpu"))
     batch, count, heads, _ = q.shape
@@ -75,9 +74,11 @@ def probe_gpu(
         stats=False,
         staged=mg.simulated(),
         interpret=interpret,
+        **settings(k, None, key_bias, heads // k.shape[2]),
     )
     vis = widened(vis, batch, count, keys).pad_rows(-count % QUERIES).pad_columns(-keys % KEYS)
-    inputs = Inputs(plan, vis, blocked(q, QUERIES), blocked(k, KEYS))
+    biases = in_units(plan, gathered(k, None, key_bias, -keys % KEYS))
+    inputs = Inputs(plan, vis, blocked(q, QUERIES), blocked(k, KEYS), biases)
     top, mass, index = first(inputs)
     some = mass > 0
     share = jnp.where(some, 1.0 / jnp.where(some, mass, 1.0), 0.0)  # the weight of a row's largest score

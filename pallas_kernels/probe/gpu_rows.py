@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.flash.gpu_biases import Biases, head_of, taken
+from pallas_kernels.flash.gpu_biases import held as held_biases
 from pallas_kernels.flash.gpu_tiles import LOG2E, Tile, Visit, visits
 from pallas_kernels.flash.rows import FLOOR
 from pallas_kernels.probe.gpu_tiles import QUERIES, SHARE, STAGES, TOP, Inputs, held, scores, stream, weights
@@ -64,24 +66,27 @@ def block_sums(inputs: Inputs, kept: Float[Array, "B H 2 T"], want: frozenset[st
 
 
 def _launch(inputs: Inputs, name: str, body: Any, outs: list[Any], scratch: list[Any], *kept: Array) -> list[Array]:
-    (batch, length, heads, dim), tile = inputs.q.shape, inputs.tile
+    (batch, length, heads, dim), tile, keyed = inputs.q.shape, inputs.tile, inputs.keyed
     tiles = batch * heads * inputs.plan.tiles(length, inputs.k.shape[1], QUERIES, tile)
     return mg.launch(
         mg.Launch(
             name,
             grid={"head": heads, "part": inputs.blocks * splits(inputs), "batch": batch},
             interpret=inputs.plan.interpret,
-            cost=inputs.cost(tiles, QUERIES, tile, 2 * tile * dim, inputs.q, *outs, *kept, more=len(kept)),
+            cost=inputs.cost(
+                tiles, QUERIES, tile, tile * (2 * dim + 4 * keyed), inputs.q, *outs, *kept, more=len(kept)
+            ),
         ),
         body,
         outs,
         [
+            *[mg.plain(STAGES, tile)] * keyed,
             mg.operand(QUERIES, dim),
             mg.operand(STAGES, tile, dim),
             mg.plain(2, QUERIES, dtype=jnp.int32),
             mg.plain(STAGES, 2, tile, dtype=jnp.int32),
             mg.barriers(1, 2),
-            mg.barriers(STAGES, 2),
+            mg.barriers(STAGES, 2 + keyed),
             *scratch,
         ],
         visits(inputs.vis, QUERIES, tile),
@@ -91,11 +96,12 @@ def _launch(inputs: Inputs, name: str, body: Any, outs: list[Any], scratch: list
 
 
 class _Part:
-    """What one block of threads goes through."""
+    """What one block of threads goes through; `scratch` is what it leaves of the kernel's."""
 
-    def __init__(self, inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, scratch):
-        self.q_s, self.k_s, self.q_at_s, self.k_at_s, self.ready, self.full = scratch
-        self.plan, self.k, self.k_at = inputs.plan, k, k_at
+    def __init__(self, inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, biases: Biases, scratch):
+        self.plan, self.k, self.k_at, self.biases = inputs.plan, k, k_at, biases
+        self.bias_s, scratch = held_biases(self.plan, scratch)
+        self.q_s, self.k_s, self.q_at_s, self.k_at_s, self.ready, self.full, *self.scratch = scratch
         self.b, self.h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
         part = jax.lax.axis_index("part")
         i, self.part = jax.lax.div(part, jnp.int32(parts)), jax.lax.rem(part, jnp.int32(parts))
@@ -113,6 +119,9 @@ class _Part:
         head = jax.lax.div(self.h, jnp.int32(self.plan.group))
         mg.fetch(self.k.at[self.b, keys, head], self.k_s.at[slot], self.full.at[slot])
         mg.fetch(self.k_at.at[self.b, :, keys], self.k_at_s.at[slot], self.full.at[slot])
+        if self.plan.biases:
+            own = self.biases.by_key.at[self.b, head_of(self.plan, self.h), keys]
+            mg.fetch(own, self.bias_s.at[slot], self.full.at[slot])
 
     def each(self, body: Any, carry: Any) -> Any:
         """`carry = body((scores, factor), which tile, carry)` over all tiles."""
@@ -120,16 +129,18 @@ class _Part:
         def step(hides: bool, n: Any, slot: Any, carry: Any) -> Any:
             mg.wait(self.full.at[slot])
             s = mg.product(self.q_s, mg.turned(self.k_s.at[slot]))
-            s = scores(self.plan, hides, s, self.q_at_s, self.k_at_s.at[slot], self.prefix)
+            bias = self.bias_s.at[slot] if self.plan.biases else None
+            s = scores(self.plan, hides, s, self.q_at_s, self.k_at_s.at[slot], self.prefix, bias)
             return body(s, self.visit.tile(n), carry)
 
         mg.wait(self.ready.at[0])
         return stream(self.start, self.visit.whole, self.stop, self.fetch, step, carry)
 
 
-def _rows_kernel(inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, out, *scratch):
-    part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, scratch[:6])
-    out_s, keys = scratch[6], inputs.tile
+def _rows_kernel(inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, *refs):
+    biases, (out, *scratch) = taken(inputs.plan, refs)
+    part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, biases, scratch)
+    out_s, keys = part.scratch[0], inputs.tile
     place = lambda: mg.places((QUERIES, keys), 1).astype(jnp.float32)
 
     def tile(scored: tuple[Tile, float], j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -148,10 +159,11 @@ def _rows_kernel(inputs: Inputs, parts: int, table, prefix, q, k, q_at, k_at, ou
     mg.store((out_s, out.at[part.b, part.h, part.part, :, part.queries]))
 
 
-def _blocks_kernel(inputs: Inputs, parts: int, names: list[str], table, prefix, q, k, q_at, k_at, kept, *refs):
+def _blocks_kernel(inputs: Inputs, parts: int, names: list[str], table, prefix, q, k, q_at, k_at, *refs):
+    biases, (kept, *refs) = taken(inputs.plan, refs)
     outs, scratch = refs[: len(names)], refs[len(names) :]
-    part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, scratch[:6])
-    kept_s, got, *outs_s = scratch[6:]
+    part = _Part(inputs, parts, table, prefix, q, k, q_at, k_at, biases, scratch)
+    kept_s, got, *outs_s = part.scratch
     mg.fetch(kept.at[part.b, part.h, :, part.queries], kept_s, got.at[0])
     mg.wait(got.at[0])
     count = outs_s[0].shape[0]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.masks import GLOBAL, Visibility, visible
 from pallas_kernels import _mosaic_gpu as mg
+from pallas_kernels.flash.gpu_biases import head_of, held, taken
 from pallas_kernels.flash.gpu_tiles import SEGMENT, Visit, visits
 from pallas_kernels.flash.tiles import div
 from pallas_kernels.probe.gpu_tiles import KEYS, QUERIES, SHARE, STAGES, TOP, Inputs, scores, stream, weights
@@ -38,18 +39,21 @@ def columns(inputs: Inputs, kept: Float[Array, "B H 2 T"]) -> Float[Array, "B H 
             "probe_columns",
             grid={"head": heads, "block": keys // OWNED, "batch": batch},
             interpret=inputs.plan.interpret,
-            cost=inputs.cost(tiles, QUERIES, OWNED, QUERIES * (2 * dim + 8), inputs.k, out, more=1),
+            cost=inputs.cost(
+                tiles, QUERIES, OWNED, QUERIES * (2 * dim + 8), inputs.k, out, *inputs.biases.arrays, more=1
+            ),
         ),
         partial(_columns_kernel, inputs),
         out,
         [
+            *[mg.plain(OWNED)] * inputs.keyed,
             mg.operand(OWNED, dim),
             mg.operand(STAGES, QUERIES, dim),
             mg.plain(2, OWNED, dtype=jnp.int32),
             mg.plain(STAGES, 2, QUERIES, dtype=jnp.int32),
             mg.plain(STAGES, 2, QUERIES),
             mg.plain(OWNED),
-            mg.barriers(1, 2),
+            mg.barriers(1, 2 + inputs.keyed),
             mg.barriers(STAGES, 3),
         ],
         visits(inputs.vis, QUERIES, OWNED, by_key=True),
@@ -58,7 +62,9 @@ def columns(inputs: Inputs, kept: Float[Array, "B H 2 T"]) -> Float[Array, "B H 
     )
 
 
-def _columns_kernel(inputs: Inputs, table, prefix, q, k, q_at, k_at, kept, out, *scratch):
+def _columns_kernel(inputs: Inputs, table, prefix, q, k, q_at, k_at, *refs):
+    biases, (kept, out, *scratch) = taken(inputs.plan, refs)
+    bias_s, scratch = held(inputs.plan, scratch)
     k_s, q_s, k_at_s, q_at_s, kept_s, out_s, ready, full = scratch
     b, h, j = (jax.lax.axis_index(name) for name in ("batch", "head", "block"))
     plan, keys = inputs.plan, pl.ds(j * OWNED, OWNED)
@@ -73,12 +79,14 @@ def _columns_kernel(inputs: Inputs, table, prefix, q, k, q_at, k_at, kept, out, 
     def tile(hides: bool, n: Any, slot: Any, acc: Array) -> Array:
         mg.wait(full.at[slot])
         s = mg.product(k_s, mg.turned(q_s.at[slot]))  # [keys, queries]
-        s = scores(plan, hides, s, q_at_s.at[slot], k_at_s, prefix[b], by_key=True)
+        s = scores(plan, hides, s, q_at_s.at[slot], k_at_s, prefix[b], bias_s, by_key=True)
         w = weights(s, *(mg.across(mg.load_columns(kept_s.at[slot, n]), OWNED) for n in (TOP, SHARE)))
         return acc + jnp.sum(w, axis=1)
 
     mg.fetch(k.at[b, keys, jax.lax.div(h, jnp.int32(plan.group))], k_s, ready.at[0])
     mg.fetch(k_at.at[b, :, keys], k_at_s, ready.at[0])
+    if plan.biases:
+        mg.fetch(biases.by_key.at[b, head_of(plan, h), keys], bias_s, ready.at[0])
     mg.wait(ready.at[0])
     out_s[...] = stream(jnp.int32(0), visit.whole, visit.count, fetch, tile, mg.per_row(0.0))
     mg.store((out_s, out.at[b, h, keys]))
@@ -100,11 +108,12 @@ def diagonals(inputs: Inputs, kept: Float[Array, "B H 2 T"], keys: int) -> Float
             "probe_diagonals",
             grid={"head": heads, "line": lines, "batch": batch},
             interpret=inputs.plan.interpret,
-            cost=inputs.cost(tiles, QUERIES, size, size * 2 * dim, inputs.q, out, more=1),
+            cost=inputs.cost(tiles, QUERIES, size, size * (2 * dim + 4 * inputs.keyed), inputs.q, out, more=1),
         ),
         partial(_diagonals_kernel, inputs, lines),
         out,
         [
+            *[mg.plain(STAGES, size)] * inputs.keyed,
             mg.operand(QUERIES, dim),
             mg.operand(STAGES, size, dim),
             mg.plain(2, QUERIES, dtype=jnp.int32),
@@ -114,7 +123,7 @@ def diagonals(inputs: Inputs, kept: Float[Array, "B H 2 T"], keys: int) -> Float
             mg.plain(QUERIES, LINE + KEYS + LINE),  # also of smaller tiles: rows of whole lines
             mg.plain(LINE),
             mg.barriers(1, 4),
-            mg.barriers(STAGES, 2),
+            mg.barriers(STAGES, 2 + inputs.keyed),
         ],
         jnp.stack([start, count], axis=-1).reshape(-1),
         *inputs.arrays,
@@ -153,7 +162,9 @@ def _runs(
     return start, jnp.where(some, stop - start + 1, 0)
 
 
-def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_at, kept, base, out, *scratch):
+def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_at, *refs):
+    biases, (kept, base, out, *scratch) = taken(inputs.plan, refs)
+    bias_s, scratch = held(inputs.plan, scratch)
     q_s, k_s, q_at_s, k_at_s, kept_s, base_s, w_s, out_s, ready, full = scratch
     b, h, line = (jax.lax.axis_index(name) for name in ("batch", "head", "line"))
     plan, head, size = inputs.plan, jax.lax.div(h, jnp.int32(inputs.plan.group)), inputs.tile
@@ -172,11 +183,14 @@ def _diagonals_kernel(inputs: Inputs, lines: int, table, prefix, q, k, q_at, k_a
             keys = pl.ds((start + n) * size, size)
             mg.fetch(k.at[b, keys, head], k_s.at[slot], full.at[slot])
             mg.fetch(k_at.at[b, :, keys], k_at_s.at[slot], full.at[slot])
+            if plan.biases:
+                mg.fetch(biases.by_key.at[b, head_of(plan, h), keys], bias_s.at[slot], full.at[slot])
 
         def tile(hides: bool, n: Any, slot: Any, acc: Array) -> Array:
             mg.wait(full.at[slot])
             s = mg.product(q_s, mg.turned(k_s.at[slot]))
-            s = scores(plan, hides, s, q_at_s, k_at_s.at[slot], prefix[b])
+            bias = bias_s.at[slot] if plan.biases else None
+            s = scores(plan, hides, s, q_at_s, k_at_s.at[slot], prefix[b], bias)
             w = weights(s, *(mg.down(mg.load_rows(kept_s.at[n]), size) for n in (TOP, SHARE)))
             has_place = mg.across(mg.load_columns(k_at_s.at[slot, SEGMENT]), QUERIES) != GLOBAL
             put(LINE, jnp.where(has_place, w, 0.0))

@@ -16,7 +16,8 @@ from jaxtyping import Array
 
 from jaxattn.masks import Visibility
 from pallas_kernels import _mosaic_gpu as mg
-from pallas_kernels.flash.gpu_tiles import Plan, Tile, exponents, masked, nbytes, places, wide
+from pallas_kernels.flash.gpu_biases import NONE, Biases, hiding
+from pallas_kernels.flash.gpu_tiles import Plan, Tile, exponents, nbytes, places, wide
 
 QUERIES = mg.ROWS
 KEYS = 128  # of a tile at most, where rows are queries
@@ -27,19 +28,26 @@ TOP, SHARE = 0, 1  # rows of what is kept of a query: its largest score (in powe
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """In whole blocks: q [B,T,H,D], k [B,S,K,D], prefixes [B], places [B,2,T] and [B,2,S]."""
+    """In whole blocks: q [B,T,H,D], k [B,S,K,D], prefixes [B], places [B,2,T] and [B,2,S], and key biases."""
 
     plan: Plan
     vis: Visibility
     q: Array
     k: Array
+    biases: Biases = NONE  # in powers of two
 
     @property
     def arrays(self) -> tuple[Array, ...]:
         """What every kernel reads after its table."""
         vis, batch = self.vis, self.q.shape[0]
         prefix = vis.prefix_len if self.plan.has_prefix else jnp.zeros((batch,), jnp.int32)
-        return prefix, self.q, self.k, places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
+        at = places(vis.q_positions, vis.q_segments), places(vis.k_positions, vis.k_segments)
+        return prefix, self.q, self.k, *at, *self.biases.arrays
+
+    @property
+    def keyed(self) -> int:
+        """1 where keys have biases, else 0."""
+        return len(self.biases.arrays)
 
     @property
     def blocks(self) -> int:
@@ -74,11 +82,14 @@ def held(table: Array, shape: tuple[int, int], tiles: int) -> Array:
 
 
 def scores(
-    plan: Plan, hides: bool, product: Tile, q_at: Any, k_at: Any, prefix: Any, *, by_key: bool = False
+    plan: Plan, hides: bool, product: Tile, q_at: Any, k_at: Any, prefix: Any, bias: Any, *, by_key: bool = False
 ) -> tuple[Tile, float]:
-    """Masked scores and a positive factor, which makes them powers of two."""
-    hide = partial(masked, q_at=q_at, k_at=k_at, prefix=prefix, plan=plan, by_key=by_key)
-    return exponents(plan, product, hide if hides else lambda s: s)
+    """Biased and masked scores and a positive factor, which makes them powers of two.
+
+    Args:
+      bias: a ref of the key biases of the tile, or None.
+    """
+    return exponents(plan, product, hiding(plan, hides, q_at, k_at, prefix, Biases(bias), by_key=by_key))
 
 
 def weights(scores: tuple[Tile, float], top: Tile, share: Tile) -> Tile:

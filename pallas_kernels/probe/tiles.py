@@ -37,14 +37,19 @@ class Plan:
     block_k: int
     block: int
     group: int
+    sharing: int  # query heads that share a head of the key bias; 0: there is none
     causal: bool
     window: int | None
     has_prefix: bool
     interpret: Any
 
 
-def inputs_of(plan: Plan, q: Array, k: Array, vis: Visibility):
-    """The inputs that both passes share, with their blocks; scalars first."""
+def inputs_of(plan: Plan, q: Array, k: Array, vis: Visibility, key_bias: Array | None):
+    """The inputs that both passes share, with their blocks; scalars first.
+
+    Args:
+      key_bias: [B, n, 1, S].
+    """
     batch, _, rows, dim = q.shape
     table = spans(reachable(vis, rows, plan.block_k), certain(vis, rows, plan.block_k))
     prefix = vis.prefix_len if plan.has_prefix else jnp.zeros((batch,), jnp.int32)
@@ -58,7 +63,12 @@ def inputs_of(plan: Plan, q: Array, k: Array, vis: Visibility):
         pl.BlockSpec((None, 2, rows, LANES), lambda b, h, j, *_: (b, 0, 0, 0)),
         pl.BlockSpec((None, 2, plan.block_k), lambda b, h, j, table, *_: (b, 0, fetch(b, j, table))),
     ]
-    return (table, prefix), (q, k, q_at, places(vis.k_positions, vis.k_segments)), specs
+    inputs = [q, k, q_at, places(vis.k_positions, vis.k_segments)]
+    if key_bias is not None:
+        inputs.append(key_bias)
+        of_key_bias = lambda b, h, j, table, *_: (b, div(h, plan.sharing), 0, fetch(b, j, table))
+        specs.append(pl.BlockSpec((None, None, 1, plan.block_k), of_key_bias))
+    return (table, prefix), inputs, specs
 
 
 def cost(q: Array, k: Array, group: int, moved: list[Any], more: int = 0) -> pl.CostEstimate:
@@ -71,9 +81,11 @@ def cost(q: Array, k: Array, group: int, moved: list[Any], more: int = 0) -> pl.
     )
 
 
-def scores(plan: Plan, masked: bool, prefix: Any, q, k, q_at, k_at) -> Array:
+def scores(plan: Plan, masked: bool, prefix: Any, q, k, q_at, k_at, key_bias) -> Array:
     """A tile's scores, NEVER where nothing is seen."""
     s = dot(q[...], k[...], (1, 1)) * plan.scale
+    if key_bias is not None:
+        s = s + key_bias[...]
     if not masked:
         return s
     q_pos, q_seg = (q_at[n][:, :1] for n in (POSITION, SEGMENT))

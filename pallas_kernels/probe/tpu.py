@@ -34,10 +34,8 @@ MOST = 2048
 DIAGONALS = 2**20  # keys whose diagonals fit on chip
 
 
-def unfit(q: Array, k: Array, want: frozenset[str], block: int, key_bias: Array | None = None) -> str | None:
+def unfit(q: Array, k: Array, want: frozenset[str], block: int) -> str | None:
     """Why this backend cannot serve a call, or None."""
-    if key_bias is not None:
-        return "backend 'tpu' has no key_bias: use 'xla'."
     for name, x in (("q", q), ("k", k)):
         if x.dtype not in DTYPES:
             return f"backend 'tpu' computes float32 and bfloat16 but {name} is {x.dtype}: cast it or use 'xla'."
@@ -73,7 +71,7 @@ def probe_tpu(
     Raises:
       NotImplementedError: see `unfit`, or the process computes on another platform.
     """
-    if reason := unfit(q, k, want, block, key_bias):
+    if reason := unfit(q, k, want, block):
         raise NotImplementedError(f"probe: {reason}")
     interpret = interpret_for("probe", "tpu")
     batch, count, heads, _ = q.shape
@@ -88,6 +86,7 @@ def probe_tpu(
         block_k=min(unit * max(1, BLOCK // unit), up(keys, unit)),
         block=block,
         group=heads // kv_heads,
+        sharing=0 if key_bias is None else heads // key_bias.shape[1],
         causal=vis.causal,
         window=vis.window,
         has_prefix=vis.prefix_len is not None,
@@ -101,7 +100,9 @@ def probe_tpu(
     near, far = shifts(vis, visible(vis), 0)
     base = jnp.where(near == NOWHERE, 0, keys - 1 - vis.q_positions + near)
     vis = vis.pad_rows(short).pad_columns(pad)
-    top, mass, index = _first(plan, q, k, vis)
+    if key_bias is not None:
+        key_bias = jnp.pad(key_bias, ((0, 0), (0, 0), (0, pad)))[:, :, None]
+    top, mass, index = _first(plan, q, k, vis, key_bias)
     some = mass > 0
     share = jnp.where(some, 1.0 / jnp.where(some, mass, 1.0), 0.0)  # the weight of a row's largest score
     lse = jnp.where(some, top + jnp.log(jnp.where(some, mass, 1.0)), NEVER)
@@ -109,7 +110,7 @@ def probe_tpu(
     stats = row_stats(row(lse), row(share), row(jnp.where(some, index, -1)), want)
     if not want & OVER_KEYS:
         return stats
-    over_keys = sums(plan, q, k, vis, top, share, jnp.pad(base, ((0, 0), (0, short))))
+    over_keys = sums(plan, q, k, vis, key_bias, top, share, jnp.pad(base, ((0, 0), (0, short))))
     if "columns" in want:
         over_keys["columns"] = over_keys["columns"][:, :, 0, :keys]
     for name in want & {"blocks", "block_max"}:
@@ -121,10 +122,10 @@ def probe_tpu(
     return dataclasses.replace(stats, **over_keys)
 
 
-def _first(plan: Plan, q: Array, k: Array, vis: Visibility) -> tuple[Array, Array, Array]:
+def _first(plan: Plan, q: Array, k: Array, vis: Visibility, key_bias: Array | None) -> tuple[Array, Array, Array]:
     """Largest score, mass relative to it and its index, [B, H, rows, LANES]."""
     batch, heads, rows, _ = q.shape
-    scalars, inputs, specs = inputs_of(plan, q, k, vis)
+    scalars, inputs, specs = inputs_of(plan, q, k, vis, key_bias)
     out = lambda dtype: jax.ShapeDtypeStruct((batch, heads, rows, LANES), dtype)
     outs = [out(jnp.float32), out(jnp.float32), out(jnp.int32)]
     per_row = pl.BlockSpec((None, None, rows, LANES), lambda b, h, j, *_: (b, h, 0, 0))
@@ -138,13 +139,14 @@ def _first(plan: Plan, q: Array, k: Array, vis: Visibility) -> tuple[Array, Arra
         ),
         out_shape=outs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=cost(q, k, plan.group, [q, *outs]),
+        cost_estimate=cost(q, k, plan.group, [q, *outs, *inputs[4:]]),
         interpret=plan.interpret,
         name="probe_rows",
     )(*scalars, *inputs)
 
 
-def _first_kernel(plan: Plan, table, prefix, q, k, q_at, k_at, top, mass, index):
+def _first_kernel(plan: Plan, table, prefix, q, k, q_at, k_at, *refs):
+    key_bias, (top, mass, index) = (refs[0] if plan.sharing else None), refs[-3:]
     b, j = pl.program_id(0), pl.program_id(2)
 
     @pl.when(j == 0)
@@ -154,7 +156,7 @@ def _first_kernel(plan: Plan, table, prefix, q, k, q_at, k_at, top, mass, index)
         index[...] = jnp.zeros_like(index)
 
     def tile(masked: bool) -> None:
-        s = scores(plan, masked, prefix[b], q, k, q_at, k_at)
+        s = scores(plan, masked, prefix[b], q, k, q_at, k_at, key_bias)
         before, best = top[:, :1], jnp.max(s, axis=1, keepdims=True)
         now = jnp.maximum(before, best)
         place = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1).astype(jnp.float32)

@@ -16,11 +16,20 @@ from pallas_kernels.flash.tiles import LANES, SEGMENT, Spans, div, rem
 from pallas_kernels.probe.tiles import Plan, cost, inputs_of, scores
 
 
-def sums(plan: Plan, q: Array, k: Array, vis: Visibility, top: Array, share: Array, base: Array) -> dict[str, Array]:
+def sums(
+    plan: Plan,
+    q: Array,
+    k: Array,
+    vis: Visibility,
+    key_bias: Array | None,
+    top: Array,
+    share: Array,
+    base: Array,
+) -> dict[str, Array]:
     """Sums of the weights, each in the layout it has on chip."""
     batch, heads, rows, _ = q.shape
     keys, block_k = k.shape[2], plan.block_k
-    scalars, inputs, specs = inputs_of(plan, q, k, vis)
+    scalars, inputs, specs = inputs_of(plan, q, k, vis, key_bias)
     lines = -(-(keys + 2 * block_k + LANES) // LANES)
     whole = lambda b, h, j, *_: (b, h, 0, 0)
     outs = {  # shape, block and its place
@@ -42,15 +51,17 @@ def sums(plan: Plan, q: Array, k: Array, vis: Visibility, top: Array, share: Arr
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=cost(q, k, plan.group, [q, top, share, *shapes], more=len(names)),
+        cost_estimate=cost(q, k, plan.group, [q, top, share, *shapes, *inputs[4:]], more=len(names)),
         interpret=plan.interpret,
         name="probe_sums",
     )(*scalars, base, *inputs, top, share)
     return dict(zip(names, results, strict=True))
 
 
-def _kernel(plan: Plan, names: list[str], table, prefix, base, q, k, q_at, k_at, top, share, *refs):
-    outs, runs = dict(zip(names, refs[:-1], strict=True)), refs[-1]
+def _kernel(plan: Plan, names: list[str], table, prefix, base, q, k, q_at, k_at, *refs):
+    key_bias, refs = (refs[0], refs[1:]) if plan.sharing else (None, refs)
+    top, share, *refs, runs = refs
+    outs = dict(zip(names, refs, strict=True))
     b, j = pl.program_id(0), pl.program_id(2)
     held = Spans(table, b).holds(j)
 
@@ -67,7 +78,7 @@ def _kernel(plan: Plan, names: list[str], table, prefix, base, q, k, q_at, k_at,
                 out[...] = jnp.zeros_like(out)
 
     def tile(masked: bool) -> None:
-        s = scores(plan, masked, prefix[b], q, k, q_at, k_at)
+        s = scores(plan, masked, prefix[b], q, k, q_at, k_at, key_bias)
         w = jnp.exp(s - top[:, :1]) * share[:, :1]  # hidden: exp(NEVER - FLOOR) is exactly 0
         if "columns" in outs:
             outs["columns"][...] = jnp.sum(w, axis=0, keepdims=True)

@@ -19,10 +19,10 @@ from pallas_kernels.block_sparse.lists import in_blocks
 from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.shapes import ODD
-from tests.conformance.cases import close, inputs, packed
+from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels.late import delay
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
-from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
+from tests.kernels.test_block_sparse import SOFTMAX, draw_bias, draw_lists, ids
 from tests.kernels.test_flash_gpu import near
 
 skip_module_without_gpus()
@@ -32,14 +32,19 @@ SIZES = dict(block_q=128, block_k=128)
 
 
 def both(backend, arrays, vis, score, **options):
-    """Output, statistic and all gradients of a loss that weighs every entry of both differently."""
+    """Output, statistic and all gradients of a loss that weighs every entry of both differently.
 
-    def loss(*arrays):
-        o, stat = block_sparse(*arrays, vis, score, scale=0.2, stats=True, backend=backend, **SIZES | options)
+    Args:
+      arrays: q, k, v and maybe a key bias.
+    """
+
+    def loss(q, k, v, key_bias=None):
+        bias = {} if key_bias is None else {"key_bias": key_bias}
+        o, stat = block_sparse(q, k, v, vis, score, scale=0.2, stats=True, backend=backend, **SIZES | bias | options)
         waves = lambda x: jnp.sum(jnp.sin(x.astype(jnp.float32)) * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
         return waves(o) + waves(jnp.where(stat > NEVER, stat, 0.0)), (o, stat)
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
 
 
 def check(arrays, vis, score=SOFTMAX, rtol=2e-2, mode="plain", **options):
@@ -61,10 +66,22 @@ def numbers(length, **shape):
     )
 
 
-@pytest.mark.parametrize(("lists", "batch", "length"), [(1, 1, 300), (2, 2, 150), (4, 1, 300)])
-def test_lists_for_all_heads_per_key_head_and_per_query_head(lists, batch, length):
+@pytest.mark.parametrize(
+    ("lists", "biases", "batch", "length"),
+    [
+        (1, 2, 1, 300),
+        (2, 0, 2, 150),
+        (4, 4, 1, 300),
+        pytest.param(1, 4, 1, 300, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, 150, marks=pytest.mark.slow),
+        pytest.param(4, 1, 1, 300, marks=pytest.mark.slow),
+    ],
+)
+def test_lists_and_biases_for_all_heads_per_key_head_and_per_query_head(lists, biases, batch, length):
     """Odd lengths, and value heads of another width."""
     arrays = numbers(length, batch=batch, heads=4, kv_heads=2, value_dim=96)
+    if biases:
+        arrays = *arrays, draw_bias(batch, biases, length)
     blocks = draw_lists(batch, lists, length, length, 128, 128, width=3)
     check(arrays, self_visibility(batch, length), blocks=blocks)
 
@@ -94,7 +111,8 @@ def test_sigmoid_in_blocks_of_other_sizes_behind_global_keys():
         window=100,
     ).prepend_global(2)
     blocks = jnp.array([[[[1, 0, 1, 9], [-7, 2**30, 1, 2]]]], jnp.int32)
-    check(numbers(150, keys=602), vis, SIGMOID, blocks=blocks, block_q=128, block_k=256)
+    arrays = *numbers(150, keys=602), jnp.asarray(normal(5, (1, 1, 602)))
+    check(arrays, vis, SIGMOID, blocks=blocks, block_q=128, block_k=256)
 
 
 @pytest.mark.parametrize("dims", [(192, 192), pytest.param((256, 200), marks=pytest.mark.slow)], ids=str)
@@ -172,8 +190,9 @@ def test_unlisted_and_unseen_tiles_are_not_read():
 def test_no_races_and_nothing_uninitialised_is_read():
     """With a query block that lists nothing and a key block that nobody lists."""
     blocks = jnp.array([[[[0, -1], [-1, -1], [0, 2]]]], jnp.int32)
+    arrays = *numbers(260, heads=1), draw_bias(1, 1, 260)
     with without_races("gpu") as simulator:
-        check(numbers(260, heads=1), self_visibility(1, 260), mode=simulator, blocks=blocks)
+        check(arrays, self_visibility(1, 260), mode=simulator, blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -250,14 +269,14 @@ def test_every_listed_tile_is_visited_once_and_masked_where_it_must_be(lists, wi
     assert unmasked == 0, "as many by key as by query"
 
 
-def call_with(dtype=jnp.bfloat16, block_q=128, block_k=128, backend="gpu", dim=16, score=SOFTMAX):
-    q, k, v = inputs(8, heads=2, kv_heads=1, dim=dim, dtype=dtype)
+def call_with(dtype=jnp.bfloat16, block_q=128, block_k=128, backend="gpu", dim=16, score=SOFTMAX, heads=2, **more):
+    q, k, v = inputs(8, heads=heads, kv_heads=1, dim=dim, dtype=dtype)
     vis, blocks, sizes = (
         self_visibility(2, 8),
         jnp.zeros((2, 1, 1, 1), jnp.int32),
         dict(block_q=block_q, block_k=block_k),
     )
-    return block_sparse(q, k, v, vis, score, blocks=blocks, **sizes, scale=1.0, backend=backend)
+    return block_sparse(q, k, v, vis, score, blocks=blocks, **sizes, scale=1.0, backend=backend, **more)
 
 
 def test_a_named_backend_says_why_it_cannot_run():
@@ -268,6 +287,8 @@ def test_a_named_backend_says_why_it_cannot_run():
             call_with(dtype=jnp.float32)
         with pytest.raises(NotImplementedError, match="head dims up to 256 but q has 264"):
             call_with(dim=264)
+        with pytest.raises(NotImplementedError, match=r"a key_bias per query head for up to 16 .* are 17: use 'xla'"):
+            call_with(heads=17, key_bias=jnp.zeros((1, 17, 8)))
         with pytest.raises(NotImplementedError, match="does not count the keys of lists"):
             call_with(score=Score("relu", "count"))
         with pytest.raises(NotImplementedError, match=r"normalisers .* but this is 'p_norm'"):

@@ -13,11 +13,11 @@ from pallas_kernels.block_sparse import block_sparse, steps
 from pallas_kernels.block_sparse.lists import Lists
 from pallas_kernels.block_sparse.plan import unfit
 from pallas_kernels.shapes import ODD
-from tests.conformance.cases import close, inputs, packed
+from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels import test_block_sparse as plain
 from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
-from tests.kernels.test_block_sparse import SOFTMAX, draw_lists, ids
+from tests.kernels.test_block_sparse import SOFTMAX, draw_bias, draw_lists, ids
 
 SLOW = ("exp-sum", "sigmoid-none", "elu1-sum", "relu-sum_plus_one")  # their formulas are those of others here
 MEMBERS = [pytest.param(s, marks=pytest.mark.slow if ids(s) in SLOW else ()) for s in plain.SCORES]
@@ -43,6 +43,8 @@ def test_odd_lengths_and_head_dims(shape, dtype):
     lists = (1, shape.heads, shape.kv_heads)[ODD.index(shape) % 3]
     blocks = draw_lists(1, lists, shape.length, shape.length, 128, 128, width=6)
     vis = self_visibility(1, shape.length)
+    biases = (shape.heads, shape.kv_heads, 1)[ODD.index(shape) % 3]
+    arrays = *arrays, draw_bias(1, biases, shape.length)
     check(arrays, vis, rtol=3e-5 if dtype == jnp.float32 else 2e-2, blocks=blocks, block_q=128, block_k=128)
 
 
@@ -54,14 +56,20 @@ def test_every_member_on_packed_documents(score):
     vis = self_visibility(1, 300, positions=positions, segment_ids=segments)
     blocks = jnp.array([[[[0, -1], [1, 0], [1, -1]]]], jnp.int32)
     arrays = inputs(300, batch=1, heads=2, kv_heads=1, dim=5, value_dim=12)
+    arrays = *arrays, jnp.asarray(normal(5, (1, 2, 300)))
     o, _ = check(arrays, vis, score, rtol=1e-4, blocks=blocks, block_q=128, block_k=256)
     assert not o[:, 291:].any(), "padding rows give zeros"
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "lists"), [(12, 2, 1), (12, 2, 2), (4, 2, 4)])
-def test_lists_for_all_heads_per_key_head_and_per_query_head(heads, kv_heads, lists):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "lists", "biases"),
+    [(12, 2, 1, 0), (12, 2, 2, 2), (4, 2, 4, 4), (4, 2, 1, 4), pytest.param(4, 2, 4, 1, marks=pytest.mark.slow)],
+)
+def test_lists_and_biases_for_all_heads_per_key_head_and_per_query_head(heads, kv_heads, lists, biases):
     """Six heads of a group are two chunks of three: 512 rows are worked on at a time."""
     arrays = inputs(300, heads=heads, kv_heads=kv_heads, dim=8, value_dim=8)
+    if biases:
+        arrays = *arrays, draw_bias(2, biases, 300)
     blocks = draw_lists(2, lists, 300, 300, 128, 128, width=3)
     check(arrays, self_visibility(2, 300), blocks=blocks, block_q=128, block_k=128)
 
@@ -85,7 +93,7 @@ def test_queries_that_continue_a_cache_behind_global_keys():
 def test_no_races_and_nothing_uninitialised_is_read(score, lists):
     """With a row that lists nothing and a key block that nobody lists."""
     blocks = jnp.array([[[[0, -1], [-1, -1], [0, 2]]]], jnp.int32)
-    arrays = inputs(260, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8)
+    arrays = *inputs(260, batch=1, heads=2, kv_heads=1, dim=8, value_dim=8), jnp.asarray(normal(5, (1, lists, 260)))
     blocks = jnp.tile(blocks, (1, lists, 1, 1)).at[:, lists - 1, 0, 1].set(0)
     with without_races("tpu") as simulator:
         check(arrays, self_visibility(1, 260), score, mode=simulator, blocks=blocks, block_q=128, block_k=128)
@@ -119,7 +127,8 @@ def test_more_lists_than_scalar_memory_holds_are_worked_on_in_turns(monkeypatch)
     assert "34 words of scalar memory but blocks of shape (2, 2, 3, 3) need 35" in call(causal=False)
     monkeypatch.setattr(steps, "WORDS", 50)
     assert [steps.per_call(*x) for x in ((4, 20), (2, 30))] == [2, 1], "two of four lists, and one of two turned ones"
-    check(arrays, self_visibility(2, 300), blocks=blocks, block_q=128, block_k=128)
+    biased = *arrays, draw_bias(1, 1, 300)
+    check(biased, self_visibility(2, 300), blocks=blocks, block_q=128, block_k=128)
 
 
 def lists_of(rows):

@@ -13,8 +13,10 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility, self_visibility
 from pallas_kernels import compiling_for, interpreted
+from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.probe import NAMES, probe
-from tests.conformance.cases import close, inputs, packed
+from pallas_kernels.shapes import ODD
+from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
@@ -28,9 +30,17 @@ def tiles_far_smaller_than_the_sequence(monkeypatch):
     monkeypatch.setattr("pallas_kernels.probe.tpu.BLOCK", 128)
 
 
-def check(q, k, vis, backend, *, block=16, want=NAMES, rtol=2e-5, scale=0.3, mode="plain"):
+def draw_bias(batch, heads, keys, seed=5):
+    """A key bias for `heads` heads; every seventh key of the first one is hidden."""
+    bias = np.array(normal(seed, (batch, heads, keys)))
+    bias[:, 0, 2::7] = NEVER
+    return jnp.asarray(bias)
+
+
+def check(q, k, vis, backend, *, block=16, want=NAMES, rtol=2e-5, scale=0.3, mode="plain", key_bias=None):
     """Every statistic equals the reference's; returns the reference's."""
-    run = lambda backend: jax.jit(partial(probe, scale=scale, want=want, block=block, backend=backend))(q, k, vis)
+    call = partial(probe, scale=scale, want=want, block=block, key_bias=key_bias)
+    run = lambda backend: jax.jit(partial(call, backend=backend))(q, k, vis)
     with interpreted(mode):
         ours = run(backend)
     expected = run("reference")
@@ -55,7 +65,9 @@ def test_odd_lengths_head_dims_and_groups(shape, dtype, backend):
     count = min(shape.length, 70)
     vis = self_visibility(1, shape.length).rows(shape.length - count, count)
     want = NAMES if dtype == jnp.float32 else [name for name in NAMES if name != "top"]  # ties in bf16
-    check(q[:, -count:], k, vis, backend, want=want, block=32, scale=shape.dim**-0.5)
+    heads = (shape.kv_heads, 1, shape.heads)[ODD.index(shape) % 3]
+    bias = draw_bias(1, heads, shape.length) if shape.length > 2 else jnp.full((1, heads, shape.length), 0.5)
+    check(q[:, -count:], k, vis, backend, want=want, block=32, scale=shape.dim**-0.5, key_bias=bias)
 
 
 RULES = {
@@ -72,7 +84,7 @@ def test_every_rule_of_visibility(rules, sinks, backend):
     """Queries from the middle of 300 tokens; tiles of 128 keys, of which some are seen by nobody."""
     q, k, _ = inputs(20, heads=2, kv_heads=1, dim=8, keys=300 + sinks)
     vis = self_visibility(2, 300, **rules).prepend_global(sinks).rows(140, 20)
-    check(q, k, vis, backend)
+    check(q, k, vis, backend, key_bias=draw_bias(2, 2, 300 + sinks) if sinks else None)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -84,7 +96,7 @@ def test_packed_documents(backend):
     positions, segments = (jnp.stack([x[0], jnp.roll(x[1], 17)]) for x in (positions, segments))
     q, k, _ = inputs(104, heads=4, kv_heads=2, dim=8)
     vis = self_visibility(2, 104, positions=positions, segment_ids=segments)
-    expected = check(q, k, vis, backend)
+    expected = check(q, k, vis, backend, key_bias=jnp.asarray(normal(5, (1, 2, 104))))
     dead = np.asarray(segments) == 0
     assert not np.asarray(expected.top_weight)[dead].any()
     assert (np.asarray(expected.top_index)[dead] == -1).all()
@@ -154,6 +166,47 @@ def test_the_first_of_equal_keys_is_the_top_one(backend):
     check(q, k, vis, backend, scale=30.0, want=("lse", "columns"))
 
 
+def slots_of_each_head():
+    """A cache of 60 slots of which each key head uses others; and a query that finds none of its keys there."""
+    q, k, _ = inputs(5, batch=1, heads=4, kv_heads=2, dim=8, keys=60)
+    empty = np.zeros((2, 60), bool)
+    empty[0, 1::2], empty[1, :40], empty[1, 55:] = True, True, True
+    vis = Visibility(
+        jnp.array([[59, 50, 30, 59, 41]]),
+        jnp.arange(60)[None],
+        jnp.ones((1, 5), jnp.int32),
+        jnp.ones((1, 60), jnp.int32),
+    )
+    return q, k, vis, empty
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_hidden_keys_are_as_if_they_were_not_there(backend):
+    """What H2O asks for: sums of weights by column of every query head over the slots its key head uses."""
+    q, k, vis, empty = slots_of_each_head()
+    weights = np.zeros((4, 5, 60))
+    for h, p in np.ndindex(4, 5):
+        left = np.flatnonzero(~empty[h // 2] & (np.arange(60) <= int(vis.q_positions[0, p])))
+        w = np.exp(0.3 * np.asarray(k[0, left, h // 2], np.float64) @ np.asarray(q[0, p, h], np.float64))
+        weights[h, p, left] = w / max(w.sum(), 1e-300)
+    call = jax.jit(lambda bias: probe(q, k, vis, scale=0.3, want=NAMES, block=16, key_bias=bias, backend=backend))
+    for nothing in (-jnp.inf, NEVER):
+        with interpreted():
+            stats = call(jnp.where(empty, nothing, 0.7)[None])  # the same number for all: cancels
+        close(stats.columns[0], weights.sum(1))
+        assert not np.asarray(stats.columns)[0][np.repeat(empty, 2, axis=0)].any(), "exactly 0"
+        close(jnp.swapaxes(stats.top_weight[0], 0, 1), weights.max(2))
+        found = weights.max(2) > 0
+        assert not found[2:, 2].any(), "no slot of key head 1 is as early as position 30"
+        np.testing.assert_array_equal(stats.top_index[0].T, np.where(found, weights.argmax(2), -1))
+        np.testing.assert_array_equal((stats.lse[0].T == NEVER), ~found)
+        sums = np.zeros((4, 60))
+        for p in range(5):
+            o = int(vis.q_positions[0, p]) - np.arange(60)
+            sums[:, o[o >= 0]] += weights[:, p, o >= 0]
+        close(stats.diagonals[0], sums)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_is_asked_for(name):
     q, k, _ = inputs(9, heads=2, kv_heads=1, dim=8)
@@ -165,7 +218,7 @@ def test_no_races_and_nothing_uninitialised_is_read():
     q, k, _ = inputs(300, batch=1, heads=2, kv_heads=1, dim=8)
     vis = self_visibility(1, 300, window=90).rows(250, 5)
     with without_races("tpu") as simulator:
-        check(q[:, 250:255], k, vis, "tpu", mode=simulator)
+        check(q[:, 250:255], k, vis, "tpu", mode=simulator, key_bias=draw_bias(1, 2, 300))
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -196,6 +249,8 @@ def test_a_named_backend_says_why_it_cannot_run():
         jax.eval_shape(lambda q: call(q, want="columns", block=12), q)
     with pytest.raises(NotImplementedError, match=r"backend 'gpu' (needs JAX|computes bfloat16)"):
         call(backend="gpu")
+    with pytest.raises(ConfigError, match=r"key_bias has shape \(2, 3, 8\) but must be .* heads 1, 1 or 2, and keys 8"):
+        call(backend="xla", key_bias=jnp.zeros((2, 3, 8)))
     with pytest.raises(ConfigError, match=r"want is \['rows'\] but must name some of lse, top"):
         call(want=["rows"])
     with pytest.raises(ConfigError, match=r"want is \[\]"):
@@ -233,5 +288,6 @@ def test_on_a_cpu_no_array_has_a_weight_per_query_and_key():
     """64 queries of 8 heads over 32k keys would be 64 MB, a chunk is 2 MB; keys lie heads first, as in caches."""
     q, k = jax.ShapeDtypeStruct((1, 64, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1, 2, 32768, 64), jnp.float32)
     vis = self_visibility(1, 32768).rows(32704, 64)
-    call = lambda q, k: probe(q, jnp.swapaxes(k, 1, 2), vis, scale=1.0, want=NAMES, backend="xla")
-    assert jax.jit(call).lower(q, k).compile().memory_analysis().temp_size_in_bytes < 12 * 2**20
+    bias = jax.ShapeDtypeStruct((1, 2, 32768), jnp.float32)
+    call = lambda q, k, b: probe(q, jnp.swapaxes(k, 1, 2), vis, scale=1.0, want=NAMES, key_bias=b, backend="xla")
+    assert jax.jit(call).lower(q, k, bias).compile().memory_analysis().temp_size_in_bytes < 12 * 2**20

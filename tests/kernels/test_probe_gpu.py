@@ -14,9 +14,10 @@ from jaxattn.masks import Visibility, self_visibility
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.probe import NAMES, probe
 from pallas_kernels.shapes import ODD
-from tests.conformance.cases import inputs, packed
+from tests.conformance.cases import inputs, normal, packed
 from tests.kernels.late import delay
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
+from tests.kernels.test_probe import draw_bias, slots_of_each_head
 
 skip_module_without_gpus()
 
@@ -29,9 +30,10 @@ def numbers(queries, keys=None, *, batch=1, heads=2, kv_heads=1, dim=60):
     return inputs(queries, keys=keys or queries, **shape)[:2]
 
 
-def check(q, k, vis, *, block=16, want=NAMES, rtol=1e-5, scale=0.2, mode="plain"):
+def check(q, k, vis, *, block=16, want=NAMES, rtol=1e-5, scale=0.2, mode="plain", key_bias=None):
     """Every statistic equals the reference's of the same rounded inputs; returns the reference's."""
-    run = lambda backend: jax.jit(partial(probe, scale=scale, want=want, block=block, backend=backend))(q, k, vis)
+    call = partial(probe, scale=scale, want=want, block=block, key_bias=key_bias)
+    run = lambda backend: jax.jit(partial(call, backend=backend))(q, k, vis)
     with interpreted(mode):
         ours = run("gpu")
     theirs = run("reference")
@@ -51,7 +53,8 @@ def check(q, k, vis, *, block=16, want=NAMES, rtol=1e-5, scale=0.2, mode="plain"
 def test_the_last_queries_of_grouped_heads(dim):
     """20 of 300: three tiles of keys, or five of wide heads, each gone through by another block of threads."""
     q, k = numbers(300, heads=4, kv_heads=2, dim=dim)
-    check(q[:, -20:], k, self_visibility(1, 300).rows(280, 20), want=UNTIED)
+    bias = draw_bias(1, 4 if dim == 60 else 2, 300)
+    check(q[:, -20:], k, self_visibility(1, 300).rows(280, 20), want=UNTIED, key_bias=bias)
 
 
 def documents():
@@ -66,7 +69,8 @@ def documents():
 def test_packed_documents():
     segments, vis = documents()
     q, k = numbers(104, batch=2, heads=1)
-    stats = check(q, k, vis, want=("lse", "columns", "diagonals"))
+    bias = jnp.asarray(normal(5, (1, 1, 104)))
+    stats = check(q, k, vis, want=("lse", "columns", "diagonals"), key_bias=bias)
     dead = np.asarray(segments) == 0
     assert (np.asarray(stats.lse)[dead] == -1e30).all()
     np.testing.assert_allclose(np.sum(stats.columns, axis=2)[:, 0], np.sum(~dead, axis=1), rtol=1e-5)
@@ -152,13 +156,23 @@ def test_top_keys_of_queries_that_have_one():
     """Exact where the largest score stands out, also in packed documents."""
     q, k = numbers(104, batch=2, dim=64)
     check(q, 3 * k, documents()[1], want="top", scale=1.0)
+    check(q, 3 * k, documents()[1], want="top", scale=1.0, key_bias=draw_bias(2, 2, 104))
+
+
+@pytest.mark.slow
+def test_hidden_keys_are_as_if_they_were_not_there():
+    """Also of a query that finds none of its head's keys; another set of keys for each key head."""
+    q, k, vis, empty = slots_of_each_head()
+    q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+    stats = check(q, k, vis, want=UNTIED, key_bias=jnp.where(empty, -jnp.inf, 0.7)[None])
+    assert (np.asarray(stats.lse)[0, 2, 2:] == -1e30).all(), "no slot of key head 1 is as early as this query"
 
 
 def test_no_races_and_nothing_uninitialised_is_read():
     """As long as no buffer is used twice: the detector takes a load before a copy for a race, whatever is between."""
     q, k = numbers(40, heads=1)
     with without_races("gpu") as simulator:
-        check(q, k, self_visibility(1, 40), want=UNTIED, mode=simulator)
+        check(q, k, self_visibility(1, 40), want=UNTIED, mode=simulator, key_bias=draw_bias(1, 1, 40))
 
 
 @pytest.mark.slow
