@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
 from jaxattn.mechanisms import Mechanism, RowWeights
 from jaxattn.models import ModelConfig
@@ -20,6 +21,7 @@ from jaxattn.nn.attention import HEADS, extra_arguments, position_bias
 from jaxattn.nn.decoding import variables_of
 from jaxattn.nn.insertion import insert, insertion_block
 from jaxattn.nn.transformer import behind
+from jaxattn.rope import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +224,8 @@ def look(
 def _bias(cfg: ModelConfig, layer: int, table: Array | None, variables: dict[str, Any]) -> PositionBias | None:
     """What is added to a layer's scores: its position bias and what score-space policies add."""
     own, plan = position_bias(cfg, table), cfg.keeping
-    if not plan.wraps or cfg.mixer(layer).mechanism.core is None:
+    mechanism = cfg.mixer(layer).mechanism
+    if not plan.wraps or mechanism is None or mechanism.core is None:
         return own
     heads = variables.get(HEADS, {}).get(f"layer_{layer}", {}).get("attn", {})
     site, parts = cfg.site(layer), [] if own is None else [own]
