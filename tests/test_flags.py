@@ -25,6 +25,7 @@ COMMANDS = {  # module: words, the flag that is meant
     "jaxattn.generate": (["run", "--promt", "hello"], "--prompt"),
     "jaxattn.serve": (["run", "--prt=1"], "--port"),
     "scripts.mechanism_table": (["--writ3"], "--write"),
+    "scripts.policy_table": (["--writ3"], "--write"),
 }
 
 

@@ -34,6 +34,15 @@ def test_readme_table_is_the_registry():
     assert text == between(text, MARK, table()), "run python -m scripts.mechanism_table --write"
 
 
+def test_readme_policies_are_the_registry():
+    from jaxattn.policies.table import markdown
+    from scripts.policy_table import MARK
+    from scripts.readme import README, between
+
+    text = README.read_text("utf-8")
+    assert text == between(text, MARK, markdown()), "run python -m scripts.policy_table --write"
+
+
 def test_readme_results_are_those_of_the_files_that_it_links_to():
     from scripts.readme import README, between
     from scripts.results_table import MARK, table

@@ -6,6 +6,7 @@ Capturing is Flax's own `sow`: it costs nothing unless the collection ``capture`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -233,4 +234,5 @@ def _bias(cfg: ModelConfig, layer: int, table: Array | None, variables: dict[str
         assert policy.score_bias is not None, "a policy without `step` adds to scores"
         added = policy.score_bias(spec, site, heads)
         parts += [] if added is None else [added]
-    return (lambda q, k: sum(part(q, k) for part in parts)) if parts else None
+    total = lambda q, k: functools.reduce(jnp.add, [part(q, k) for part in parts])
+    return total if parts else None
