@@ -1,0 +1,168 @@
+"""Policies where people meet them: the commands, `jaxattn.generate`, the server's engine, the harness's reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from evals import perplexity as perplexity_command
+from jaxattn.command import run_cli
+from jaxattn.errors import ConfigError
+from jaxattn.models import ModelConfig
+from jaxattn.nn import Decoder
+from jaxattn.policies import names
+from jaxattn.reader import hidden_of, reads_state
+from tests.generate.helpers import byte_run
+from tests.serve.test_engine import Inbox, ask, running  # noqa: F401 (a fixture)
+
+generate_command = importlib.import_module("jaxattn.generate")  # the package's attribute is the function
+COMMANDS = (
+    "jaxattn.generate", "jaxattn.serve", "evals.harness", "evals.length", "evals.perplexity", "evals.sinks",
+    "evals.tasks",
+)  # fmt: skip
+SMALL = "streaming(sinks=2, recent=5)"
+KEEPERS = {
+    SMALL: "streaming(sinks=2, recent=40)",
+    "h2o(heavy=3, recent=4)": "h2o(heavy=40, recent=40)",
+    "tidal(first=0, again=1, tokens=4)": "tidal(first=0, again=1, tokens=64)",
+}
+MODEL = ModelConfig(vocab_size=41, num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, max_positions=48)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(3)
+    shapes = jax.eval_shape(Decoder(MODEL).init, jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32) * (x.shape[0] ** -0.5 if x.ndim == 2 else 1))
+    return jax.tree.map(lambda x: 2 * draw(x), shapes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return byte_run(tmp_path_factory.mktemp("policies"))
+
+
+def called(module, monkeypatch, *words):
+    """The exit code of a command that runs in this process."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_cli(module.main)
+    return ended.value.code
+
+
+def prompt(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 41, (2, count))
+
+
+@pytest.mark.parametrize(("small", "large"), KEEPERS.items())
+def test_generate_with_room_for_all_is_dense_and_without_is_not(params, small, large):
+    tokens = prompt(21)
+    plain, held, lost = (
+        jaxattn.generate(MODEL, params, tokens, max_new_tokens=16, policy=policy).tokens
+        for policy in (None, large, small)
+    )
+    np.testing.assert_array_equal(held, plain)
+    assert (lost != plain).any()
+
+
+def test_a_stream_goes_on_behind_the_context_of_training(params):
+    tokens = prompt(40)
+    with pytest.raises(ConfigError, match="exceed the 48 positions"):
+        jaxattn.generate(MODEL, params, tokens, max_new_tokens=64)
+    found = jaxattn.generate(MODEL, params, tokens, max_new_tokens=64, policy=SMALL).tokens
+    assert found.shape == (2, 64)
+
+
+@pytest.mark.parametrize("policy", [*KEEPERS, "zero_tuning(gamma=3.0), h2o(heavy=3, recent=4)"])
+def test_the_engine_answers_as_generate_does(running, params, policy):  # noqa: F811
+    """Rows of other lengths and ages beside it, and two that take a slot after others."""
+    model = dataclasses.replace(MODEL, policy=policy)
+    engine = running(model, params, context=48)
+    asked = [prompt(count, seed=count)[0].tolist() for count in (3, 17, 9, 1, 12)]
+    boxes: list[Inbox] = [ask(engine, ids, 14) for ids in asked]
+    for ids, box in zip(asked, boxes, strict=True):
+        alone = jaxattn.generate(model, params, np.asarray(ids)[None], max_new_tokens=14).tokens[0]
+        assert box.wait() == alone.tolist()
+
+
+def test_texts_are_scored_through_a_policy_that_keeps(params):
+    tokens = prompt(30)
+    with_policy = lambda policy: dataclasses.replace(MODEL, policy=policy)
+    hidden = {
+        policy: hidden_of(with_policy(policy), {"params": params}, tokens) for policy in ("", SMALL, KEEPERS[SMALL])
+    }
+    assert reads_state(with_policy(SMALL))
+    assert not reads_state(with_policy("zero_tuning"))
+    np.testing.assert_allclose(hidden[KEEPERS[SMALL]], hidden[""], atol=2e-3)
+    assert np.abs(hidden[SMALL] - hidden[""]).max() > 1e-2
+
+
+# --- commands
+
+
+def test_the_report_of_generate_says_what_an_answer_cost(run, monkeypatch, capsys):
+    words = (run, "--prompt", "some words", "--max-new-tokens", 40, "--policy-report")
+    assert called(generate_command, monkeypatch, *words, "--policy", SMALL) == 0
+    out = capsys.readouterr()
+    line = next(line for line in out.err.splitlines() if "policy" in line)
+    assert line.startswith(f"[policy {SMALL} behind 50 tokens: 0.00 MiB held, ")
+    assert "sparsity 84.3 %" in line  # 8 of 51 keys are read
+    assert "tokens/s" in line
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("streming", "did you mean 'streaming'"),
+        ("streaming(sink=4)", "did you mean 'sinks'"),
+        ("streaming(sinks=two)", "streaming.sinks is 'two' but must be a number"),
+        ("h2o, streaming", "must name one policy that keeps"),
+        ("tidal(again=9)", "again=9"),
+        ("streaming(", "NAME"),
+    ],
+)
+def test_what_no_policy_is_is_one_sentence(run, monkeypatch, capsys, policy, words):
+    assert called(generate_command, monkeypatch, run, "--prompt", "x", "--policy", policy) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_runs_a_model_lists_them(monkeypatch, capsys, name):
+    assert called(importlib.import_module(name), monkeypatch, "--list-policies") == 0
+    listed = capsys.readouterr().out
+    assert all(f"{policy}(" in listed for policy in names())
+
+
+def test_perplexity_by_prompt_and_by_answer(run, monkeypatch, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words to train on, and others. " * 3)
+
+    def nats(*more):
+        assert called(perplexity_command, monkeypatch, run, "--text", text, "--context", 64, *more) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain = nats()
+    for more in (
+        ("--token-by-token",),
+        ("--prefill", 20),
+        ("--policy", "streaming(sinks=2, recent=70)", "--prefill", 9),
+    ):
+        assert nats(*more)["nats_per_token"] == pytest.approx(plain["nats_per_token"], abs=1e-5)
+    lossy = nats("--policy", SMALL, "--token-by-token")
+    assert abs(lossy["nats_per_token"] - plain["nats_per_token"]) > 1e-5
+    assert lossy["policy"] == SMALL
+    assert lossy["bytes_held"] < plain["bytes_held"]
+    assert lossy["sparsity"] == pytest.approx(1 - 8 / 65)
+    assert called(perplexity_command, monkeypatch, run, "--text", text, "--context", 64, "--prefill", 65) == 2
+    assert "--prefill is 65 but must be from 0 to the 64 tokens" in capsys.readouterr().err
