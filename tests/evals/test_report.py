@@ -252,7 +252,7 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_the_report_itself_needs_no_jax() -> None:
-    """Only errors and how a command ends are taken from the library, so that reports open where no accelerator stack works."""
+    """All it takes of the library are errors and how a command ends, so that it opens where no JAX works."""
     todo, seen = ["report"], set()
     while todo:
         name = todo.pop()
