@@ -92,12 +92,27 @@ def variants() -> dict[str, dict[str, Variant]]:
         )
     found["flash"] |= _of_flash()
     found["linear_scan"] |= _of_linear_scan()
+    for op in ("block_sparse", "probe"):
+        for label, heads in (("key bias", 1), ("key bias per query head", SHAPE.heads)):
+            found[op][label] = _biased(CALLS[op](SHAPE, jnp.bfloat16), heads)
     return found
 
 
 def _traced(call: Call, gradient: bool) -> Variant:
     def run(backend: str) -> Any:
         return jax.eval_shape(call.gradient(backend) if gradient else call.run(backend), *call.arguments)
+
+    return run
+
+
+def _biased(call: Call, heads: int) -> Variant:
+    """With a key bias, and its gradient where the call has one."""
+    bias = Struct((1, heads, SHAPE.size), jnp.float32)
+
+    def run(backend: str) -> Any:
+        function = lambda bias, *arrays: call.function(*arrays, key_bias=bias, backend=backend)
+        loss = lambda *arrays: jnp.sum(function(*arrays).astype(jnp.float32))
+        return jax.eval_shape(jax.grad(loss) if call.differentiable else function, bias, *call.arguments)
 
     return run
 

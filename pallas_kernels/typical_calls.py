@@ -131,9 +131,9 @@ def _block_sparse(shape: Shape, dtype: Any) -> Call:
     vis = self_visibility(shape.batch, shape.length)
     flops = 2.0 * shape.batch * shape.heads * count * width * BLOCK**2 * (shape.dim + shape.value_dim)
 
-    def call(q: Any, k: Any, v: Any, blocks: Any, backend: str) -> Any:
+    def call(q: Any, k: Any, v: Any, blocks: Any, backend: str, **more: Any) -> Any:
         sizes = {"block_q": BLOCK, "block_k": BLOCK}
-        return block_sparse(q, k, v, vis, blocks=blocks, **sizes, scale=q.shape[-1] ** -0.5, backend=backend)
+        return block_sparse(q, k, v, vis, blocks=blocks, **sizes, scale=q.shape[-1] ** -0.5, backend=backend, **more)
 
     return Call(call, (*_heads(shape, dtype), lists), 3, flops)
 
@@ -157,8 +157,8 @@ def _probe(shape: Shape, dtype: Any) -> Call:
     keys = Struct((shape.batch, shape.size, shape.kv_heads, shape.dim), dtype)
     vis = self_visibility(shape.batch, shape.size).rows(shape.size - count, count)
     flops = 4.0 * shape.batch * shape.heads * count * shape.size * shape.dim  # q·k twice
-    call = lambda q, k, backend: probe(
-        q, k, vis, scale=q.shape[-1] ** -0.5, want=("columns", "diagonals", "lse"), backend=backend
+    call = lambda q, k, backend, **more: probe(
+        q, k, vis, scale=q.shape[-1] ** -0.5, want=("columns", "diagonals", "lse"), backend=backend, **more
     )
     return Call(call, (query, keys), 0, flops)
 

@@ -19,23 +19,26 @@ SOFTMAX, SIGMOID = Score(), Score("sigmoid", "none", logit_bias=-8.0)
 ids = lambda s: f"{s.activation}-{s.normaliser}"
 
 
-def compiled(dim, *, score=SOFTMAX, value_dim=None, length=1024, lists=KV_HEADS, sizes=(128, 128), stats=True, **rules):
+def compiled(
+    dim, *, score=SOFTMAX, value_dim=None, length=1024, lists=KV_HEADS, biases=0, sizes=(128, 128), stats=True, **rules
+):
     """The program of `auto`, forward and backward, and the resources of its kernels by name."""
 
-    def loss(q, k, v, blocks):
+    def loss(q, k, v, blocks, key_bias=None):
         vis = self_visibility(1, length, **rules)
-        options = dict(blocks=blocks, block_q=sizes[0], block_k=sizes[1], scale=0.1)
+        options = dict(blocks=blocks, block_q=sizes[0], block_k=sizes[1], scale=0.1, key_bias=key_bias)
         o = block_sparse(q, k, v, vis, score, stats=stats, **options)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(o))
 
     rows = -(-length // sizes[0])
     struct = lambda heads, d: h100.struct((1, length, heads, d), jnp.bfloat16)
     program, kernels = h100.compiled(
-        jax.grad(loss, argnums=(0, 1, 2)),
+        jax.grad(loss, argnums=(0, 1, 2, 4) if biases else (0, 1, 2)),
         struct(HEADS, dim),
         struct(KV_HEADS, dim),
         struct(KV_HEADS, value_dim or dim),
         h100.struct((1, lists, rows, min(WIDTH, rows)), jnp.int32),
+        *([h100.struct((1, biases, length), jnp.float32)] if biases else []),
     )
     return program, {kernel.name: kernel for kernel in kernels}
 
@@ -55,27 +58,27 @@ def check(kernels, apart=False):
         assert kernel.tma > 0, kernel
 
 
-CASES = [  # head dim, member, lists
-    (64, SOFTMAX, KV_HEADS, ()),
-    (128, SOFTMAX, HEADS, ()),
-    (128, SIGMOID, 1, ()),
-    (64, SOFTMAX, HEADS, pytest.mark.slow),
-    (64, SIGMOID, 1, pytest.mark.slow),
-    (128, SOFTMAX, 1, pytest.mark.slow),
-    (192, SOFTMAX, HEADS, ()),
-    (192, SIGMOID, 1, pytest.mark.slow),
-    (256, SOFTMAX, KV_HEADS, pytest.mark.slow),
+CASES = [  # head dim, member, lists, heads of the key bias
+    (64, SOFTMAX, KV_HEADS, 0, ()),
+    (128, SOFTMAX, HEADS, HEADS, ()),
+    (128, SIGMOID, 1, 1, ()),
+    (64, SOFTMAX, HEADS, 1, pytest.mark.slow),
+    (64, SIGMOID, 1, HEADS, pytest.mark.slow),
+    (128, SOFTMAX, 1, 0, pytest.mark.slow),
+    (192, SOFTMAX, HEADS, HEADS, ()),
+    (192, SIGMOID, 1, 0, pytest.mark.slow),
+    (256, SOFTMAX, KV_HEADS, KV_HEADS, pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(
-    ("dim", "score", "lists"),
-    [pytest.param(*case, marks=marks, id=f"{case[0]}-{ids(case[1])}-{case[2]}") for *case, marks in CASES],
+    ("dim", "score", "lists", "biases"),
+    [pytest.param(*case, marks=marks, id=f"{case[0]}-{ids(case[1])}-{case[2]}-{case[3]}") for *case, marks in CASES],
 )
-def test_forward_and_backward_at_32k_fit(dim, score, lists):
+def test_forward_and_backward_at_32k_fit(dim, score, lists, biases):
     """And need memory for rows and lists only: cotangents, numbers per row and tables; one head's scores are 2 GB."""
     length = 32768
-    program, kernels = compiled(dim, length=length, score=score, lists=lists, stats=False)
+    program, kernels = compiled(dim, length=length, score=score, lists=lists, biases=biases, stats=False)
     check(kernels, apart=dim > 128)
     assert program.memory_analysis().temp_size_in_bytes <= 2 * HEADS * length * dim * 2
 

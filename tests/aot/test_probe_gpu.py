@@ -16,15 +16,16 @@ HEADS, KV_HEADS = 8, 2
 KERNELS = {"columns": "probe_columns", "diagonals": "probe_diagonals", "blocks": "probe_blocks"}
 
 
-def compiled(dim, want, length=32768, count=64, block=64, **rules) -> int:
+def compiled(dim, want, length=32768, count=64, block=64, biases=0, **rules) -> int:
     """Bytes beside arguments and results. Nothing is spilled, products are done by tensor cores on fetched tiles."""
 
-    def call(q, k):
+    def call(q, k, key_bias=None):
         vis = self_visibility(1, length, **rules).rows(length - count, count)
-        return probe(q, k, vis, scale=0.1, want=want, block=block)
+        return probe(q, k, vis, scale=0.1, want=want, block=block, key_bias=key_bias)
 
     struct = lambda n, heads: h100.struct((1, n, heads, dim), jnp.bfloat16)
-    program, kernels = h100.compiled(call, struct(count, HEADS), struct(length, KV_HEADS))
+    bias = [h100.struct((1, biases, length), jnp.float32)] if biases else []
+    program, kernels = h100.compiled(call, struct(count, HEADS), struct(length, KV_HEADS), *bias)
     expected = {"probe_rows", *(KERNELS[name] for name in want if name in KERNELS)}
     assert {kernel.name for kernel in kernels} == expected, "auto is the kernel"
     for kernel in kernels:
@@ -35,11 +36,20 @@ def compiled(dim, want, length=32768, count=64, block=64, **rules) -> int:
     return program.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dim", [64, 128, 192, pytest.param(256, marks=pytest.mark.slow)])
-def test_32k_keys_need_memory_for_columns_and_blocks_only(dim):
+@pytest.mark.parametrize(
+    ("dim", "biases"),
+    [
+        (64, HEADS),
+        (128, 0),
+        (192, KV_HEADS),
+        pytest.param(128, HEADS, marks=pytest.mark.slow),
+        pytest.param(256, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_32k_keys_need_memory_for_columns_and_blocks_only(dim, biases):
     """A byte per query and key of all heads would be 16 MB."""
     columns, blocks = HEADS * 32768 * 4, HEADS * 64 * (32768 // 64) * 4
-    assert compiled(dim, NAMES) <= 2 * columns + 6 * blocks
+    assert compiled(dim, NAMES, biases=biases) <= 2 * columns + 6 * blocks
 
 
 @pytest.mark.slow
