@@ -110,7 +110,7 @@ def slot_kinds(cfg: RunConfig, params: Any, tokens: np.ndarray) -> list[str]:
         kinds.update(["learned"] if view.front else [])
         for layer in view.attention:
             if layer.weights(0, 1).slots:
-                kinds.add("learned" if layer.params else "constant")
+                kinds.add("learned" if layer.call.params else "constant")
         return view.logits
 
     jax.eval_shape(trace, params, tokens[:1])

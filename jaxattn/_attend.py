@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn import checks
 from jaxattn.errors import ConfigError, near, shown
 from jaxattn.masks import GLOBAL, Visibility, check_window, default_positions, self_visibility
-from jaxattn.mechanisms import Mechanism, get
+from jaxattn.mechanisms import Call, Mechanism, get
 from jaxattn.mechanisms._protocol import check_call
 from jaxattn.rope import PositionBias, Rope
 
@@ -131,11 +131,10 @@ def attend(
             window=window,
             prefix_len=prefix_len,
         )
-    q, v = mechanism.apply_gains((q, v), q, v, vis.q_positions, spec=options, params=params or {})
-    extra = _extra(mechanism, rope, depth)
-    return mechanism.forward(
-        q, k, v, vis, spec=options, params=params, scale=scale, bias=bias, backend=backend, **extra
-    )
+    _refuse_unused(mechanism, rope, depth)
+    call = Call(options, params or {}, scale, bias, rope, depth or (0, 1), backend=backend)
+    q, v = mechanism.apply_gains((q, v), q, v, vis.q_positions, call)
+    return mechanism.forward(q, k, v, vis, call)
 
 
 def left_out(mechanism: Mechanism, spec: Any) -> str:
@@ -180,9 +179,8 @@ def _refuse_unknown(mechanism: Mechanism, spec: dict[str, Any]) -> None:
         )
 
 
-def _extra(mechanism: Mechanism, rope: Rope | None, depth: tuple[int, int] | None) -> dict[str, Any]:
-    """`rope` and `depth` for the mechanisms that have a use for them; refused for others."""
-    extra: dict[str, Any] = {}
+def _refuse_unused(mechanism: Mechanism, rope: Rope | None, depth: tuple[int, int] | None) -> None:
+    """Refuse `rope` and `depth` for mechanisms that have no use for them, and where they are none."""
     if rope is not None:
         if mechanism.rotary != "raw":
             raise ConfigError(
@@ -190,14 +188,11 @@ def _extra(mechanism: Mechanism, rope: Rope | None, depth: tuple[int, int] | Non
             )
         if not isinstance(rope, Rope):
             raise ConfigError(f"rope is {shown(rope)} but must be a jaxattn.rope.Rope, such as Rope(10000.0).")
-        extra["rope"] = rope
     if depth is not None:
         if not mechanism.capabilities.depth:
             raise ConfigError(f"{mechanism.name} is the same at every depth: leave depth out.")
         if not (isinstance(depth, tuple) and len(depth) == 2 and 0 <= depth[0] < depth[1]):
             raise ConfigError(f"depth is {shown(depth)} but must be (layer, number of layers), layers counted from 0.")
-        extra["depth"] = depth
-    return extra
 
 
 def own_parameters(mechanism: Mechanism, spec: Any, q: Array, k: Array, v: Array) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxattn.mechanisms import Mechanism
+from jaxattn.mechanisms import Call, Mechanism
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import Site, dense
 
@@ -35,10 +36,10 @@ def step(
     params: Any = None, window: int | None = None, bias: Any = None, backend: str = "auto", **more: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(o, state) behind T new tokens."""
+    call = Call(spec, params or {}, bias=bias, backend=backend, **more)
     if mechanism.core is None:
-        call = {"params": params, "window": window, "bias": bias, "backend": backend}
-        return mechanism.step(state, q, k, v, positions, segments, spec=spec, **call, **more)
-    core = mechanism.core(spec=spec, params=params or {}, bias=bias, key_dim=q.shape[3], backend=backend)
+        return mechanism.step(state, q, k, v, positions, segments, dataclasses.replace(call, window=window))
+    core = mechanism.core(call, q.shape[3])
     here = Stream(jnp.asarray(positions), jnp.asarray(segments))
     o, state, _ = dense.step(state, q, k, v, here, spec=dense.Spec(), site=site_of(q, k, v, window), core=core)
     return o, state

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
-from jaxattn.mechanisms import Mechanism, RowWeights
+from jaxattn.mechanisms import Call, Mechanism, RowWeights
+from jaxattn.mechanisms._protocol import for_heads
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, unstack_layers
-from jaxattn.nn.attention import HEADS, extra_arguments, position_bias
+from jaxattn.nn.attention import HEADS, position_bias
 from jaxattn.nn.decoding import variables_of
 from jaxattn.nn.insertion import insert, insertion_block
 from jaxattn.nn.transformer import behind
@@ -48,9 +49,7 @@ class AttentionView:
 
     layer: int
     mechanism: Mechanism
-    spec: Any
-    params: dict[str, Any]
-    bias: Any
+    call: Call
     queries: Float[Array, "B T H D"]
     keys: Float[Array, "B T K D"]
     values: Float[Array, "B T K V"]
@@ -60,13 +59,12 @@ class AttentionView:
     vis: Visibility
     inputs: Float[Array, "B T E"] | None = None
     surround: dict[str, Any] = dataclasses.field(default_factory=dict)
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     long: LongStream | None = None
 
     @property
     def shows(self) -> str:
         """What the rows are, where they do not rebuild the layer's output (`Mechanism.shows`); else empty."""
-        return self.mechanism.shows(self.spec)
+        return self.mechanism.shows(self.call.spec)
 
     def weights(self, start: int | Array = 0, rows: int | None = None) -> RowWeights:
         """Dense rows [start, start + rows) of the attention matrix (all of them by default)."""
@@ -87,10 +85,8 @@ class AttentionView:
         if self.long is not None:
             queries = {"q_positions": vis.q_positions, "q_segments": vis.q_segments}
             vis = dataclasses.replace(self.long.vis, **queries, aligned=None)
-        extra = self.extra | ({"v": all_keys.values} if self.mechanism.weights_of_values else {})
-        extra |= {"queries": all_keys.queries} if self.mechanism.weights_of_queries else {}
-        call = {"spec": self.spec, "params": self.params, "bias": self.bias}
-        return self.mechanism.weights(cut(self.queries), all_keys.keys, vis, **call, **extra)
+        call = dataclasses.replace(self.call, values=all_keys.values, queries=all_keys.queries)
+        return self.mechanism.weights(cut(self.queries), all_keys.keys, vis, call)
 
     def rebuild(self, start: int | Array = 0, rows: int | None = None) -> Float[Array, "B T H V"]:
         """`heads_out` once more, from the rows of `weights`: proof that these are what the model computed.
@@ -101,14 +97,13 @@ class AttentionView:
         rows = self.queries.shape[1] if rows is None else rows
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, axis=1)
         values = self.values if self.long is None else self.long.values
-        call = {"spec": self.spec, "params": self.params}
         live = cut(self.vis.q_segments) != PADDING
-        o = self.mechanism.rebuild(self._rows(start, rows), values, live, **call).astype(values.dtype)
+        o = self.mechanism.rebuild(self._rows(start, rows), values, live, self.call).astype(values.dtype)
         around = self.mechanism.surround
         if around is None or around.finish is None:
             return o
         assert self.inputs is not None
-        return around.finish(o, cut(self.inputs), spec=self.spec, params=self.surround)
+        return around.finish(o, cut(self.inputs), spec=self.call.spec, params=self.surround)
 
     def projected(self, heads: Float[Array, "B T H V"]) -> Float[Array, "B T E"]:
         """Heads behind W_O: of `heads_out` the layer's output, `attn_out` of `ForwardView.components`."""
@@ -117,8 +112,7 @@ class AttentionView:
 
     def value_norms(self) -> Float[Array, "B H T"]:
         """||W_O^h v_j||: values seen through their head's slice of the output projection."""
-        heads = self.queries.shape[2]
-        v = jnp.repeat(self.values, heads // self.values.shape[2], axis=2).astype(jnp.float32)
+        v = for_heads(self.values, self.queries.shape[2]).astype(jnp.float32)
         return jnp.linalg.norm(jnp.einsum("bthv,hve->bthe", v, self.output_kernel), axis=-1).swapaxes(1, 2)
 
 
@@ -201,9 +195,15 @@ def look(
             AttentionView(
                 layer=layer,
                 mechanism=choice.mechanism,
-                spec=choice.spec,
-                params=own.get("mechanism", {}),
-                bias=_bias(cfg, layer, own.get("relative"), variables),
+                call=Call(
+                    choice.spec,
+                    own.get("mechanism", {}),
+                    bias=_bias(cfg, layer, own.get("relative"), variables),
+                    rope=cfg.rope,
+                    depth=(layer, cfg.num_layers),
+                    rates=seen["rates"][0] if "rates" in seen else None,
+                    backend=cfg.backend,
+                ),
                 queries=q,
                 keys=k,
                 values=v,
@@ -213,8 +213,6 @@ def look(
                 vis=vis,
                 inputs=short(seen["input"][0]) if "input" in seen else None,
                 surround=own.get("surround", {}),
-                extra=extra_arguments(cfg, choice.mechanism, (layer, cfg.num_layers))
-                | ({"rates": seen["rates"][0]} if "rates" in seen else {}),
                 long=long,
             )
         )

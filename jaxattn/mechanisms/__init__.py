@@ -1,7 +1,8 @@
 """Attention mechanisms: one paper, one file; see `_protocol` for what each offers.
 
 names()              every registered name
-get(name)            the `Mechanism`: .reference .forward .weights .init_params .init_state .step .flops
+get(name)            the `Mechanism`: .reference .forward .weights .init_params .init_state .step .core .flops
+Call(spec, params)   what these functions are told besides tokens: ``forward(q, k, v, vis, Call(spec, params))``
 register(mechanism)  one of your own, kept outside the library
 score_family(...)    builds a `Mechanism` from its row equation: score -> activation -> normaliser -> values
 recurrent_family(...) builds one of causal linear attention from its feature map and decay
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, Surround
+from jaxattn.mechanisms._protocol import Call, Capabilities, Mechanism, RowWeights, Surround
 from jaxattn.mechanisms._registry import (
     MixerChoice,
     get,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jaxattn.mechanisms._score_family import score_family
 
 __all__ = [
+    "Call",
     "Capabilities",
     "Mechanism",
     "MixerChoice",

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility
 from jaxattn.mechanisms._landmark_cache import LandmarkCache, is_known, places, refuse_overflow, write
-from jaxattn.rope import Rope
+from jaxattn.mechanisms._protocol import Call
 from pallas_kernels.grouped_softmax import grouped_softmax
 from pallas_kernels.grouped_softmax.reference import NEVER
 
@@ -63,11 +63,7 @@ def retrieval_step(
     v: Array,
     positions: Array,
     segment_ids: Array,
-    *,
-    spec: Any,
-    scale: float,
-    rope: Rope | None,
-    backend: str,
+    call: Call,
 ) -> tuple[Array, LandmarkCache]:
     """`step` of the landmark mechanism with `spec.retrieve` > 0.
 
@@ -75,6 +71,7 @@ def retrieval_step(
       ConfigError: a chunk longer than `longest_chunk`; and outside jit, where inside the row becomes NaN: a full
         cache, positions beyond those of training, a row whose tokens are not one document from its start on.
     """
+    spec, scale = call.spec, call.scale_of(q.shape[-1])
     length, keep = spec.length, spec.cache_blocks or state.slots // spec.length
     if q.shape[1] > longest_chunk(spec):
         raise ConfigError(
@@ -88,7 +85,7 @@ def retrieval_step(
     base = jnp.minimum(blocks, spec.retrieve + 1) * length
     bad = _refuse(state, positions, segment_ids, base + tail, spec)
     local = (base + tail)[:, None] + rank
-    rotated = (lambda x, at: x) if rope is None else rope
+    rotated = call.rope or (lambda x, at: x)
     q = rotated(q, local)
 
     # The unfinished block and the chunk itself.
@@ -104,7 +101,7 @@ def retrieval_step(
         k_segments=join(offset < tail[:, None], live).astype(jnp.int32),
     )
     keys, values = rotated(join(take(state.keys, start), k), k_positions), join(take(state.values, start), v)
-    near = grouped_softmax(q, keys, values, vis, block=length, scale=scale, backend=backend)
+    near = grouped_softmax(q, keys, values, vis, block=length, scale=scale, backend=call.backend)
 
     o = _merge(near, _retrieve(_past(state, total, blocks, length), q, live, spec, scale, rotated))
     # Of a chunk longer than the ring only the newest tokens stay.

@@ -24,15 +24,14 @@ from flax import struct
 from jaxtyping import Array
 
 from jaxattn.masks import PADDING, Visibility, live_rows, visible
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights
-from jaxattn.rope import PositionBias
+from jaxattn.mechanisms._protocol import Call, Capabilities, Mechanism, RowWeights, check, for_heads
 from jaxattn.types import Leaf
 from pallas_kernels.linear_scan import CHUNK, forms_features, linear_scan
 
 Depth = tuple[int | Array, int]  # (layer, num_layers)
 AnyDepth = tuple[int | Array | None, int]  # layer None: whichever, they share one shape
 FeatureMap = Callable[[Array, Any], Array]  # (q or k in f32, spec) -> the same shape
-# (q, k, q_positions, k_positions, *, spec, params, scale, depth) -> φ(q) times scale, φ(k)
+# (q, k, q_positions, k_positions, call) -> φ(q) times scale, φ(k)
 Features = Callable[..., tuple[Array, Array]]
 Decay = Callable[[Any, int, Depth], Array | None]  # (spec, heads, depth) -> log decay per token, [H]; None: 0
 # (q, k in f32, spec, scale) -> what φ(q) and φ(k) are Taylor features of, and which ones
@@ -80,74 +79,40 @@ def recurrent_family(
       piece: build the features of this many tokens at a time, forward and backward; None: of all tokens.
     """
 
-    def refuse(**used: bool) -> None:
-        for capability, needed in used.items():
-            if needed:
-                raise NotImplementedError(f"{name} does not support {capability}.")
-
-    def refuse_rules(vis: Visibility, bias: PositionBias | None) -> None:
-        refuse(
-            noncausal_self=not vis.causal,
-            window=vis.window is not None,
-            prefix=vis.prefix_len is not None,
-            position_bias=bias is not None,
-        )
-
-    def pairs(q: Array, k: Array, vis: Visibility, spec: Any, params: Any, scale: float | None, depth: Depth):
+    def pairs(q: Array, k: Array, vis: Visibility, call: Call) -> tuple[Array, Array]:
         """Weights before decay and mask, and the scores to show, [B,H,T,S] each."""
         if kernel is not None:
-            return kernel(_exact(q), jnp.repeat(_exact(k), q.shape[2] // k.shape[2], axis=2), spec, scale)
-        places = (vis.q_positions, vis.k_positions)
-        fq, fk = features(_exact(q), _exact(k), *places, spec=spec, params=params, scale=scale, depth=depth)
-        s = jnp.einsum("bthd,bshd->bhts", fq, jnp.repeat(fk, q.shape[2] // fk.shape[2], axis=2))
+            return kernel(_exact(q), for_heads(_exact(k), q.shape[2]), call.spec, call.scale)
+        fq, fk = features(_exact(q), _exact(k), vis.q_positions, vis.k_positions, call)
+        s = jnp.einsum("bthd,bshd->bhts", fq, for_heads(fk, q.shape[2]))
         return s, s
 
-    def decay_of(spec: Any, heads: int, depth: Depth) -> Array | None:
-        return None if log_decay is None else log_decay(spec, heads, depth)
+    def decay_of(heads: int, call: Call) -> Array | None:
+        return None if log_decay is None else log_decay(call.spec, heads, call.depth)
 
-    def weights(
-        q: Array,
-        k: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        depth: Depth = (0, 1),
-    ) -> RowWeights:
-        refuse_rules(vis, bias)
-        w, s = pairs(q, k, vis, spec, params, scale, depth)
+    def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+        check(mechanism, k, k, k, vis, call)  # q may be any of the rows
+        w, s = pairs(q, k, vis, call)
         see = visible(vis) & (vis.q_segments[:, :, None] == vis.k_segments[:, None, :])  # without GLOBAL keys
         w = jnp.where(see[:, None], w, 0.0)
-        g = decay_of(spec, q.shape[2], depth)
+        g = decay_of(q.shape[2], call)
         if g is not None:
             # A key fades once for every later key that the query sees; rows may be a slice of all queries.
             later = jnp.cumsum(see[..., ::-1], axis=-1)[..., ::-1] - see
             w = w * jnp.exp(g[:, None, None] * jnp.where(see, later, 0)[:, None])
-        eps = normaliser_eps(spec)
+        eps = normaliser_eps(call.spec)
         return RowWeights(w if eps is None else w / (jnp.sum(w, axis=-1, keepdims=True) + eps), s)
 
-    def reference(
-        q: Array,
-        k: Array,
-        v: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        depth: Depth = (0, 1),
-    ) -> Array:
-        refuse(causal_cross=q.shape[1] != k.shape[1])
-        rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias, depth=depth)
-        return mechanism.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
+    def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+        check(mechanism, q, k, v, vis, call)
+        return mechanism.rebuild(weights(q, k, vis, call), v, live_rows(vis), call).astype(v.dtype)
 
-    def scan(q, k, v, positions, segments, state: RecurrentState, spec, params, scale, depth, backend):
+    def scan(
+        q: Array, k: Array, v: Array, positions: Array, segments: Array, state: RecurrentState, call: Call
+    ) -> tuple[Array, RecurrentState]:
         """Outputs [B,T,H,V] and the state after the last token."""
-        eps = normaliser_eps(spec)
-        wide = value_map(_exact(v), spec)
+        eps = normaliser_eps(call.spec)
+        wide = value_map(_exact(v), call.spec)
         if eps is None:
             wide = wide.astype(v.dtype)
         else:  # a column of ones collects the row sum; f32, because it is divided by
@@ -155,8 +120,7 @@ def recurrent_family(
 
         def run(state: RecurrentState, x: tuple[Array, ...]) -> tuple[RecurrentState, Array]:
             q, k, wide, positions, segments = x
-            places = (positions, positions)
-            fq, fk = features(_exact(q), _exact(k), *places, spec=spec, params=params, scale=scale, depth=depth)
+            fq, fk = features(_exact(q), _exact(k), positions, positions, call)
             if piece is None:  # features of all tokens: no wider than what they are made of
                 fq, fk = fq.astype(q.dtype), fk.astype(k.dtype)
             return advance(fq, fk, wide, segments, state)
@@ -165,43 +129,30 @@ def recurrent_family(
             o, last = linear_scan(
                 fq,
                 fk,
-                jnp.repeat(wide, fk.shape[2] // wide.shape[2], axis=2),  # features may be per query head
-                log_decay=decay_of(spec, q.shape[2], depth),
+                for_heads(wide, fk.shape[2]),  # features may be per query head
+                log_decay=decay_of(q.shape[2], call),
                 segments=segments,
                 initial_state=state.S,
                 initial_segment=state.segment,
                 taylor=taylor,
-                backend=backend,
+                backend=call.backend,
             )
             return RecurrentState(S=last, segment=_newest(segments, state.segment)), o
 
         on_chip = None
         if polynomial is not None:
-            x, y, taylor = polynomial(_exact(q), _exact(k), spec, scale)
+            x, y, taylor = polynomial(_exact(q), _exact(k), call.spec, call.scale)
             x, y = x.astype(q.dtype), y.astype(k.dtype)
-            if forms_features(x, y, wide, taylor=taylor, backend=backend):
+            if forms_features(x, y, wide, taylor=taylor, backend=call.backend):
                 on_chip = advance(x, y, wide, segments, state, taylor)
         state, o = on_chip or _in_pieces(run, state, (q, k, wide, positions, segments), piece)
         return (o if eps is None else (o[..., :-1] / (o[..., -1:] + eps)).astype(v.dtype)), state
 
-    def forward(
-        q: Array,
-        k: Array,
-        v: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        backend: str = "auto",
-        depth: Depth = (0, 1),
-    ) -> Array:
-        refuse_rules(vis, bias)
-        refuse(causal_cross=q.shape[1] != k.shape[1])
+    def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+        check(mechanism, q, k, v, vis, call)
         sizes = {"heads": q.shape[2], "kv_heads": k.shape[2], "key_dim": q.shape[3], "value_dim": v.shape[3]}
-        state = init_state(spec, batch=q.shape[0], capacity=q.shape[1], dtype=q.dtype, depth=depth, **sizes)
-        return scan(q, k, v, vis.q_positions, vis.q_segments, state, spec, params, scale, depth, backend)[0]
+        state = init_state(call.spec, batch=q.shape[0], capacity=q.shape[1], dtype=q.dtype, depth=call.depth, **sizes)
+        return scan(q, k, v, vis.q_positions, vis.q_segments, state, call)[0]
 
     def init_state(
         spec: Any,
@@ -220,23 +171,10 @@ def recurrent_family(
         return RecurrentState(S=zeros, segment=jnp.full(batch, PADDING, jnp.int32))
 
     def step(
-        state: RecurrentState,
-        q: Array,
-        k: Array,
-        v: Array,
-        positions: Array,
-        segment_ids: Array,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        window: int | None = None,
-        backend: str = "auto",
-        depth: Depth = (0, 1),
+        state: RecurrentState, q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, call: Call
     ) -> tuple[Array, RecurrentState]:
-        refuse(window=window is not None, position_bias=bias is not None)
-        return scan(q, k, v, positions, segment_ids, state, spec, params, scale, depth, backend)
+        check(mechanism, q, k, v, None, call)
+        return scan(q, k, v, positions, segment_ids, state, call)
 
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:
         # Per token: a row of the product inside its chunk, a read of the state and a write to it.
@@ -269,7 +207,7 @@ def recurrent_family(
             depth=depth,
         ),
         variants=variants,
-        columns=lambda v, *, spec, params: value_map(_exact(v), spec),
+        columns=lambda v, call: value_map(_exact(v), call.spec),
     )
     return mechanism
 
@@ -277,8 +215,8 @@ def recurrent_family(
 def elementwise(feature_map: FeatureMap) -> Features:
     """The same map for queries and keys."""
 
-    def features(q: Array, k: Array, *positions: Array, spec: Any, params: Any, scale: float | None, depth: Depth):
-        return feature_map(q, spec) * (1.0 if scale is None else scale), feature_map(k, spec)
+    def features(q: Array, k: Array, q_positions: Array, k_positions: Array, call: Call) -> tuple[Array, Array]:
+        return feature_map(q, call.spec) * (1.0 if call.scale is None else call.scale), feature_map(k, call.spec)
 
     return features
 

@@ -1,30 +1,24 @@
 """What every attention mechanism offers: one frozen record of pure functions.
 
-    reference(q, k, v, vis, *, spec, params, scale, bias)            -> o      the equation, f32, slow
-    forward  (q, k, v, vis, *, spec, params, scale, bias, backend)   -> o      the same, efficient
-    weights  (q, k, vis, *, spec, params, scale, bias)               -> A      dense rows, for analysis
-    init_params(key, spec, *, heads, kv_heads, key_dim, value_dim)   -> dict   {} without parameters
+    reference(q, k, v, vis, call)                                     -> o      the equation, f32, slow
+    forward  (q, k, v, vis, call)                                     -> o      the same, efficient
+    weights  (q, k, vis, call)                                        -> A      dense rows, for analysis
+    step     (state, q, k, v, positions, segment_ids, call)           -> (o, state)
+    init_params(key, spec, *, heads, kv_heads, key_dim, value_dim)    -> dict   {} without parameters
     init_state (spec, *, batch, capacity, heads, kv_heads, key_dim, value_dim, dtype) -> state
-    step     (state, q, k, v, positions, segment_ids, *, spec, params, scale, bias, window, backend)
-                                                                     -> (o, state)
     flops    (spec, *, batch, queries, keys, heads, key_dim, value_dim) -> float, forward, no mask discount
 
-q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]; `scale` None means 1/sqrt(D). `step` with T > 1
-is prefill, with T = 1 decode; the same parameters serve all three.
+q is [B,T,H,D], k [B,S,K,D], v [B,S,K,V], o [B,T,H,V]. `call` is one `Call`: options, parameters and whatever else
+shapes the attention; a mechanism reads of it what concerns it. `step` with T > 1 is prefill, with T = 1 decode; the
+same parameters serve all of them.
 
 A mechanism whose decode state is the plain keys and values has no `init_state` and `step` but a `core`: attention
 over keys that somebody else chose. How they are kept and which are read is a policy's (`jaxattn.policies`).
 
-Further keyword arguments, only for mechanisms that ask for them:
-- `capabilities.depth`: ``depth=(layer, num_layers)`` in reference, forward, weights, step and init_state;
-  `layer` may be traced, and is None in init_state where all layers must share one state shape.
-- `rotary` "raw": ``rope``, a `jaxattn.rope.Rope` or None, in the same four; q and k come unrotated.
-- `surround` with rates: ``rates`` in the same four, what `Surround.rates` made of the layer's input;
-  with None the mechanism takes the constants of its spec.
-- `weights_of_values`: ``v`` in weights, where the influence of a key depends on the values.
-- `weights_of_queries`: ``queries`` of all tokens in weights, where a row depends on other rows' queries.
-A mechanism with `gains` scales queries and values per token before all of these; whoever calls them applies
-it (`Mechanism.apply_gains`), because only the caller has the projections before normalisation and rotation.
+With `capabilities.depth`, init_state gets ``depth=(layer, num_layers)`` as well; `layer` is None where all layers must
+share one state shape. With `rotary` "raw", q and k come unrotated. A mechanism with `gains` scales queries and
+values per token before all of these; whoever calls them applies it (`Mechanism.apply_gains`), because only the caller
+has the projections before normalisation and rotation.
 
 Weights are checked by rebuilding the forward pass from them (`Mechanism.rebuild`):
 
@@ -45,7 +39,9 @@ from jaxtyping import Array, Float
 
 from jaxattn import checks
 from jaxattn.errors import ConfigError
+from jaxattn.masks import Visibility
 from jaxattn.registry import make_spec
+from jaxattn.rope import PositionBias, Rope
 from jaxattn.types import Leaf
 
 
@@ -69,6 +65,37 @@ class Capabilities:
     position_bias: bool = True
     state: str = "kv"
     depth: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What a mechanism is told besides its tokens. Made and used inside one trace: it is no pytree.
+
+    spec: its options. params: its own parameters. bias: of the scaled scores.
+    scale: of q·k, None for the mechanism's own, which is 1/sqrt(D) where nothing else is said.
+    rope: for the mechanisms that rotate by themselves (`rotary` "raw").
+    depth: (layer, num_layers); `layer` may be traced.
+    rates: what `Surround.rates` made of the layer's input; with None the mechanism takes the constants of its spec.
+    window: of `step`, in positions; elsewhere the visibility has it.
+    values: of `weights`, [B,S,K,V], for mechanisms in which the influence of a key depends on the values.
+    queries: of `weights`, [B,S,H,D], of all tokens, for those in which a row depends on other rows' queries.
+    """
+
+    spec: Any
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    scale: float | None = None
+    bias: PositionBias | None = None
+    rope: Rope | None = None
+    depth: tuple[Any, int] = (0, 1)
+    rates: Any = None
+    backend: str = "auto"
+    window: int | None = None
+    values: Array | None = None
+    queries: Array | None = None
+
+    def scale_of(self, key_dim: int) -> float:
+        """`scale`, or 1/sqrt(D)."""
+        return key_dim**-0.5 if self.scale is None else self.scale
 
 
 @struct.dataclass
@@ -151,11 +178,12 @@ class Mechanism:
     rotary: "applied" (the layer rotates q and k), "none" (the mechanism has no use for RoPE) or "raw".
     advice(spec, context): what a comparison with this setting hangs on and what to try instead, "" where it hangs on
       nothing; context: the training context in tokens, None where nobody knows it.
-    columns(v, *, spec, params): [B, P+S, K, V], what the columns of `weights` multiply.
-    offset(spec, params): [H or 1, V], added to every row that is not padding; None adds nothing.
+    gains(q, v, positions, *, spec, params): see `apply_gains`.
+    columns(v, call): [B, P+S, K, V], what the columns of `weights` multiply.
+    offset(call): [H or 1, V], added to every row that is not padding; None adds nothing.
     shows(spec): what the rows are, where weights and columns do not give the output; "" where they do.
     slots: what the constant slots in front are, "learned" or "constant"; "" without any.
-    core(*, spec, params, bias, key_dim, backend) -> `Core`; None: the mechanism has a state of its own.
+    core(call, key_dim) -> `Core`; None: the mechanism has a state of its own.
     inseparable: why its keys cannot be hidden nor be attended in parts, in words; "" where they can.
     maps: whether `core` has feature maps that do not commute with a rotation of queries and keys.
     """
@@ -184,19 +212,15 @@ class Mechanism:
     causal: Callable[[Any], bool] = lambda spec: True
     rotary: Literal["applied", "none", "raw"] = "applied"
     surround: Surround | None = None
-    weights_of_values: bool = False
-    weights_of_queries: bool = False
     advice: Callable[[Any, int | None], str] = lambda spec, context: ""
-    columns: Callable[..., Array] = lambda v, *, spec, params: v
-    offset: Callable[[Any, dict[str, Any]], Array] | None = None
+    columns: Callable[[Array, Call], Array] = lambda v, call: v
+    offset: Callable[[Call], Array] | None = None
     shows: Callable[[Any], str] = lambda spec: ""
     slots: Literal["", "learned", "constant"] = ""
     inseparable: str = ""
     maps: bool = False
 
-    def rebuild(
-        self, rows: RowWeights, v: Array, live: Array, *, spec: Any, params: dict[str, Any] | None
-    ) -> Float[Array, "B T H V"]:
+    def rebuild(self, rows: RowWeights, v: Array, live: Array, call: Call) -> Float[Array, "B T H V"]:
         """The output that these rows stand for, in f32 or wider.
 
         Args:
@@ -206,22 +230,22 @@ class Mechanism:
         Raises:
           NotImplementedError: the output is more than weights times values; the text says what the rows are.
         """
-        if self.shows(spec):
-            raise NotImplementedError(f"the weights of {self.name} do not rebuild its output: {self.shows(spec)}.")
-        columns = self.columns(v, spec=spec, params=params or {})
+        if self.shows(call.spec):
+            raise NotImplementedError(f"the weights of {self.name} do not rebuild its output: {self.shows(call.spec)}.")
+        columns = self.columns(v, call)
         if columns.shape[1] != rows.values.shape[-1]:
             raise ConfigError(
                 f"the weights of {self.name} have {rows.values.shape[-1]} columns ({rows.slots} slots) but its "
                 f"`columns` are {columns.shape[1]}: make them the same keys."
             )
-        columns = jnp.repeat(columns, rows.values.shape[1] // columns.shape[2], axis=2).astype(rows.values.dtype)
+        columns = for_heads(columns, rows.values.shape[1]).astype(rows.values.dtype)
         o = jnp.einsum("bhts,bshv->bthv", rows.values, columns)
         if self.offset is None:
             return o
-        return o + jnp.where(live[:, :, None, None], self.offset(spec, params or {}), 0.0)
+        return o + jnp.where(live[:, :, None, None], self.offset(call), 0.0)
 
     def apply_gains(
-        self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, *, spec: Any, params: dict
+        self, raw: tuple[Array, Array], q: Array, v: Array, positions: Array, call: Call
     ) -> tuple[Array, Array]:
         """q [B,T,H,D] and v [B,T,K,V] times the mechanism's factors per token and head, where it has any.
 
@@ -229,7 +253,7 @@ class Mechanism:
         """
         if self.gains is None:
             return q, v
-        q_gain, v_gain = self.gains(*raw, positions, spec=spec, params=params)
+        q_gain, v_gain = self.gains(*raw, positions, spec=call.spec, params=call.params)
         times = lambda x, gain: x if gain is None else (x * gain[..., None]).astype(x.dtype)
         return times(q, q_gain), times(v, v_gain)
 
@@ -257,3 +281,24 @@ def check_call(mechanism: Mechanism, q: Array, k: Array, v: Array, **used: bool)
     for capability, needed in used.items():
         if needed and not getattr(mechanism.capabilities, capability):
             raise NotImplementedError(f"{mechanism.name} does not support {capability}.")
+
+
+def check(mechanism: Mechanism, q: Array, k: Array, v: Array, vis: Visibility | None, call: Call) -> None:
+    """`check_call` of all that a call uses; `vis` None is a step, causal by nature."""
+    direction = "causal" if vis is None or vis.causal else "noncausal"
+    kind = "self" if q.shape[1] == k.shape[1] else "cross"
+    check_call(
+        mechanism,
+        q,
+        k,
+        v,
+        **{f"{direction}_{kind}": True},
+        window=call.window is not None or (vis is not None and vis.window is not None),
+        prefix=vis is not None and vis.prefix_len is not None,
+        position_bias=call.bias is not None,
+    )
+
+
+def for_heads(x: Array, heads: int) -> Array:
+    """Keys or values [B,S,K,·] once for each of the query heads that read them, [B,S,H,·]."""
+    return jnp.repeat(x, heads // x.shape[2], axis=2)

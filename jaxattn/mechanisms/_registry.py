@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from jaxattn.errors import ConfigError, shown
@@ -41,7 +42,7 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "based": "based",
     },
 )
-names, get, unregister = MECHANISMS.names, MECHANISMS.get, MECHANISMS.unregister
+names, get = MECHANISMS.names, MECHANISMS.get
 
 
 def register(mechanism: Mechanism, *, replace: bool = False) -> Mechanism:
@@ -59,7 +60,15 @@ def register(mechanism: Mechanism, *, replace: bool = False) -> Mechanism:
     Raises:
       ConfigError: it is no `Mechanism`, its name is no Python name or taken.
     """
-    return MECHANISMS.register(mechanism, replace=replace)
+    added = MECHANISMS.register(mechanism, replace=replace)
+    resolve_mixer.cache_clear()
+    return added
+
+
+def unregister(name: str) -> None:
+    """Forget what `register` added under this name; one of the library that it replaced is back."""
+    MECHANISMS.unregister(name)
+    resolve_mixer.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +93,7 @@ def parse_mixers(text: str) -> tuple[str, ...]:
     return parse_list("attention", text)
 
 
+@functools.cache
 def resolve_mixer(text: str) -> MixerChoice:
     """``"sigmoid(train_len=256)"`` -> its mechanism, spec and window.
 

@@ -7,7 +7,6 @@ optionally a feature map on q and k, constant slots in front of the keys, and an
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.masks import Visibility, live_rows, visible
-from jaxattn.mechanisms._protocol import Capabilities, Core, Mechanism, RowWeights
-from jaxattn.rope import PositionBias
+from jaxattn.mechanisms._protocol import Call, Capabilities, Core, Mechanism, RowWeights
 from pallas_kernels import Score, flash, merge
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.flash.reference import dense_scores
@@ -50,8 +48,8 @@ def score_family(
       slots: keys and values of the constant slots.
     """
 
-    def featured(q: Array, k: Array, spec: Any, params: dict) -> tuple[Array, Array]:
-        return feature_map(q, k, spec, params) if feature_map else (q, k)
+    def featured(q: Array, k: Array, call: Call) -> tuple[Array, Array]:
+        return feature_map(q, k, call.spec, call.params) if feature_map else (q, k)
 
     def front(slot: Array, x: Array) -> Array:
         """A slot [P, K or 1, dim] in front of x [B, S, K, dim]."""
@@ -59,78 +57,41 @@ def score_family(
             [jnp.broadcast_to(slot.astype(x.dtype), (x.shape[0], slot.shape[0], *x.shape[2:])), x], 1
         )
 
-    def with_key_slots(k: Array, vis: Visibility, spec: Any, params: dict) -> tuple[Array, Visibility, int]:
+    def with_key_slots(k: Array, vis: Visibility, call: Call) -> tuple[Array, Visibility, int]:
         """Put the constant keys in front; returns k, vis and the number of slots."""
         if slots is None:
             return k, vis, 0
-        slot = slots[0](spec, params, k.shape[-1])
+        slot = slots[0](call.spec, call.params, k.shape[-1])
         return front(slot, k), vis.prepend_global(slot.shape[0]), slot.shape[0]
 
-    def columns(v: Array, *, spec: Any, params: dict) -> Array:
-        return v if slots is None else front(slots[1](spec, params, v.shape[-1]), v)
+    def columns(v: Array, call: Call) -> Array:
+        return v if slots is None else front(slots[1](call.spec, call.params, v.shape[-1]), v)
 
-    def finish(o: Array, vis: Visibility, spec: Any, params: dict) -> Array:
+    def finish(o: Array, vis: Visibility, call: Call) -> Array:
         if output_term is None:
             return o
         live = live_rows(vis)[:, :, None, None]
-        return o + jnp.where(live, output_term(spec, params), 0.0).astype(o.dtype)
+        return o + jnp.where(live, output_term(call.spec, call.params), 0.0).astype(o.dtype)
 
-    def weights(
-        q: Array,
-        k: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-    ) -> RowWeights:
-        params = params or {}
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k = featured(q, k, spec, params)
-        k, vis, count = with_key_slots(k, vis, spec, params)
-        s = dense_scores(q, k, vis, scale=scale, bias=bias)
-        return RowWeights(row_weights(s, visible(vis)[:, None], spec), s, count)
+    def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+        scale = call.scale_of(q.shape[-1])
+        q, k = featured(q, k, call)
+        k, vis, count = with_key_slots(k, vis, call)
+        s = dense_scores(q, k, vis, scale=scale, bias=call.bias)
+        return RowWeights(row_weights(s, visible(vis)[:, None], call.spec), s, count)
 
-    def reference(
-        q: Array,
-        k: Array,
-        v: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-    ) -> Array:
-        rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias)
-        return mechanism.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
+    def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+        return mechanism.rebuild(weights(q, k, vis, call), v, live_rows(vis), call).astype(v.dtype)
 
-    def forward(
-        q: Array,
-        k: Array,
-        v: Array,
-        vis: Visibility,
-        *,
-        spec: Any,
-        params: dict | None = None,
-        scale: float | None = None,
-        bias: PositionBias | None = None,
-        backend: str = "auto",
-    ) -> Array:
-        params = params or {}
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        q, k = featured(q, k, spec, params)
-        return attend_featured(q, k, v, vis, spec, params, scale, bias, backend)
+    def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+        scale = call.scale_of(q.shape[-1])
+        q, k = featured(q, k, call)
+        k, wide, _ = with_key_slots(k, vis, call)
+        how: dict[str, Any] = {"scale": scale, "bias": call.bias, "backend": call.backend}
+        return finish(flash(q, k, columns(v, call), wide, score(call.spec), **how), vis, call)
 
-    def attend_featured(q, k, v, vis, spec, params, scale, bias, backend) -> Array:
-        k, wide, _ = with_key_slots(k, vis, spec, params)
-        v = columns(v, spec=spec, params=params)
-        o = flash(q, k, v, wide, score(spec), scale=scale, bias=bias, backend=backend)
-        return finish(o, vis, spec, params)
-
-    def core(*, spec: Any, params: dict, bias: PositionBias | None, key_dim: int, backend: str) -> Core:
-        member, scale = score(spec), key_dim**-0.5
+    def core(call: Call, key_dim: int) -> Core:
+        member, scale = score(call.spec), call.scale_of(key_dim)
         hidden = member.activation == "exp" and member.normaliser == "sum_plus_one"  # counted once, by `join`
         part = dataclasses.replace(member, normaliser="sum") if hidden else member
 
@@ -146,27 +107,30 @@ def score_family(
             folded: bool = False,
             stats: bool = True,
         ) -> tuple[Array, Array | None]:
-            how: dict[str, Any] = {"scale": scale, "key_bias": key_bias, "backend": backend}
-            run = functools.partial(flash, bias=bias) if blocks is None else functools.partial(block_sparse, **blocks)
-            out: Any = run(q, k, v, vis, part, stats=stats, **how)
+            how: dict[str, Any] = {"scale": scale, "key_bias": key_bias, "backend": call.backend}
+            if blocks is None:
+                out: Any = flash(q, k, v, vis, part, bias=call.bias, stats=stats, **how)
+            else:
+                out = block_sparse(q, k, v, vis, part, stats=stats, **blocks, **how)
             return out if stats else (out, None)
 
         def join(parts: Sequence[tuple[Array, Array | None]], q: Array, vis: Visibility) -> Array:
             joined: list[Any] = list(parts)
             if slots is not None:
                 wide = lambda slot: jnp.broadcast_to(slot, (q.shape[0], *slot.shape)).astype(q.dtype)
-                k, v = wide(slots[0](spec, params, key_dim)), wide(slots[1](spec, params, parts[0][0].shape[-1]))
+                dims = (key_dim, parts[0][0].shape[-1])
+                k, v = (wide(slot(call.spec, call.params, dim)) for slot, dim in zip(slots, dims, strict=True))
                 heads = max(k.shape[2], v.shape[2])  # a slot that all heads share has one
                 k, v = (jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3])) for x in (k, v))
                 joined.append(attend(q, k, v, vis.columns(0, 0).prepend_global(k.shape[1])))
             if hidden:
                 joined.append((jnp.zeros_like(parts[0][0]), jnp.zeros(q.shape[:3], jnp.float32)))
             o = joined[0][0] if len(joined) == 1 else merge(joined, part)[0]
-            return finish(o, vis, spec, params)
+            return finish(o, vis, call)
 
         return Core(
-            queries=lambda q: featured(q, q, spec, params)[0],
-            keys=lambda k: featured(k, k, spec, params)[1],
+            queries=lambda q: featured(q, q, call)[0],
+            keys=lambda k: featured(k, k, call)[1],
             attend=attend,
             join=join,
             scale=scale,
@@ -195,7 +159,7 @@ def score_family(
         # Factors of values need their positions, which only self-attention shares with the queries.
         capabilities=Capabilities(causal_cross=gains is None, noncausal_cross=gains is None),
         columns=columns,
-        offset=output_term,
+        offset=None if output_term is None else lambda call: output_term(call.spec, call.params),
         slots="learned" if slots else "",
         maps=feature_map is not None,
     )

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxattn.masks import PADDING
 from jaxattn.mechanisms import _titans_mac as context
+from jaxattn.mechanisms._protocol import Call, for_heads
 from jaxattn.mechanisms._titans_parts import empty_window, gate, mapped, own_documents, windowed, windowed_rows
 from jaxattn.mechanisms.softplus import unit
-from jaxattn.rope import Rope
 from jaxattn.types import Leaf
 from pallas_kernels.neural_memory import MemoryState, Weights, empty_memory, memory_rows, neural_memory
 
@@ -67,122 +67,105 @@ class Inputs:
     v: Float[Array, "B T H V"]
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"]
-    rates: dict[str, Array]
     start: Weights
-    spec: Any
-    params: dict
-    attention: dict[str, Any]  # scale, rope
+    call: Call  # with rates
     kind: Any
 
     def maps(self, user: str, *xs: Array) -> tuple[Array, ...]:
         """q, k and v by the maps of memory or attention."""
-        return tuple(mapped(x, self.params[f"{user}_{n}"]) for n, x in zip("qkv", xs, strict=True))
+        return tuple(mapped(x, self.call.params[f"{user}_{n}"]) for n, x in zip("qkv", xs, strict=True))
 
     def for_memory(self) -> tuple[Array, Array, Array]:
         """q, k and v of the memory, where it reads the layer's tokens."""
         q, k, v = self.q, self.k, self.v
-        if self.spec.form == "mag":
+        if self.call.spec.form == "mag":
             q, k, v = self.maps("memory", q, k, v)
         return unit(q), unit(k), v
 
     def sizes(self) -> context.Sizes:
-        scale = self.attention["scale"]
-        scale = self.q.shape[-1] ** -0.5 if scale is None else scale
-        return context.Sizes(int(self.spec.chunk), int(self.spec.segment), self.spec.read_after_write, float(scale))
+        spec, scale = self.call.spec, self.call.scale_of(self.q.shape[-1])
+        return context.Sizes(int(spec.chunk), int(spec.segment), spec.read_after_write, float(scale))
 
     def tokens(self) -> context.Tokens:
-        tables = context.rotary(self.attention["rope"], self.positions, self.q.shape[-1])
-        return context.Tokens(q=self.q, k=self.k, v=self.v, tables=tables, **self.rates)
-
-    def window(self) -> dict[str, Any]:
-        return {"window": int(self.spec.attention_window), "params": self.params, **self.attention}
+        tables = context.rotary(self.call.rope, self.positions, self.q.shape[-1])
+        return context.Tokens(q=self.q, k=self.k, v=self.v, tables=tables, **self.call.rates)
 
 
-def prepare(
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    segments: Array,
-    *,
-    spec: Any,
-    params: dict,
-    scale: float | None,
-    rates: dict[str, Array] | None,
-    rope: Rope | None,
-) -> Inputs:
-    """A layer's call, in one shape for all forms; without `rates` they are what a layer starts with."""
+def prepare(q: Array, k: Array, v: Array, positions: Array, segments: Array, call: Call) -> Inputs:
+    """A layer's call, in one shape for all forms; without rates they are what a layer starts with."""
     exact = jnp.promote_types(v.dtype, jnp.float32)
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    k, v, rates = for_heads(k, q.shape[2]), for_heads(v, q.shape[2]), call.rates
     if rates is None:
-        rates = squash(spec, {name: jnp.full(q.shape[:3], x, exact) for name, x in STARTS.items()})
+        rates = squash(call.spec, {name: jnp.full(q.shape[:3], x, exact) for name, x in STARTS.items()})
     wide = lambda x: x.astype(exact)
-    start = tuple(wide(params[f"memory_{i}"]) for i in range(int(spec.depth)))
-    attention = {"scale": scale, "rope": rope}
+    start = tuple(wide(call.params[f"memory_{i}"]) for i in range(int(call.spec.depth)))
+    call = dataclasses.replace(call, rates=jax.tree.map(wide, rates))
     tokens = (wide(q), wide(k), wide(v), positions, own_documents(segments))
-    return Inputs(*tokens, jax.tree.map(wide, rates), start, spec, params, attention, jnp.result_type(q, k, v))
+    return Inputs(*tokens, start, call, jnp.result_type(q, k, v))
 
 
-def run(x: Inputs, state: TitansState | None, *, backend: str, tangents: bool = False) -> tuple[Array, TitansState]:
+def run(x: Inputs, state: TitansState | None, *, tangents: bool = False) -> tuple[Array, TitansState]:
     """Every form behind `state` (None: behind nothing), in f32. `tangents`: slower, but `jax.jvp` works."""
+    spec = x.call.spec
     if state is None:
         dims = {"heads": x.q.shape[2], "key_dim": x.q.shape[3], "value_dim": x.v.shape[3]}
-        state = empty_state(x.spec, batch=x.q.shape[0], dtype=x.v.dtype, **dims)
+        state = empty_state(spec, batch=x.q.shape[0], dtype=x.v.dtype, **dims)
         state = dataclasses.replace(state, window=None)
-    common: dict[str, Any] = {"start": x.start, "backend": backend, "tangents": tangents}
+    common: dict[str, Any] = {"start": x.start, "backend": x.call.backend, "tangents": tangents}
 
     def remember(q: Array, k: Array, v: Array) -> tuple[Array, MemoryState]:
         """In the tokens' own precision, which kernels need for speed, and all that the one for GPUs has."""
-        call: dict[str, Any] = {"segments": x.segments, "read_after_write": x.spec.read_after_write, **x.rates}
+        how = {"segments": x.segments, "chunk": int(spec.chunk), "read_after_write": spec.read_after_write}
         q, k, v = (t.astype(x.kind) for t in (q, k, v))
-        o, memory = neural_memory(q, k, v, state=state.memory, chunk=int(x.spec.chunk), **call, **common)
+        o, memory = neural_memory(q, k, v, state=state.memory, **how, **x.call.rates, **common)
         return o.astype(x.v.dtype), memory
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-        way = "reference" if tangents else backend  # the fast one has no forward-mode derivative
-        return windowed(q, k, v, x.positions, x.segments, state.window, **x.window(), backend=way)
+        # The fast one has no forward-mode derivative.
+        call = dataclasses.replace(x.call, backend="reference") if tangents else x.call
+        return windowed(q, k, v, x.positions, x.segments, state.window, call)
 
-    match x.spec.form:
+    match spec.form:
         case "lmm":
             o, memory = remember(*x.for_memory())
             return o, TitansState(memory)
         case "mag":
             a, window = attend(x.q, x.k, x.v)
             m, memory = remember(*x.for_memory())
-            return gate(a, m, x.params), TitansState(memory, window)
+            return gate(a, m, x.call.params), TitansState(memory, window)
         case "mal":
             y, memory = remember(*x.for_memory())
             o, window = attend(*x.maps("attention", y, y, y))
             return o, TitansState(memory, window)
         case "mac":
             held = (state.memory, state.segment)
-            o, held = context.mac(x.tokens(), x.segments, held, params=x.params, sizes=x.sizes(), **common)
+            o, held = context.mac(x.tokens(), x.segments, held, params=x.call.params, sizes=x.sizes(), **common)
             return o, TitansState(held[0], segment=held[1])
-    o = context.as_written(x.tokens(), state.memory, params=x.params, sizes=x.sizes(), **common)
+    o = context.as_written(x.tokens(), state.memory, params=x.call.params, sizes=x.sizes(), **common)
     whole = jnp.all((x.segments == x.segments[:, :1]) & (x.segments != PADDING))
     return jnp.where(whole, o, jnp.nan), TitansState(state.memory)
 
 
 def rows(x: Inputs) -> tuple[Float[Array, "B H T PT"], Float[Array, "B H T PT"], int]:
     """All rows, their scores, and how many slots lead them; see `titans`."""
-    slots = x.params["slot_k"].shape[0] if "slot_k" in x.params else 0
-    rates = tuple(x.rates[name] for name in STARTS)
-    memory = {"chunk": int(x.spec.chunk), "read_after_write": x.spec.read_after_write}
-    match x.spec.form:
+    slots = x.call.params["slot_k"].shape[0] if "slot_k" in x.call.params else 0
+    rates = tuple(x.call.rates[name] for name in STARTS)
+    memory = {"chunk": int(x.call.spec.chunk), "read_after_write": x.call.spec.read_after_write}
+    match x.call.spec.form:
         case "lmm":
             q, k, v = x.for_memory()
             cosines = jnp.einsum("bthd,bshd->bhts", q, k)
             return memory_rows(q, k, v, *rates, x.start, x.segments, **memory), cosines, 0
         case "mac":
-            call = {"start": x.start, "params": x.params, "sizes": x.sizes()}
-            return *context.mac_rows(x.tokens(), x.segments, **call), slots
+            how = {"start": x.start, "params": x.call.params, "sizes": x.sizes()}
+            return *context.mac_rows(x.tokens(), x.segments, **how), slots
         case "mag":
             q, k = x.q, x.k
         case _:
-            more: dict[str, Any] = {"segments": x.segments, "read_after_write": x.spec.read_after_write, **x.rates}
-            y, _ = neural_memory(*x.for_memory(), start=x.start, chunk=int(x.spec.chunk), **more)
+            more: dict[str, Any] = {"segments": x.segments, **memory, **x.call.rates}
+            y, _ = neural_memory(*x.for_memory(), start=x.start, **more)
             q, k, _ = x.maps("attention", y, y, y)
-    return *windowed_rows(q, k, x.positions, x.segments, **x.window()), slots
+    return *windowed_rows(q, k, x.positions, x.segments, x.call), slots
 
 
 def influence(x: Inputs) -> Float[Array, "B H T T"]:
@@ -192,7 +175,8 @@ def influence(x: Inputs) -> Float[Array, "B H T T"]:
     far dearer than `rows`.
     """
     length = x.v.shape[1]
-    push = jax.linearize(lambda v: run(dataclasses.replace(x, v=v), None, backend="xla", tangents=True)[0], x.v)[1]
+    fixed = dataclasses.replace(x, call=dataclasses.replace(x.call, backend="xla"))
+    push = jax.linearize(lambda v: run(dataclasses.replace(fixed, v=v), None, tangents=True)[0], x.v)[1]
     size = jnp.linalg.norm(x.v, axis=-1)  # [B, T, H]
 
     def column(j: Array) -> Array:

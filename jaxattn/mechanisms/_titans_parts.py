@@ -8,8 +8,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility, visible
+from jaxattn.mechanisms._protocol import Call
 from jaxattn.norms import rms_norm
-from jaxattn.rope import Rope
 from jaxattn.types import Leaf
 from pallas_kernels import Score, flash
 from pallas_kernels.flash.reference import dense_scores, dense_weights
@@ -51,16 +51,12 @@ def windowed(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     state: WindowState | None,
-    *,
-    window: int,
-    params: dict,
-    scale: float | None,
-    rope: Rope | None,
-    backend: str,
+    call: Call,
 ) -> tuple[Float[Array, "B T H V"], WindowState | None]:
-    """Softmax over the last `window` positions and the persistent slots; behind `state`, where there is one."""
-    if rope is not None:
-        q, k = rope(q, positions), rope(k, positions)
+    """Softmax over the last `attention_window` positions and the persistent slots, behind `state` unless None."""
+    params, window = call.params, int(call.spec.attention_window)
+    if call.rope is not None:
+        q, k = call.rope(q, positions), call.rope(k, positions)
     if state is None:
         keys, values, k_positions, k_segments = k, v, positions, segments
     else:
@@ -79,8 +75,8 @@ def windowed(
         front = lambda slot, x: jnp.broadcast_to(slot.astype(x.dtype), (x.shape[0], *slot.shape))
         keys = jnp.concatenate([front(slots, keys), keys], axis=1)
         values = jnp.concatenate([front(params["slot_v"], values), values], axis=1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return flash(q, keys, values, vis, Score("exp", "sum"), scale=scale, backend=backend), state
+    scale = call.scale_of(q.shape[-1])
+    return flash(q, keys, values, vis, Score("exp", "sum"), scale=scale, backend=call.backend), state
 
 
 def windowed_rows(
@@ -88,21 +84,18 @@ def windowed_rows(
     k: Float[Array, "B T H D"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
-    *,
-    window: int,
-    params: dict,
-    scale: float | None,
-    rope: Rope | None,
+    call: Call,
 ) -> tuple[Float[Array, "B H T PT"], Float[Array, "B H T PT"]]:
     """The rows of `windowed` on slots and tokens, and the scores."""
-    if rope is not None:
-        q, k = rope(q, positions), rope(k, positions)
+    params, window = call.params, int(call.spec.attention_window)
+    if call.rope is not None:
+        q, k = call.rope(q, positions), call.rope(k, positions)
     vis = Visibility(positions, positions, segments, segments, causal=True, window=window)
     if "slot_k" in params:
         slots = params["slot_k"].astype(k.dtype)
         vis = vis.prepend_global(slots.shape[0])
         k = jnp.concatenate([jnp.broadcast_to(slots, (k.shape[0], *slots.shape)), k], axis=1)
-    s = dense_scores(q, k, vis, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    s = dense_scores(q, k, vis, scale=call.scale_of(q.shape[-1]))
     return dense_weights(s, visible(vis), Score("exp", "sum")), s
 
 

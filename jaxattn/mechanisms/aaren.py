@@ -34,8 +34,7 @@ from jaxtyping import Array
 
 from jaxattn.masks import PADDING, Visibility, live_rows, visible
 from jaxattn.mechanisms import softmax
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, check_call
-from jaxattn.rope import PositionBias
+from jaxattn.mechanisms._protocol import Call, Capabilities, Mechanism, RowWeights, check, for_heads
 from jaxattn.types import Leaf
 from pallas_kernels.prefix_softmax import empty, prefix_softmax
 
@@ -59,80 +58,32 @@ def init_params(key: Array, spec: Spec, *, heads: int, kv_heads: int, key_dim: i
     return {"query": STD * jax.random.normal(key, (heads, key_dim))}
 
 
-def _check(q: Array, k: Array, v: Array, vis: Visibility | None, bias: Any, window: int | None = None) -> None:
-    """Refuse what a causal recurrence cannot do; `vis` None is a step, causal by nature."""
-    direction = "causal" if vis is None or vis.causal else "noncausal"
-    kind = "self" if q.shape[1] == k.shape[1] else "cross"
-    check_call(
-        MECHANISM,
-        q,
-        k,
-        v,
-        **{f"{direction}_{kind}": True},
-        window=window is not None or (vis is not None and vis.window is not None),
-        prefix=vis is not None and vis.prefix_len is not None,
-        position_bias=bias is not None,
-    )
-
-
-def _scores(k: Array, params: dict, scale: float | None) -> Array:
+def _scores(k: Array, call: Call) -> Array:
     """scale · query_h · k_i, [B, S, H], in f32 or wider; query head h reads key head h // (H // K)."""
     dtype = jnp.promote_types(k.dtype, jnp.float32)
     kv_heads, dim = k.shape[2:]
-    scale = dim**-0.5 if scale is None else scale
-    query = params["query"].astype(dtype).reshape(kv_heads, -1, dim)
-    s = scale * jnp.einsum("kgd,bskd->bskg", query, k.astype(dtype))
+    query = call.params["query"].astype(dtype).reshape(kv_heads, -1, dim)
+    s = call.scale_of(dim) * jnp.einsum("kgd,bskd->bskg", query, k.astype(dtype))
     return s.reshape(*k.shape[:2], -1)
 
 
-def weights(
-    q: Array,
-    k: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-) -> RowWeights:
-    _check(k, k, k, vis, bias)  # q may be any of the rows, and their content does not matter
-    s = jnp.moveaxis(_scores(k, params, scale), 1, 2)[:, :, None, :]
+def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+    check(MECHANISM, k, k, k, vis, call)  # q may be any of the rows, and their content does not matter
+    s = jnp.moveaxis(_scores(k, call), 1, 2)[:, :, None, :]
     s = jnp.broadcast_to(s, (*s.shape[:2], q.shape[1], s.shape[3]))
     see = visible(vis) & (vis.q_segments[:, :, None] == vis.k_segments[:, None, :])  # without GLOBAL keys
     return RowWeights(softmax.row_weights(s, see[:, None], softmax.Spec()), s)
 
 
-def reference(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-) -> Array:
-    _check(q, k, v, vis, bias)
-    rows = weights(q, k, vis, spec=spec, params=params, scale=scale, bias=bias)
-    return MECHANISM.rebuild(rows, v, live_rows(vis), spec=spec, params=params).astype(v.dtype)
+def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    check(MECHANISM, q, k, v, vis, call)
+    return MECHANISM.rebuild(weights(q, k, vis, call), v, live_rows(vis), call).astype(v.dtype)
 
 
-def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    backend: str = "auto",
-) -> Array:
-    _check(q, k, v, vis, bias)
-    v_all = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-    return prefix_softmax(_scores(k, params, scale), v_all, segments=vis.q_segments, backend=backend)[0]
+def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    check(MECHANISM, q, k, v, vis, call)
+    values = for_heads(v, q.shape[2])
+    return prefix_softmax(_scores(k, call), values, segments=vis.q_segments, backend=call.backend)[0]
 
 
 def init_state(
@@ -154,29 +105,16 @@ def init_state(
 
 
 def step(
-    state: AarenState,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    segment_ids: Array,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    window: int | None = None,
-    backend: str = "auto",
+    state: AarenState, q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, call: Call
 ) -> tuple[Array, AarenState]:
-    _check(q, k, v, None, bias, window)
-    v_all = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    check(MECHANISM, q, k, v, None, call)
     o, partial = prefix_softmax(
-        _scores(k, params, scale),
-        v_all,
+        _scores(k, call),
+        for_heads(v, q.shape[2]),
         segments=segment_ids,
         initial=state.partial,
         initial_segment=state.segment,
-        backend=backend,
+        backend=call.backend,
     )
     at = jnp.max(jnp.where(segment_ids != PADDING, jnp.arange(segment_ids.shape[1]), -1), axis=1)
     newest = jnp.take_along_axis(segment_ids, jnp.maximum(at, 0)[:, None], axis=1)[:, 0]

@@ -23,13 +23,13 @@ Deviations by choice:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
-from jaxattn.mechanisms._linear_family import Depth, recurrent_family
+from jaxattn.mechanisms._linear_family import recurrent_family
+from jaxattn.mechanisms._protocol import Call
 from pallas_kernels.linear_scan.features import MAPS, feature_width, taylor
 
 PIECE = 256  # tokens whose features exist at one time
@@ -59,11 +59,9 @@ def scaled(q: Array, k: Array, spec: Spec, scale: float | None) -> tuple[Array, 
     return q * (scale * root), k / root, spec.map
 
 
-def features(
-    q: Array, k: Array, *positions: Array, spec: Spec, params: Any, scale: float | None, depth: Depth
-) -> tuple[Array, Array]:
+def features(q: Array, k: Array, q_positions: Array, k_positions: Array, call: Call) -> tuple[Array, Array]:
     """φ(q) and φ(k)."""
-    q, k, map = scaled(q, k, spec, scale)
+    q, k, map = scaled(q, k, call.spec, call.scale)
     return taylor(q, map), taylor(k, map)
 
 

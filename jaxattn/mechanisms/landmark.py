@@ -31,8 +31,8 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
 from jaxattn.mechanisms import _landmark_cache as cache
 from jaxattn.mechanisms._landmark_retrieval import SELECT, longest_chunk, retrieval_step
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, check_call
-from jaxattn.rope import PositionBias, Rope, rotate
+from jaxattn.mechanisms._protocol import Call, Capabilities, Mechanism, RowWeights, check
+from jaxattn.rope import rotate
 from pallas_kernels.grouped_softmax import grouped_softmax
 from pallas_kernels.grouped_softmax.reference import dense_rows, dense_scores
 
@@ -86,26 +86,6 @@ class Spec:
         return self.context + self.context // self.block
 
 
-def _check(q: Array, k: Array, v: Array, vis: Visibility | None, bias: Any, window: int | None = None) -> None:
-    """Refuse what a block cannot do; `vis` None is a step, causal by nature."""
-    direction = "causal" if vis is None or vis.causal else "noncausal"
-    kind = "self" if q.shape[1] == k.shape[1] else "cross"
-    check_call(
-        MECHANISM,
-        q,
-        k,
-        v,
-        **{f"{direction}_{kind}": True},
-        window=window is not None or (vis is not None and vis.window is not None),
-        prefix=vis is not None and vis.prefix_len is not None,
-        position_bias=bias is not None,
-    )
-
-
-def _scale(q: Array, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
 def _gated(k: Array, positions: Array, spec: Spec) -> Array:
     """Keys; without the gate those of landmarks are zero, which scores 0 before and after any rotation."""
     if spec.gate:
@@ -113,9 +93,9 @@ def _gated(k: Array, positions: Array, spec: Spec) -> Array:
     return jnp.where((positions % spec.length == spec.block)[..., None, None], 0, k)
 
 
-def _placed(q: Array, k: Array, vis: Visibility, spec: Spec, rope: Rope | None) -> tuple[Array, Array]:
+def _placed(q: Array, k: Array, vis: Visibility, call: Call) -> tuple[Array, Array]:
     """Queries and keys as they meet: rotated at their positions."""
-    k = _gated(k, vis.k_positions, spec)
+    k, rope = _gated(k, vis.k_positions, call.spec), call.rope
     if rope is None:
         return q, k
     # One table for both: where angles depend on the longest position (dynamic scaling), some rows do not know it.
@@ -126,54 +106,26 @@ def _placed(q: Array, k: Array, vis: Visibility, spec: Spec, rope: Rope | None) 
     return rotate(q, (cos[0], sin[0])), rotate(k, (cos[1], sin[1]))
 
 
-def weights(
-    q: Array,
-    k: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    rope: Rope | None = None,
-) -> RowWeights:
-    _check(q, k, k, vis, bias)
-    q, k = _placed(q, k, vis, spec, rope)
-    s = dense_scores(q, k, _scale(q, scale))
-    return RowWeights(dense_rows(s, vis, spec.length)[0], s)
+def _options(q: Array, call: Call) -> dict[str, Any]:
+    """The op's view of a call."""
+    return {"block": call.spec.length, "scale": call.scale_of(q.shape[-1]), "backend": call.backend}
 
 
-def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    backend: str = "auto",
-    rope: Rope | None = None,
-) -> Array:
-    _check(q, k, v, vis, bias)
-    q, k = _placed(q, k, vis, spec, rope)
-    return grouped_softmax(q, k, v, vis, block=spec.length, scale=_scale(q, scale), backend=backend)[0]
+def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+    check(MECHANISM, q, k, k, vis, call)
+    q, k = _placed(q, k, vis, call)
+    s = dense_scores(q, k, call.scale_of(q.shape[-1]))
+    return RowWeights(dense_rows(s, vis, call.spec.length)[0], s)
 
 
-def reference(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    rope: Rope | None = None,
-) -> Array:
-    return forward(q, k, v, vis, spec=spec, scale=scale, bias=bias, backend="reference", rope=rope)
+def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    check(MECHANISM, q, k, v, vis, call)
+    q, k = _placed(q, k, vis, call)
+    return grouped_softmax(q, k, v, vis, **_options(q, call))[0]
+
+
+def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    return forward(q, k, v, vis, dataclasses.replace(call, backend="reference"))
 
 
 def init_state(
@@ -188,31 +140,17 @@ def init_state(
 
 
 def step(
-    state: cache.LandmarkCache,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    segment_ids: Array,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    window: int | None = None,
-    backend: str = "auto",
-    rope: Rope | None = None,
+    state: cache.LandmarkCache, q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, call: Call
 ) -> tuple[Array, cache.LandmarkCache]:
-    _check(q, k, v, None, bias, window)
-    k, scale = _gated(k, positions, spec), _scale(q, scale)
-    if spec.retrieve:
-        call = {"spec": spec, "scale": scale, "rope": rope, "backend": backend}
-        return retrieval_step(state, q, k, v, positions, segment_ids, **call)
+    check(MECHANISM, q, k, v, None, call)
+    k = _gated(k, positions, call.spec)
+    if call.spec.retrieve:
+        return retrieval_step(state, q, k, v, positions, segment_ids, call)
     state, full = cache.append(state, k, v, positions, segment_ids)
     vis = cache.visibility(state, positions, segment_ids)
-    q, keys = _placed(q, state.keys.astype(q.dtype), vis, spec, rope)
+    q, keys = _placed(q, state.keys.astype(q.dtype), vis, call)
     values = state.values.astype(v.dtype)
-    o, _ = grouped_softmax(q, keys, values, vis, block=spec.length, scale=scale, backend=backend)
+    o, _ = grouped_softmax(q, keys, values, vis, **_options(q, call))
     return jnp.where(full[:, None, None, None], jnp.nan, o), state
 
 

@@ -11,14 +11,13 @@ weights returned for analysis therefore have that slot as their first column.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxattn.masks import Visibility, live_rows, visible
 from jaxattn.mechanisms import softmax
-from jaxattn.mechanisms._protocol import RowWeights
+from jaxattn.mechanisms._protocol import Call, RowWeights
 from jaxattn.mechanisms._score_family import score_family
 from pallas_kernels import Score
 
@@ -46,15 +45,15 @@ _BASE = score_family(
 )
 
 
-def weights(q: Array, k: Array, vis: Visibility, **options: Any) -> RowWeights:
+def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
     """Rows with the hidden slot in column 0: a softmax over the scores and its logit 0; padding gives it nothing."""
-    base = _BASE.weights(q, k, vis, **options)
+    base = _BASE.weights(q, k, vis, call)
     scores = jnp.pad(base.scores, ((0, 0), (0, 0), (0, 0), (1, 0)))
     see = jnp.concatenate([live_rows(vis)[:, :, None], visible(vis)], axis=-1)
     return RowWeights(softmax.row_weights(scores, see[:, None], softmax.Spec()), scores, slots=1)
 
 
-def columns(v: Array, *, spec: Spec, params: dict) -> Array:
+def columns(v: Array, call: Call) -> Array:
     """The slot's value is zero."""
     return jnp.pad(v, ((0, 0), (1, 0), (0, 0), (0, 0)))
 

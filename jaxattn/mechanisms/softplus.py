@@ -28,8 +28,7 @@ from jaxtyping import Array
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility
-from jaxattn.mechanisms._protocol import Core, Mechanism, RowWeights
-from jaxattn.rope import PositionBias
+from jaxattn.mechanisms._protocol import Call, Core, Mechanism, RowWeights
 from pallas_kernels.softplus import softplus_attention
 from pallas_kernels.softplus.reference import dense_rows
 
@@ -58,70 +57,40 @@ def unit(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
-def options(spec: Spec, scale: float | None, dim: int) -> dict[str, Any]:
-    """The op's view of a spec."""
+def options(call: Call, key_dim: int) -> dict[str, Any]:
+    """The op's view of a call."""
     return {
-        "scale": math.log(dim) if scale is None else scale,
-        "p": spec.p if spec.reweight else None,
-        "exempt": int(spec.exempt),
+        "scale": math.log(key_dim) if call.scale is None else call.scale,
+        "p": call.spec.p if call.spec.reweight else None,
+        "exempt": int(call.spec.exempt),
+        "bias": call.bias,
     }
 
 
-def weights(
-    q: Array,
-    k: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-) -> RowWeights:
-    return RowWeights(*dense_rows(unit(q), unit(k), vis, bias=bias, **options(spec, scale, q.shape[-1])))
+def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+    return RowWeights(*dense_rows(unit(q), unit(k), vis, **options(call, q.shape[-1])))
 
 
-def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    backend: str = "auto",
-) -> Array:
-    call = options(spec, scale, q.shape[-1])
-    return softplus_attention(unit(q), unit(k), v, vis, bias=bias, backend=backend, **call)
+def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    return softplus_attention(unit(q), unit(k), v, vis, backend=call.backend, **options(call, q.shape[-1]))
 
 
-def reference(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict | None = None,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-) -> Array:
-    return forward(q, k, v, vis, spec=spec, scale=scale, bias=bias, backend="reference")
+def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
+    return forward(q, k, v, vis, dataclasses.replace(call, backend="reference"))
 
 
-def core(*, spec: Spec, params: dict, bias: PositionBias | None, key_dim: int, backend: str) -> Core:
-    call = options(spec, None, key_dim)
+def core(call: Call, key_dim: int) -> Core:
+    how = options(call, key_dim)
 
     def attend(q: Array, k: Array, v: Array, vis: Visibility, *, stats: bool = True) -> tuple[Array, None]:
-        return softplus_attention(q, k, v, vis, bias=bias, backend=backend, **call), None
+        return softplus_attention(q, k, v, vis, backend=call.backend, **how), None
 
     return Core(
         queries=unit,
         keys=unit,
         attend=attend,
         join=lambda parts, q, vis: parts[0][0],
-        scale=call["scale"],
+        scale=how["scale"],
     )
 
 

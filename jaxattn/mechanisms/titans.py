@@ -49,7 +49,7 @@ from jaxtyping import Array, Float
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
-from jaxattn.mechanisms._protocol import Capabilities, Mechanism, RowWeights, Surround, check_call
+from jaxattn.mechanisms._protocol import Call, Capabilities, Mechanism, RowWeights, Surround, check
 from jaxattn.mechanisms._titans_forms import (
     STARTS,
     TitansState,
@@ -62,7 +62,6 @@ from jaxattn.mechanisms._titans_forms import (
 )
 from jaxattn.mechanisms._titans_parts import EPS
 from jaxattn.norms import rms_norm
-from jaxattn.rope import PositionBias, Rope
 
 SHOWS = {  # what `weights` are, none of which gives the output when multiplied by values alone
     "lmm": "row i says how much of what token j taught the memory is in output i, which also has the initial memory's "
@@ -186,21 +185,11 @@ def finish(
     return (rms_norm(o.astype(jnp.float32), None, EPS) * params["scale"] * opened).astype(o.dtype)
 
 
-def _check(q: Array, k: Array, v: Array, vis: Visibility | None, bias: Any, window: int | None = None) -> None:
-    """Refuse what no form can do; `vis` None is a step, causal by nature."""
-    direction = "causal" if vis is None or vis.causal else "noncausal"
-    kind = "self" if q.shape[1] == k.shape[1] else "cross"
-    check_call(
-        MECHANISM,
-        q,
-        k,
-        v,
-        **{f"{direction}_{kind}": True},
-        prefix=vis is not None and vis.prefix_len is not None,
-        position_bias=bias is not None,
-    )
-    if window is not None or (vis is not None and vis.window is not None):
+def _check(q: Array, k: Array, v: Array, vis: Visibility | None, call: Call) -> None:
+    """Refuse what no form can do; `vis` None is a step."""
+    if call.window is not None or (vis is not None and vis.window is not None):
         raise NotImplementedError("titans does not support window: its memory has none; set attention_window.")
+    check(MECHANISM, q, k, v, vis, call)
 
 
 def _refuse_causal(spec: Spec) -> None:
@@ -211,58 +200,32 @@ def _refuse_causal(spec: Spec) -> None:
         )
 
 
-def forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    vis: Visibility,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    backend: str = "auto",
-    rates: dict[str, Array] | None = None,
-    rope: Rope | None = None,
-) -> Array:
+def forward(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
     """See `_protocol`. "mac_as_written" wants `vis.causal` False and rows of one document each, else NaN."""
-    if not spec.causal and not vis.causal:
-        _check(q, k, v, dataclasses.replace(vis, causal=True), bias)
+    if not call.spec.causal and not vis.causal:
+        _check(q, k, v, dataclasses.replace(vis, causal=True), call)
     else:
-        _check(q, k, v, vis, bias)
-        _refuse_causal(spec)
-    call = {"spec": spec, "params": params, "scale": scale, "rates": rates, "rope": rope}
-    return run(prepare(q, k, v, vis.q_positions, vis.q_segments, **call), None, backend=backend)[0].astype(v.dtype)
+        _check(q, k, v, vis, call)
+        _refuse_causal(call.spec)
+    return run(prepare(q, k, v, vis.q_positions, vis.q_segments, call), None)[0].astype(v.dtype)
 
 
-def reference(q: Array, k: Array, v: Array, vis: Visibility, **options: Any) -> Array:
+def reference(q: Array, k: Array, v: Array, vis: Visibility, call: Call) -> Array:
     """The sequential recurrence and dense attention, in f32."""
-    return forward(q, k, v, vis, **options, backend="reference")
+    return forward(q, k, v, vis, dataclasses.replace(call, backend="reference"))
 
 
-def weights(
-    q: Array,
-    k: Array,
-    vis: Visibility,
-    *,
-    v: Array,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    rates: dict[str, Array] | None = None,
-    rope: Rope | None = None,
-    queries: Array | None = None,
-) -> RowWeights:
-    """Rows as the module docstring defines them. `queries` [B,S,H,D]: of all tokens, where q is a part of them."""
+def weights(q: Array, k: Array, vis: Visibility, call: Call) -> RowWeights:
+    """Rows as the module docstring defines them; `call.queries` may be left out where q is all of them."""
     every = dataclasses.replace(vis, q_positions=vis.k_positions, q_segments=vis.k_segments)
-    _check(k, k, k, every, bias)
-    _refuse_causal(spec)
-    if queries is None and q.shape[1] != k.shape[1]:
-        raise NotImplementedError("titans weights of some rows depend on the queries of all: pass queries.")
-    queries = q if queries is None else queries
-    call = {"spec": spec, "params": params, "scale": scale, "rates": rates, "rope": rope}
-    a, s, slots = rows(prepare(queries, k, v, vis.k_positions, vis.k_segments, **call))
+    _check(k, k, k, every, call)
+    _refuse_causal(call.spec)
+    if call.values is None:
+        raise NotImplementedError("titans weights depend on the values: pass them as `values` of the call.")
+    if call.queries is None and q.shape[1] != k.shape[1]:
+        raise NotImplementedError("titans weights of some rows depend on the queries of all: pass `queries`.")
+    queries = q if call.queries is None else call.queries
+    a, s, slots = rows(prepare(queries, k, call.values, vis.k_positions, vis.k_segments, call))
     same = (vis.q_positions[:, :, None] == vis.k_positions[:, None]) & (
         vis.q_segments[:, :, None] == vis.k_segments[:, None]
     )
@@ -289,26 +252,11 @@ def init_state(
 
 
 def step(
-    state: TitansState,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
-    segment_ids: Array,
-    *,
-    spec: Spec,
-    params: dict,
-    scale: float | None = None,
-    bias: PositionBias | None = None,
-    window: int | None = None,
-    backend: str = "auto",
-    rates: dict[str, Array] | None = None,
-    rope: Rope | None = None,
+    state: TitansState, q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, call: Call
 ) -> tuple[Array, TitansState]:
-    _check(q, k, v, None, bias, window)
-    _refuse_causal(spec)
-    call = {"spec": spec, "params": params, "scale": scale, "rates": rates, "rope": rope}
-    o, new = run(prepare(q, k, v, positions, segment_ids, **call), state, backend=backend)
+    _check(q, k, v, None, call)
+    _refuse_causal(call.spec)
+    o, new = run(prepare(q, k, v, positions, segment_ids, call), state)
     return o.astype(v.dtype), jax.tree.map(lambda a, b: a.astype(b.dtype), new, state)
 
 
@@ -376,8 +324,6 @@ MECHANISM = Mechanism(
             Spec(form="mal", depth=1, gate="linear", conv=2, momentum=False),
         ),
     ),
-    weights_of_values=True,
-    weights_of_queries=True,
     advice=advice,
     shows=lambda spec: SHOWS[spec.form],
     slots="learned",

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import lightning
 from jaxattn.mechanisms._linear_family import AnyDepth, Depth, recurrent_family
-from jaxattn.mechanisms._protocol import Surround
+from jaxattn.mechanisms._protocol import Call, Surround, for_heads
 from jaxattn.norms import layer_norm, rms_norm
 from pallas_kernels.linear import linear
 
@@ -102,20 +101,16 @@ def features(
     k: Float[Array, "B S K D"],
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
-    *,
-    spec: Spec,
-    params: Any,
-    scale: float | None,
-    depth: Depth,
+    call: Call,
 ) -> tuple[Array, Array]:
     """q̃ (times scale) and k̃."""
-    q, k = jax.nn.silu(q) * (1.0 if scale is None else scale), jax.nn.silu(k)
-    if not doubled(spec, depth):
+    q, k = jax.nn.silu(q) * (1.0 if call.scale is None else call.scale), jax.nn.silu(k)
+    if not doubled(call.spec, call.depth):
         return q, k
-    theta = params["theta"].astype(q.dtype)
-    if spec.lrpe == "first":  # cos 0 = 1, sin 0 = 0: other layers fill the second half with zeros
-        theta = jnp.where(depth[0] == 0, theta, 0.0)
-    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    theta = call.params["theta"].astype(q.dtype)
+    if call.spec.lrpe == "first":  # cos 0 = 1, sin 0 = 0: other layers fill the second half with zeros
+        theta = jnp.where(call.depth[0] == 0, theta, 0.0)
+    k = for_heads(k, q.shape[2])
     return lrpe(q, q_positions, theta), lrpe(k, k_positions, theta)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxattn import checks
 from jaxattn.conv import empty_tail
 from jaxattn.masks import PADDING, self_visibility
-from jaxattn.mechanisms import Mechanism
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.models.config import ModelConfig
 from jaxattn.nn.gated_conv import DepthwiseConv, short_conv_state
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             q = rms_norm(q, self.param("q_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
             k = rms_norm(k, self.param("k_norm", ones, (dims["key_dim"],), jnp.float32), cfg.norm_eps)
         rope = cfg.rope
-        plan = cfg.keeping if mechanism.core is not None else None
+        plan = self._plan()
         rotates = plan is not None and state is not None and plan.policy.rotates
         if rope is not None and mechanism.rotary == "applied" and not rotates:
             tables = stream.rotary
@@ -80,54 +80,21 @@ class Attention(nn.Module):
             table = self.param("relative", nn.initializers.zeros, (RELATIVE_BUCKETS, cfg.num_heads), jnp.float32)
 
         params = self._owned("mechanism", lambda key: mechanism.init_params(key, spec, **dims))
-        q, v = mechanism.apply_gains(raw, q, v, stream.positions, spec=spec, params=params)
-        call = {"spec": spec, "params": params, "bias": position_bias(cfg, table)}
-        extra = extra_arguments(cfg, mechanism, self._depth(stream))
+        bias, depth = position_bias(cfg, table), self._depth(stream)
+        call = Call(spec, params, bias=bias, rope=rope, depth=depth, backend=cfg.backend)
+        q, v = mechanism.apply_gains(raw, q, v, stream.positions, call)
         around, surround = mechanism.surround, {}
         if around is not None:
             surround = self._owned("surround", lambda key: around.init_params(key, spec, d_model=cfg.d_model, **dims))
             self.sow("capture", "input", x)
             if around.rates is not None:
-                extra["rates"] = around.rates(x, spec=spec, params=surround)
-                self.sow("capture", "rates", extra["rates"])
+                call = dataclasses.replace(call, rates=around.rates(x, spec=spec, params=surround))
+                self.sow("capture", "rates", call.rates)
 
         for label, value in (("queries", q), ("keys", k), ("values", v)):
             self.sow("capture", label, value)
-        if state is None:
-            vis = self_visibility(
-                *x.shape[:2],
-                causal=stream.causal,
-                positions=stream.positions,
-                segment_ids=stream.segments,
-                window=choice.window,
-                prefix_len=stream.prefix_len,
-            )
-            rates = {"rates": extra.pop("rates")} if "rates" in extra else {}
-            heads = self._heads(plan)
-
-            def attend(own: Any, shared: Any) -> Array:
-                if plan is None or not plan.wraps:
-                    return mechanism.forward(*own[0], spec=spec, backend=cfg.backend, **own[1], **shared)
-                core = self._core(plan, shared["params"], shared["bias"], heads)
-                q, k, v, vis = own[0]
-                return core.whole(core.queries(q), core.keys(k), v, vis)
-
-            shared = {"params": params, "bias": call["bias"], **extra}
-            o = over_batch(attend, ((q, k, v, vis), rates), shared)
-        elif plan is not None:
-            heads = self._heads(plan)
-            core = self._core(plan, params, call["bias"], heads)
-            here = dataclasses.replace(stream, heads=heads)
-            site, keep = cfg.site(self.layer), plan.policy.step
-            assert keep is not None, "a plan has a policy that keeps"
-            o, inner, carry = keep(inner, q, k, v, here, spec=plan.spec, site=site, core=core)
-            stream = dataclasses.replace(stream, carry=carry)
-            state = inner if tails is None else ConvolvedState(inner, tails)
-        else:
-            window, places = choice.window, (stream.positions, stream.segments)
-            assert mechanism.step is not None, "without a core a mechanism has a state of its own"
-            o, inner = mechanism.step(inner, q, k, v, *places, window=window, backend=cfg.backend, **call, **extra)
-            state = inner if tails is None else ConvolvedState(inner, tails)
+        o, stream, inner = self._attend(inner, q, k, v, stream, call)
+        state = inner if tails is None else ConvolvedState(inner, tails)
         if around is not None and around.finish is not None:
             o = around.finish(o, x, spec=spec, params=surround)
         for edit in edits_of(edits, self.layer, "head"):
@@ -136,12 +103,55 @@ class Attention(nn.Module):
         y = Linear(cfg, cfg.d_model, bias=cfg.attention_bias == "qkvo", name="o")(o.reshape(*o.shape[:2], -1))
         return y, stream, state
 
-    def _core(self, plan: Plan, params: Any, bias: PositionBias | None, heads: dict[str, Array]) -> Core:
+    def _attend(
+        self, state: Any, q: Array, k: Array, v: Array, stream: Stream, call: Call
+    ) -> tuple[Float[Array, "B T H V"], Stream, Any]:
+        """o, the stream and the new state of T tokens behind `state`; with None they see each other alone."""
+        cfg, choice, plan = self.cfg, self.cfg.mixer(self.layer), self._plan()
+        mechanism, heads = choice.mechanism, self._heads(plan)
+        assert mechanism is not None, "a layer without a mixer has no Attention"
+        if state is None:
+            vis = self_visibility(
+                *q.shape[:2],
+                causal=stream.causal,
+                positions=stream.positions,
+                segment_ids=stream.segments,
+                window=choice.window,
+                prefix_len=stream.prefix_len,
+            )
+
+            def forward(own: Any, shared: Any) -> Array:
+                (q, k, v, vis), rates = own
+                here = dataclasses.replace(call, rates=rates, **shared)
+                if plan is None or not plan.wraps:
+                    return mechanism.forward(q, k, v, vis, here)
+                core = self._core(plan, here, heads)
+                return core.whole(core.queries(q), core.keys(k), v, vis)
+
+            shared = {"params": call.params, "bias": call.bias, "depth": call.depth}
+            return over_batch(forward, ((q, k, v, vis), call.rates), shared), stream, None
+        if plan is None:
+            assert mechanism.step is not None, "without a core a mechanism has a state of its own"
+            call = dataclasses.replace(call, window=choice.window)
+            o, state = mechanism.step(state, q, k, v, stream.positions, stream.segments, call)
+            return o, stream, state
+        here, site, keep = dataclasses.replace(stream, heads=heads), cfg.site(self.layer), plan.policy.step
+        assert keep is not None, "a plan has a policy that keeps"
+        core = self._core(plan, call, heads)
+        o, state, carry = keep(state, q, k, v, here, spec=plan.spec, site=site, core=core)
+        return o, dataclasses.replace(stream, carry=carry), state
+
+    def _plan(self) -> Plan | None:
+        """How the layer's keys are kept; None where the mechanism has a state of its own."""
+        mechanism = self.cfg.mixer(self.layer).mechanism
+        return self.cfg.keeping if mechanism is not None and mechanism.core is not None else None
+
+    def _core(self, plan: Plan, call: Call, heads: dict[str, Array]) -> Core:
         """The mechanism over keys that the plan keeps, behind its score-space methods."""
-        choice, dims = self.cfg.mixer(self.layer), self._dims()
-        make: Any = choice.mechanism and choice.mechanism.core
-        core = make(spec=choice.spec, params=params, bias=bias, key_dim=dims["key_dim"], backend=self.cfg.backend)
-        return plan.wrapped(core, self.cfg.site(self.layer), heads)
+        mechanism = self.cfg.mixer(self.layer).mechanism
+        assert mechanism is not None, "a layer without a mixer has no Attention"
+        assert mechanism.core is not None, "a plan keeps the keys of a core"
+        return plan.wrapped(mechanism.core(call, self._dims()["key_dim"]), self.cfg.site(self.layer), heads)
 
     def _heads(self, plan: Plan | None) -> dict[str, Array]:
         """This layer's rows [H] of the head tables that the plan reads."""
@@ -207,14 +217,6 @@ def projection_shapes(dims: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Heads and width of q, k and v."""
     key, kv_heads = dims["key_dim"], dims["kv_heads"]
     return {"q": (dims["heads"], key), "k": (kv_heads, key), "v": (kv_heads, dims["value_dim"])}
-
-
-def extra_arguments(cfg: ModelConfig, mechanism: Mechanism, depth: tuple[Any, int]) -> dict[str, Any]:
-    """What this mechanism wants to be told besides the common arguments (`_protocol`), rates aside."""
-    extra: dict[str, Any] = {"depth": depth} if mechanism.capabilities.depth else {}
-    if mechanism.rotary == "raw":
-        extra["rope"] = cfg.rope
-    return extra
 
 
 def layer_state(cfg: ModelConfig, layer: int, batch: int, capacity: int) -> Any:

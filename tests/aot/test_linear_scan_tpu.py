@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxattn.masks import self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.based import MECHANISM as BASED
 from pallas_kernels import compiling_for
 from pallas_kernels.linear_scan import linear_scan
@@ -98,7 +99,7 @@ def test_based_at_32k_without_features_in_memory(chip):
     """The paper's heads of 16 and 64: no array is larger than q, k or v with lanes filled; features would be double."""
     length, vis = 32768, self_visibility(1, 32768)
     shape = lambda dim: jax.ShapeDtypeStruct((1, length, HEADS, dim), jnp.bfloat16)
-    loss = lambda *x: jnp.sum(BASED.forward(*x, vis, spec=BASED.spec()).astype(jnp.float32))
+    loss = lambda *x: jnp.sum(BASED.forward(*x, vis, Call(BASED.spec())).astype(jnp.float32))
     program = compiled(chip, jax.grad(loss, (0, 1, 2)), shape(16), shape(16), shape(64), kernels=3)
     arrays = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program.as_text())
     rows = [dims for dims in (tuple(map(int, x.split(","))) for x in arrays) if length in dims]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import PADDING, Visibility, self_visibility
-from jaxattn.mechanisms import Mechanism, RowWeights, get, names
+from jaxattn.mechanisms import Call, Mechanism, get, names
 
 TRACES: collections.Counter[tuple[Case, str]] = collections.Counter()  # how often a program of a case was traced
 
@@ -78,25 +78,19 @@ class Case:
     def _run(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
         vis = self_visibility(*q.shape[:2]) if vis is None else vis
         q, v = self.gained(q, v, vis, params)
-        call = {"spec": self.spec, "params": params, **options}
+        call = Call(self.spec, params or {}, **options)
         if which != "rebuilt":
-            return getattr(self.mechanism, which)(q, k, v, vis, **call)
-        reference = self.mechanism.reference(q, k, v, vis, **call)
-        rows = self.rows(q, k, v, vis, **call)
+            return getattr(self.mechanism, which)(q, k, v, vis, call)
+        reference = self.mechanism.reference(q, k, v, vis, call)
+        rows = self.mechanism.weights(q, k, vis, dataclasses.replace(call, values=v, queries=q))
         if self.mechanism.shows(self.spec):
             return reference, None, rows
         live = vis.q_segments != PADDING
-        return reference, self.mechanism.rebuild(rows, v, live, spec=self.spec, params=params), rows
-
-    def rows(self, q, k, v, vis: Visibility, *, queries=None, **call) -> RowWeights:
-        """`weights` with all that this mechanism wants; `queries`: of all tokens, where q is a part of them."""
-        extra = {"v": v} if self.mechanism.weights_of_values else {}
-        extra |= {"queries": q if queries is None else queries} if self.mechanism.weights_of_queries else {}
-        return self.mechanism.weights(q, k, vis, **call, **extra)
+        return reference, self.mechanism.rebuild(rows, v, live, call), rows
 
     def gained(self, q, v, vis: Visibility, params: Any):
         """q and v behind the mechanism's factors per token, as its callers apply them."""
-        return self.mechanism.apply_gains((q, v), q, v, vis.q_positions, spec=self.spec, params=params)
+        return self.mechanism.apply_gains((q, v), q, v, vis.q_positions, Call(self.spec, params or {}))
 
 
 def cases_of(name: str) -> list[Case]:

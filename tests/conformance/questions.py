@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.masks import Visibility, self_visibility, visible
-from jaxattn.mechanisms import RowWeights
+from jaxattn.mechanisms import Call, RowWeights
 from tests import decoding
 from tests.conformance.cases import LENGTH, SHORTER, TRACES, Case, close, normal, packed, seen, standard
 
@@ -146,7 +146,7 @@ def calls_repeat_bitwise_and_compile_once(case: Case) -> None:
 def _some_rows(case: Case, q, k, v, vis: Visibility, params, start) -> RowWeights:
     q, v = case.gained(q, v, vis, params)
     part = jax.lax.dynamic_slice_in_dim(q, start, 9, axis=1)
-    return case.rows(part, k, v, vis.rows(start, 9), queries=q, spec=case.spec, params=params)
+    return case.mechanism.weights(part, k, vis.rows(start, 9), Call(case.spec, params, values=v, queries=q))
 
 
 def weights_rebuild_the_forward_pass(case: Case) -> None:

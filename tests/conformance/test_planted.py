@@ -46,75 +46,76 @@ def fails(question: Callable[..., None], *args: Any) -> None:
 
 
 def changed(base: Mechanism, function: str, change: Callable[..., Any]) -> dict[str, Any]:
-    """A function of the mechanism around which something goes wrong: change(function, *args, **kwargs)."""
+    """A function of the mechanism around which something goes wrong: change(function, *args)."""
     return {function: functools.partial(change, getattr(base, function))}
 
 
 # --- faults of a mechanism
 
 
-def weights_of_another(fn, *args, spec, **kwargs):
-    return SIGMOID.weights(*args, spec=SIGMOID.spec(), **kwargs)
+def weights_of_another(fn, *args):
+    *tokens, call = args
+    return SIGMOID.weights(*tokens, dataclasses.replace(call, spec=SIGMOID.spec()))
 
 
-def weights_that_hide_their_slot(fn, *args, **kwargs):
-    rows = fn(*args, **kwargs)
+def weights_that_hide_their_slot(fn, *args):
+    rows = fn(*args)
     return RowWeights(rows.values.at[..., 0].set(0.0), rows.scores, rows.slots)
 
 
-def weights_before_the_mask(fn, q, k, vis, **kwargs):
+def weights_before_the_mask(fn, q, k, vis, call):
     return fn(
         q,
         k,
         dataclasses.replace(vis, q_segments=jnp.ones_like(vis.q_segments), k_segments=jnp.ones_like(vis.k_segments)),
-        **kwargs,
+        call,
     )
 
 
-def weights_that_forget_which_rows(fn, q, k, vis, **kwargs):
+def weights_that_forget_which_rows(fn, q, k, vis, call):
     """Right for all rows, wrong for a part: positions counted from the part's own start."""
     rows = jnp.arange(q.shape[1])[None].repeat(q.shape[0], 0)
-    return fn(q, k, dataclasses.replace(vis, q_positions=rows), **kwargs)
+    return fn(q, k, dataclasses.replace(vis, q_positions=rows), call)
 
 
-def looks_one_ahead(fn, q, k, v, vis, **kwargs):
-    return fn(q, k, v, dataclasses.replace(vis, q_positions=vis.q_positions + 1, aligned=None), **kwargs)
+def looks_one_ahead(fn, q, k, v, vis, call):
+    return fn(q, k, v, dataclasses.replace(vis, q_positions=vis.q_positions + 1, aligned=None), call)
 
 
-def forgets_documents(fn, q, k, v, vis, **kwargs):
+def forgets_documents(fn, q, k, v, vis, call):
     live = lambda x: (x != PADDING).astype(x.dtype)
     order = jnp.arange(q.shape[1])[None].repeat(q.shape[0], 0)
     vis = dataclasses.replace(vis, q_segments=live(vis.q_segments), k_segments=live(vis.k_segments))
-    return fn(q, k, v, dataclasses.replace(vis, q_positions=order, k_positions=order), **kwargs)
+    return fn(q, k, v, dataclasses.replace(vis, q_positions=order, k_positions=order), call)
 
 
-def answers_padding(fn, q, k, v, vis, **kwargs):
-    return fn(q, k, v, vis, **kwargs) + (vis.q_segments == PADDING)[:, :, None, None]
+def answers_padding(fn, q, k, v, vis, call):
+    return fn(q, k, v, vis, call) + (vis.q_segments == PADDING)[:, :, None, None]
 
 
-def counts_rows_instead_of_positions(fn, q, k, v, vis, **kwargs):
-    return fn(q * (1 + 0.01 * jnp.arange(q.shape[1])[:, None, None]).astype(q.dtype), k, v, vis, **kwargs)
+def counts_rows_instead_of_positions(fn, q, k, v, vis, call):
+    return fn(q * (1 + 0.01 * jnp.arange(q.shape[1])[:, None, None]).astype(q.dtype), k, v, vis, call)
 
 
-def mixes_heads(fn, q, k, v, vis, **kwargs):
-    o = fn(q, k, v, vis, **kwargs)
+def mixes_heads(fn, q, k, v, vis, call):
+    o = fn(q, k, v, vis, call)
     return o + 0.01 * jnp.mean(o, axis=2, keepdims=True).astype(o.dtype)
 
 
-def mixes_rows(fn, q, k, v, vis, **kwargs):
-    o = fn(q, k, v, vis, **kwargs)
+def mixes_rows(fn, q, k, v, vis, call):
+    o = fn(q, k, v, vis, call)
     return o + 0.01 * (o[:1] * (vis.q_segments != PADDING)[:, :, None, None]).astype(o.dtype)
 
 
-def reads_the_wrong_key_head(fn, q, k, v, vis, **kwargs):
-    return fn(q, k[:, :, ::-1], v[:, :, ::-1], vis, **kwargs)
+def reads_the_wrong_key_head(fn, q, k, v, vis, call):
+    return fn(q, k[:, :, ::-1], v[:, :, ::-1], vis, call)
 
 
-def drops_a_gradient(fn, q, k, v, vis, **kwargs):
-    return fn(q, jax.lax.stop_gradient(k), v, vis, **kwargs)
+def drops_a_gradient(fn, q, k, v, vis, call):
+    return fn(q, jax.lax.stop_gradient(k), v, vis, call)
 
 
-def bare_softmax(fn, q, k, v, vis, **kwargs):
+def bare_softmax(fn, q, k, v, vis, call):
     """exp(s) / Σ exp(s) as it stands: overflows."""
     s = dense_scores(q, k, vis, scale=q.shape[-1] ** -0.5)
     w = jnp.where(visible(vis)[:, None], jnp.exp(s), 0.0)
@@ -123,39 +124,39 @@ def bare_softmax(fn, q, k, v, vis, **kwargs):
     return jnp.einsum("bhts,bshv->bthv", w / jnp.where(z == 0, 1, z), v.astype(jnp.float32)).astype(v.dtype)
 
 
-def nan_where_nothing_is_seen(fn, q, k, v, vis, **kwargs):
+def nan_where_nothing_is_seen(fn, q, k, v, vis, call):
     s = jnp.where(visible(vis)[:, None], dense_scores(q, k, vis, scale=q.shape[-1] ** -0.5), -jnp.inf)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(s, axis=-1), v)
 
 
-def returns_float32(fn, q, k, v, vis, **kwargs):
-    return fn(q, k, v, vis, **kwargs).astype(jnp.float32)
+def returns_float32(fn, q, k, v, vis, call):
+    return fn(q, k, v, vis, call).astype(jnp.float32)
 
 
-def keeps_values_in_eight_bits(fn, q, k, v, vis, **kwargs):
-    return fn(q, k, v.astype(jnp.float8_e4m3fn).astype(v.dtype), vis, **kwargs)
+def keeps_values_in_eight_bits(fn, q, k, v, vis, call):
+    return fn(q, k, v.astype(jnp.float8_e4m3fn).astype(v.dtype), vis, call)
 
 
-def never_the_same(fn, q, k, v, vis, **kwargs):
-    o = fn(q, k, v, vis, **kwargs)
+def never_the_same(fn, q, k, v, vis, call):
+    o = fn(q, k, v, vis, call)
     noise = jax.pure_callback(
         lambda: np.float32(np.random.default_rng().random()), jax.ShapeDtypeStruct((), np.float32)
     )
     return o + (1e-3 * noise).astype(o.dtype)
 
 
-def forgets_the_newest_token(fn, state, q, k, v, positions, segments, **kwargs):
-    o, new = fn(state, q, k, v, positions, segments, **kwargs)
+def forgets_the_newest_token(fn, state, q, k, v, positions, segments, call):
+    o, new = fn(state, q, k, v, positions, segments, call)
     return o, (state if q.shape[1] == 1 else new)
 
 
-def decodes_padding(fn, state, q, k, v, positions, segments, **kwargs):
-    return fn(state, q, k, v, positions, jnp.ones_like(segments), **kwargs)
+def decodes_padding(fn, state, q, k, v, positions, segments, call):
+    return fn(state, q, k, v, positions, jnp.ones_like(segments), call)
 
 
-def overwrites_silently(fn, state, q, k, v, positions, segments, **kwargs):
-    o, state = fn(state, q, k, v, positions, segments, **kwargs)
+def overwrites_silently(fn, state, q, k, v, positions, segments, call):
+    o, state = fn(state, q, k, v, positions, segments, call)
     return jnp.nan_to_num(o), state
 
 
@@ -198,9 +199,7 @@ def test_a_claim_that_weights_show_something_else_is_checked(plant):
     """Both ways to get around the question: to claim it needlessly, and with weights of tokens without influence."""
     lazy = plant(SOFTMAX, shows=lambda spec: "something else")
     fails(questions.weights_rebuild_the_forward_pass, Case(lazy, lazy.spec()))
-    idle = lambda fn, q, k, v, vis, **kwargs: fn(
-        q, k, jnp.where(vis.k_positions[..., None, None] == 3, 0, v), vis, **kwargs
-    )
+    idle = lambda fn, q, k, v, vis, call: fn(q, k, jnp.where(vis.k_positions[..., None, None] == 3, 0, v), vis, call)
     other = plant(
         K_BIAS,
         shows=lambda spec: "something else",
@@ -289,13 +288,16 @@ def test_a_sound_one_passes(plant):
         question(cfg)
 
 
-def forgets_its_depth(fn, *args, depth, **kwargs):
-    return fn(*args, **kwargs)
+def forgets_its_depth(fn, *args):
+    *tokens, call = args
+    return fn(*tokens, dataclasses.replace(call, depth=(0, 1)))
 
 
-def takes_the_layer_for_the_first(fn, *args, depth, **kwargs):
+def takes_the_layer_for_the_first(fn, *args):
     """As a mechanism does that cannot read the number of a layer that is scanned."""
-    return fn(*args, depth=depth if isinstance(depth[0], int) else (0, depth[1]), **kwargs)
+    *tokens, call = args
+    layer, count = call.depth
+    return fn(*tokens, call if isinstance(layer, int) else dataclasses.replace(call, depth=(0, count)))
 
 
 def test_weights_that_forget_the_depth_are_seen(plant):

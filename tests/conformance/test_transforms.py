@@ -24,9 +24,9 @@ def recorded():
     """A mechanism that remembers what its forward is called with, under a name of its own."""
     calls = {}
 
-    def forward(*args, **kwargs):
-        calls["args"], calls["kwargs"] = args, kwargs
-        q, _, v, _ = args
+    def forward(*args):
+        *calls["args"], calls["call"] = args
+        q, _, v, _, _ = args
         return jnp.zeros((*q.shape[:3], v.shape[-1]))
 
     def put(case: Case):
@@ -51,13 +51,13 @@ def test_attend_passes_everything_on(case, recorded):
     call = {"positions": positions, "segment_ids": segments, "bias": bias, "scale": 0.3, "backend": "xla", **more}
     jaxattn.attend("recorded", q, k, v, params=params or None, core=True, **call)
     vis = self_visibility(2, 10, positions=positions, segment_ids=segments, **more)
-    (found_q, found_k, found_v, found_vis), kwargs = calls["args"], calls["kwargs"]
+    (found_q, found_k, found_v, found_vis), found = calls["args"], calls["call"]
     wanted_q, wanted_v = case.gained(q, v, vis, params)
     jax.tree.map(np.testing.assert_array_equal, (found_q, found_k, found_v), (wanted_q, k, wanted_v))
     jax.tree.map(np.testing.assert_array_equal, found_vis, vis)
     assert dataclasses.astuple(found_vis)[5:] == dataclasses.astuple(vis)[5:]
-    assert (kwargs["spec"], kwargs["scale"], kwargs["bias"], kwargs["backend"]) == (case.spec, 0.3, bias, "xla")
-    assert kwargs["params"] is (params or None)
+    assert (found.spec, found.scale, found.bias, found.backend) == (case.spec, 0.3, bias, "xla")
+    assert found.params == {} if not params else found.params is params
 
 
 def test_attend_across_two_sequences(recorded):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, Visibility, default_positions, self_visibility, visible
-from jaxattn.mechanisms import softmax
+from jaxattn.mechanisms import Call, softmax
 from pallas_kernels.grouped_softmax import grouped_softmax
 from pallas_kernels.grouped_softmax.reference import NEVER, dense_rows, dense_scores, grouped_softmax_reference
 from pallas_kernels.grouped_softmax.xla import grouped_softmax_xla
@@ -71,7 +71,7 @@ def test_one_block_is_plain_causal_attention(backend):
     q, k, v = inputs(30)
     vis = self_visibility(2, 30)
     o, log_z = grouped_softmax(q, k, v, vis, block=31, scale=0.25, backend=backend)
-    close(o, softmax.MECHANISM.reference(q, k, v, vis, spec=softmax.Spec()))
+    close(o, softmax.MECHANISM.reference(q, k, v, vis, Call(softmax.Spec())))
     s = dense_scores(q, k, 0.25)
     mass = jax.nn.logsumexp(jnp.where(visible(vis)[:, None], s, -jnp.inf), axis=-1)
     close(log_z, jnp.swapaxes(mass, 1, 2))

@@ -268,9 +268,9 @@ def test_landmark_attention_runs_on_it():
     q, k, v = numbers(45, heads=2, kv_heads=1, dim=8, value_dim=8)
     spec, vis = landmark.Spec(block=7), self_visibility(2, 45)
     with interpreted():
-        ours = jax.jit(partial(landmark.forward, spec=spec, backend="gpu"))(q, k, v, vis)
+        ours = jax.jit(partial(landmark.forward, call=Call(spec, backend="gpu")))(q, k, v, vis)
     exact = (x.astype(jnp.float32) for x in (q, k, v))
-    near(ours, jax.jit(partial(landmark.reference, spec=spec))(*exact, vis), 1e-2)
+    near(ours, jax.jit(partial(landmark.reference, call=Call(spec)))(*exact, vis), 1e-2)
 
 
 def test_a_document_without_gaps_lies_in_two_pages_at_most():

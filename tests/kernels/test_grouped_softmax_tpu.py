@@ -272,8 +272,8 @@ def test_landmark_attention_runs_on_it():
     q, k, v = inputs(45, heads=2, kv_heads=1, dim=8, value_dim=8)
     spec, vis = landmark.Spec(block=7), self_visibility(2, 45)
     with interpreted():
-        ours = jax.jit(partial(landmark.forward, spec=spec, backend="tpu"))(q, k, v, vis)
-    near(ours, jax.jit(partial(landmark.reference, spec=spec))(q, k, v, vis), 5e-6)
+        ours = jax.jit(partial(landmark.forward, call=Call(spec, backend="tpu")))(q, k, v, vis)
+    near(ours, jax.jit(partial(landmark.reference, call=Call(spec)))(q, k, v, vis), 5e-6)
 
 
 def test_a_named_backend_says_why_it_cannot_run():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.based import MECHANISM as BASED
 from jaxattn.mechanisms.lightning import MECHANISM as LIGHTNING
 from pallas_kernels import compiling_for, interpreted, recording
@@ -212,14 +213,14 @@ def test_mechanisms_through_the_kernel(mechanism):
     q, k, v, _, _ = inputs(dataclasses.replace(SMALL, length=60))
     vis = self_visibility(2, 60, segment_ids=packs()[:2, :60])
     spec, depth = mechanism.spec(), ({"depth": (1, 4)} if mechanism.capabilities.depth else {})
-    mechanism_of = lambda f, **options: lambda *x: f(*x, vis, spec=spec, **depth, **options)
+    mechanism_of = lambda f, **options: lambda *x: f(*x, vis, Call(spec, **depth, **options))
     loss = lambda f, **options: lambda *x: jnp.sum(jnp.sin(mechanism_of(f, **options)(*x)))
     with interpreted():
         ours = jax.jit(jax.value_and_grad(loss(mechanism.forward, backend="tpu"), (0, 1, 2)))(q, k, v)
     near(ours, jax.jit(jax.value_and_grad(loss(mechanism.reference), (0, 1, 2)))(q, k, v), 1e-4)
     sizes = dict(batch=2, capacity=60, heads=4, kv_heads=2, key_dim=8, value_dim=6, dtype=jnp.float32)
     state, parts = mechanism.init_state(spec, **sizes, **depth), []
-    step = jax.jit(lambda *x: mechanism.step(*x, spec=spec, backend="tpu", **depth))
+    step = jax.jit(lambda *x: mechanism.step(*x, Call(spec, backend="tpu", **depth)))
     with interpreted():
         for cut in (slice(0, 41), slice(41, 42), slice(42, 60)):
             part, state = step(state, *(x[:, cut] for x in (q, k, v, default_positions(2, 60), vis.q_segments)))
@@ -231,7 +232,7 @@ def test_based_s_features_never_leave_the_chip():
     """Neither of a chunk nor of a piece: the only arrays with 153 features are states and the constants."""
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
     vis = self_visibility(1, 1024)
-    loss = lambda *x: jnp.sum(BASED.forward(*x, vis, spec=BASED.spec()).astype(jnp.float32))
+    loss = lambda *x: jnp.sum(BASED.forward(*x, vis, Call(BASED.spec())).astype(jnp.float32))
     args = (shape(1, 1024, 2, 16), shape(1, 1024, 2, 16), shape(1, 1024, 2, 64))
     with compiling_for("tpu"), recording() as choices:
         program = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*args)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.aaren import MECHANISM as AAREN
 from pallas_kernels import compiling_for, interpreted, recording
 from pallas_kernels.prefix_softmax import Partial, empty, prefix_softmax, segment_runs
@@ -156,20 +157,18 @@ def test_the_mechanism_through_the_kernel():
     v = jnp.asarray(rng.normal(size=(2, 60, 2, 6)), jnp.float32)
     spec, vis = AAREN.spec(), self_visibility(2, 60, segment_ids=packs()[:2, :60])
     params = {"query": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)}
-    loss = lambda f, **options: (
-        lambda k, v, params: jnp.sum(jnp.sin(f(q, k, v, vis, spec=spec, params=params, **options)))
-    )
+    loss = lambda f, **options: lambda k, v, params: jnp.sum(jnp.sin(f(q, k, v, vis, Call(spec, params, **options))))
     with interpreted():
         ours = jax.jit(jax.value_and_grad(loss(AAREN.forward, backend="tpu"), (0, 1, 2)))(k, v, params)
     near(ours, jax.jit(jax.value_and_grad(loss(AAREN.reference), (0, 1, 2)))(k, v, params), 1e-4)
     sizes = dict(batch=2, capacity=60, heads=4, kv_heads=2, key_dim=8, value_dim=6, dtype=jnp.float32)
     state, parts = AAREN.init_state(spec, **sizes), []
-    step = jax.jit(lambda *x: AAREN.step(*x, spec=spec, params=params, backend="tpu"))
+    step = jax.jit(lambda *x: AAREN.step(*x, Call(spec, params, backend="tpu")))
     with interpreted():
         for cut in (slice(0, 41), slice(41, 42), slice(42, 60)):
             part, state = step(state, *(x[:, cut] for x in (q, k, v, default_positions(2, 60), vis.q_segments)))
             parts.append(part)
-    expected = AAREN.reference(q, k, v, vis, spec=spec, params=params)
+    expected = AAREN.reference(q, k, v, vis, Call(spec, params))
     near(jnp.concatenate(parts, 1), expected, 1e-4)
 
 

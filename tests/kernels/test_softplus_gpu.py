@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import Visibility, self_visibility
-from jaxattn.mechanisms import get
+from jaxattn.mechanisms import Call, get
 from jaxattn.rope import Alibi
 from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.shapes import ODD
@@ -176,7 +176,7 @@ def test_the_mechanism_hands_over_unit_vectors_in_f32():
     q, k, v = numbers(70)
     mechanism = get("softplus")
     vis = self_visibility(1, 70)
-    run = lambda backend: jax.jit(lambda *x: mechanism.forward(*x, vis, spec=mechanism.spec(), backend=backend))
+    run = lambda backend: jax.jit(lambda *x: mechanism.forward(*x, vis, Call(mechanism.spec(), backend=backend)))
     with interpreted():
         ours = run("gpu")(q, k, v)
     theirs = run("reference")(q, k, v)

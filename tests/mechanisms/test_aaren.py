@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import GLOBAL, Visibility, default_positions, self_visibility
-from jaxattn.mechanisms import get
+from jaxattn.mechanisms import Call, get
 from jaxattn.mechanisms.aaren import MECHANISM as AAREN
 from jaxattn.rope import Alibi, alibi_slopes
 from tests.conformance.cases import close, inputs, packed
 
 SPEC = AAREN.spec()
-forward = jax.jit(partial(AAREN.forward, spec=SPEC), static_argnames=("scale", "backend"))
+
+
+@partial(jax.jit, static_argnames=("scale", "backend"))
+def forward(q, k, v, vis, params, **options):
+    return AAREN.forward(q, k, v, vis, Call(SPEC, params, **options))
 
 
 def query(heads=4, dim=16, dtype=jnp.float32):
@@ -47,7 +51,7 @@ def test_hand_worked_rows():
     """D = 4, so scale = 1/2; the query 2·e1 gives the scores 1, -1, 0 to every row."""
     k = jnp.array([[1.0, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0]])[None, :, None]
     params = {"query": jnp.array([[2.0, 0, 0, 0]])}
-    a = AAREN.weights(jnp.full_like(k, 7.0), k, self_visibility(1, 3), spec=SPEC, params=params)
+    a = AAREN.weights(jnp.full_like(k, 7.0), k, self_visibility(1, 3), Call(SPEC, params))
     e = np.exp([1.0, -1.0, 0.0])
     expected = [[1, 0, 0], [*(e[:2] / e[:2].sum()), 0], e / e.sum()]
     np.testing.assert_allclose(a.values[0, 0], expected, atol=1e-6)
@@ -65,10 +69,10 @@ def test_the_last_output_is_cross_attention_of_the_learned_query():
     ones = lambda n: jnp.ones((2, n), jnp.int32)
     everything = Visibility(ones(1), default_positions(2, 70), ones(1), ones(70), causal=False)
     softmax = get("softmax")
-    close(o[:, -1:], softmax.forward(one, k, v, everything, spec=softmax.spec()))
+    close(o[:, -1:], softmax.forward(one, k, v, everything, Call(softmax.spec())))
     np.testing.assert_array_equal(o, run(q + 3.0, k, v, params))
     all_rows = jnp.broadcast_to(params["query"], (2, 70, 4, 16))
-    close(o, softmax.forward(all_rows, k, v, self_visibility(2, 70), spec=softmax.spec()))
+    close(o, softmax.forward(all_rows, k, v, self_visibility(2, 70), Call(softmax.spec())))
 
 
 def test_forward_reference_and_gradients_agree_in_f64():
@@ -81,12 +85,12 @@ def test_forward_reference_and_gradients_agree_in_f64():
         weigh = jax.random.normal(jax.random.key(1), (*v.shape[:2], 4, 16), jnp.float64)
 
         def both(f):
-            loss = lambda k, v, p: jnp.sum(weigh * f(q, k, v, vis, spec=SPEC, params=p, scale=7.5))
-            o = f(q, k, v, vis, spec=SPEC, params=params, scale=7.5)
+            loss = lambda k, v, p: jnp.sum(weigh * f(q, k, v, vis, Call(SPEC, p, scale=7.5)))
+            o = f(q, k, v, vis, Call(SPEC, params, scale=7.5))
             return o, jax.jit(jax.grad(loss, (0, 1, 2)))(k, v, params)
 
         ours, theirs = both(AAREN.forward), both(AAREN.reference)
-        s = AAREN.weights(q, k, vis, spec=SPEC, params=params, scale=7.5).scores
+        s = AAREN.weights(q, k, vis, Call(SPEC, params, scale=7.5)).scores
         assert 25 < jnp.std(s) < 35
         assert ours[0].dtype == jnp.float64
         error = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.maximum(1.0, jnp.max(jnp.abs(b))))
@@ -99,7 +103,7 @@ def test_the_state_is_constant_in_size():
     assert size(state(10)) == size(state(100_000)) == 2 * (4 * (16 + 2) * 4 + 4)
     q, k, v = inputs(30)
     ids = jnp.ones((2, 30), jnp.int32)
-    _, after = AAREN.step(state(10), q, k, v, default_positions(2, 30), ids, spec=SPEC, params=query())
+    _, after = AAREN.step(state(10), q, k, v, default_positions(2, 30), ids, Call(SPEC, query()))
     assert size(after) == size(state(10))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state(10))
     assert state(dtype=jnp.bfloat16).partial.w.dtype == jnp.float32
@@ -113,8 +117,8 @@ def test_steps_over_packed_documents_and_left_padding_equal_forward():
     segments = jnp.asarray(segments)
     params = query()
     expected = run(q, k, v, params, self_visibility(2, 40, segment_ids=segments))
-    close(expected, AAREN.reference(q, k, v, self_visibility(2, 40, segment_ids=segments), spec=SPEC, params=params))
-    step = jax.jit(lambda s, *x: AAREN.step(s, *x, spec=SPEC, params=params))
+    close(expected, AAREN.reference(q, k, v, self_visibility(2, 40, segment_ids=segments), Call(SPEC, params)))
+    step = jax.jit(lambda s, *x: AAREN.step(s, *x, Call(SPEC, params)))
     for pieces in ([12, 9, 19], [20] + [1] * 20):
         now, at, outputs = state(value_dim=8), 0, []
         for n in pieces:
@@ -149,7 +153,7 @@ def test_sink_tokens_are_seen_by_no_segment_in_forward_and_reference_alike():
     segments = jnp.asarray([[GLOBAL] * 2 + [1] * 5 + [2] * 5] * 2, jnp.int32)
     vis = self_visibility(2, 12, segment_ids=segments)
     o = run(q, k, v, query(), vis)
-    close(o, AAREN.reference(q, k, v, vis, spec=SPEC, params=query()))
+    close(o, AAREN.reference(q, k, v, vis, Call(SPEC, query())))
     close(o[:, 2:7], run(q[:, 2:7], k[:, 2:7], v[:, 2:7], query()))
 
 
@@ -168,15 +172,13 @@ FUNCTIONS += [(f, c) for c in ("causal_cross", "noncausal_cross") for f in ("for
 def test_what_is_off_is_refused_by_every_function(capability, function):
     q, k, v = inputs(10)
     vis = self_visibility(2, 10, **REFUSED.get(capability, {}))
-    call = {"spec": SPEC, "params": query()}
     if capability.endswith("cross"):
         q, vis = q[:, :6], dataclasses.replace(vis.rows(0, 6), causal=capability == "causal_cross")
-    if capability == "position_bias":
-        call["bias"] = Alibi(alibi_slopes(4))
+    bias = Alibi(alibi_slopes(4)) if capability == "position_bias" else None
     arrays = (q, k) if function == "weights" else (q, k, v)
     assert not getattr(AAREN.capabilities, capability)
     with pytest.raises(NotImplementedError, match=f"aaren does not support {capability}[.]"):
-        getattr(AAREN, function)(*arrays, vis, **call)
+        getattr(AAREN, function)(*arrays, vis, Call(SPEC, query(), bias=bias))
 
 
 @pytest.mark.parametrize(
@@ -186,4 +188,4 @@ def test_step_refuses_too(capability, option):
     q, k, v = inputs(3)
     ids = jnp.ones((2, 3), jnp.int32)
     with pytest.raises(NotImplementedError, match=f"aaren does not support {capability}[.]"):
-        AAREN.step(state(), q, k, v, default_positions(2, 3), ids, spec=SPEC, params=query(), **option)
+        AAREN.step(state(), q, k, v, default_positions(2, 3), ids, Call(SPEC, query(), **option))

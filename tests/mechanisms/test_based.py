@@ -13,7 +13,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions, self_visibility
-from jaxattn.mechanisms import get, resolve_mixer
+from jaxattn.mechanisms import Call, get, resolve_mixer
 from jaxattn.mechanisms.based import MECHANISM as BASED
 from jaxattn.mechanisms.based import PIECE, Spec, feature_width, features, taylor
 from jaxattn.models.based import based
@@ -25,7 +25,8 @@ MAPS = pytest.mark.parametrize("map", ["symmetric", "full"])
 
 
 def phi(q, k, map, scale=None):
-    return features(q, k, spec=Spec(map=map), params={}, scale=scale, depth=(0, 1))
+    places = jnp.zeros(q.shape[:2], jnp.int32)
+    return features(q, k, places, places, Call(Spec(map=map), scale=scale))
 
 
 def state(spec=Spec(), *, batch=2, heads=4, key_dim=16, value_dim=16):  # noqa: B008, a frozen value
@@ -82,10 +83,10 @@ def test_quadratic_chunked_and_recurrent_forms_agree(map):
     for length, pieces in ((130, [72] + [1] * 58), (2 * PIECE + 8, [PIECE + 4] * 2)):
         q, k, v = inputs(length, heads=2, kv_heads=1, value_dim=8)
         spec, vis = Spec(map=map), self_visibility(2, length)
-        expected = jax.jit(lambda *x, spec=spec: BASED.reference(*x, spec=spec))(q, k, v, vis)
-        chunked = jax.jit(lambda *x, spec=spec: BASED.forward(*x, spec=spec))(q, k, v, vis)
+        expected = jax.jit(lambda *x, spec=spec: BASED.reference(*x, Call(spec)))(q, k, v, vis)
+        chunked = jax.jit(lambda *x, spec=spec: BASED.forward(*x, Call(spec)))(q, k, v, vis)
         close(chunked, expected, rtol=1e-5)
-        step = jax.jit(lambda *x, spec=spec: BASED.step(*x, spec=spec))
+        step = jax.jit(lambda *x, spec=spec: BASED.step(*x, Call(spec)))
         now, at, out = state(spec, heads=2, value_dim=8), 0, []
         places = (default_positions(2, length), jnp.ones((2, length), jnp.int32))
         for n in pieces:
@@ -107,8 +108,8 @@ def test_pieces_carry_documents_and_gradients_across():
         weigh = jax.random.normal(jax.random.key(1), v.shape, jnp.float64)
 
         def both(run):
-            loss = lambda q, k, v: jnp.sum(weigh * run(q, k, v, vis, spec=Spec()))
-            return jax.jit(lambda *x: (run(*x, vis, spec=Spec()), jax.grad(loss, (0, 1, 2))(*x)))(q, k, v)
+            loss = lambda q, k, v: jnp.sum(weigh * run(q, k, v, vis, Call(Spec())))
+            return jax.jit(lambda *x: (run(*x, vis, Call(Spec())), jax.grad(loss, (0, 1, 2))(*x)))(q, k, v)
 
         error = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
         errors = jax.tree.map(error, both(BASED.forward), both(BASED.reference))
@@ -121,10 +122,10 @@ def test_small_scores_give_softmax_attention():
     largest = float(jnp.abs(jnp.einsum("bthd,bshd->bhts", q, k)).max()) / 4
     q = q * (0.1 / largest)
     vis, softmax = self_visibility(2, 100), get("softmax")
-    exact = softmax.forward(q, k, v, vis, spec=softmax.spec())
-    gap = float(jnp.abs(BASED.forward(q, k, v, vis, spec=Spec()) - exact).max() / jnp.abs(exact).max())
+    exact = softmax.forward(q, k, v, vis, Call(softmax.spec()))
+    gap = float(jnp.abs(BASED.forward(q, k, v, vis, Call(Spec())) - exact).max() / jnp.abs(exact).max())
     assert gap < 1e-4
-    again = float(jnp.abs(BASED.forward(20 * q, k, v, vis, spec=Spec()) - exact).max())
+    again = float(jnp.abs(BASED.forward(20 * q, k, v, vis, Call(Spec())) - exact).max())
     assert again > 1e-2, "at larger scores the two part"
 
 
@@ -146,7 +147,7 @@ def test_the_state_holds_sums_of_features(map):
     q, k, v = inputs(20, heads=2, kv_heads=2, value_dim=5)
     ones = jnp.ones((2, 20), jnp.int32)
     call = (q, k, v, default_positions(2, 20), ones)
-    held = BASED.step(state(Spec(map=map), heads=2, value_dim=5), *call, spec=Spec(map=map))[1]
+    held = BASED.step(state(Spec(map=map), heads=2, value_dim=5), *call, Call(Spec(map=map)))[1]
     fk = phi(q, k, map)[1]
     close(held.S[..., :5], jnp.einsum("bthf,bthv->bhfv", fk, v))
     close(held.S[..., 5], fk.sum(1))
@@ -158,7 +159,7 @@ def test_memory_is_linear_in_the_length_without_the_features_of_all_tokens():
 
     def compiled(length, gradient):
         shape = lambda d: jax.ShapeDtypeStruct((1, length, 4, d), jnp.float32)
-        run = lambda q, k, v: BASED.forward(q, k, v, self_visibility(1, length), spec=Spec())
+        run = lambda q, k, v: BASED.forward(q, k, v, self_visibility(1, length), Call(Spec()))
         f = jax.grad(lambda *x: jnp.sum(run(*x) ** 2), (0, 1, 2)) if gradient else run
         program = jax.jit(f).lower(shape(16), shape(16), shape(64)).compile()
         arrays = re.findall(r"f32\[([\d,]+)\]", program.as_text())
@@ -227,7 +228,7 @@ def test_window_layer_shows_the_released_number_of_keys():
     assert mechanism is not None
     q, k, v = inputs(200, heads=1, kv_heads=1, dim=8, value_dim=8)
     vis, w, i = self_visibility(2, 200, window=choice.window), 128, 170
-    run = jax.jit(lambda k: mechanism.forward(q, k, v, vis, spec=choice.spec)[:, i])
+    run = jax.jit(lambda k: mechanism.forward(q, k, v, vis, Call(choice.spec))[:, i])
     before = run(k)
     np.testing.assert_array_equal(run(k.at[:, i - w - 1].add(9.0)), before)
     assert not np.allclose(run(k.at[:, i - w].add(9.0)), before)

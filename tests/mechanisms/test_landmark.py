@@ -12,6 +12,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms._landmark_retrieval import longest_chunk
 from jaxattn.mechanisms.landmark import MECHANISM as LANDMARK
 from jaxattn.mechanisms.landmark import Spec
@@ -28,7 +29,7 @@ def state(spec, capacity, batch=2, dtype=jnp.float32):
 
 @partial(jax.jit, static_argnames=("spec", "rope"))
 def jitted_step(now, q, k, v, positions, segments, spec, rope):
-    return LANDMARK.step(now, q, k, v, positions, segments, spec=spec, rope=rope)
+    return LANDMARK.step(now, q, k, v, positions, segments, Call(spec, rope=rope))
 
 
 def decode(spec, q, k, v, pieces, *, rope=ROPE, capacity=None, segments=None, positions=None, now=None):
@@ -48,13 +49,13 @@ def decode(spec, q, k, v, pieces, *, rope=ROPE, capacity=None, segments=None, po
 
 def forward(spec, q, k, v, vis=None, rope=ROPE):
     vis = self_visibility(*q.shape[:2]) if vis is None else vis
-    return jax.jit(partial(LANDMARK.forward, spec=spec, rope=rope))(q, k, v, vis)
+    return jax.jit(partial(LANDMARK.forward, call=Call(spec, rope=rope)))(q, k, v, vis)
 
 
 def test_who_attends_to_what():
     """f = 2: own tokens, tokens of earlier blocks, no landmark; a landmark asks like a token of its block."""
     q, k, _ = inputs(8)
-    a = LANDMARK.weights(q, k, self_visibility(2, 8), spec=Spec(block=2)).values
+    a = LANDMARK.weights(q, k, self_visibility(2, 8), Call(Spec(block=2))).values
     expected = np.array(
         [
             [1, 0, 0, 0, 0, 0, 0, 0],
@@ -75,7 +76,7 @@ def test_who_attends_to_what():
 def test_only_the_landmark_of_a_block_moves_its_weight():
     q, k, _ = inputs(12, heads=1, kv_heads=1, batch=1)
     q = jnp.abs(q)
-    rows = lambda k: LANDMARK.weights(q, k, self_visibility(1, 12), spec=Spec(block=3)).values[0, 0, 9]
+    rows = lambda k: LANDMARK.weights(q, k, self_visibility(1, 12), Call(Spec(block=3))).values[0, 0, 9]
     plain, raised = rows(k), rows(k.at[:, 3].add(1.0))
     assert float(raised[:3].sum()) > 1.5 * float(plain[:3].sum())
     inside = lambda a: a[:3] / a[:3].sum()
@@ -92,9 +93,9 @@ def test_rotation_is_by_the_positions_given_and_shifts_by_whole_blocks_change_no
     close(o, forward(Spec(block=7), ROPE(q, at), ROPE(k, at), v, rope=None))
     assert not np.allclose(o, forward(Spec(block=7), q, k, v, rope=None), atol=1e-3)
     close(forward(Spec(block=7), q, k, v, self_visibility(2, 30, positions=at + 16)), o, rtol=1e-4)
-    a = LANDMARK.weights(q, k, self_visibility(2, 30), spec=Spec(block=7), rope=ROPE).values
+    a = LANDMARK.weights(q, k, self_visibility(2, 30), Call(Spec(block=7), rope=ROPE)).values
     close(jnp.einsum("bhts,bshv->bthv", a, jnp.repeat(v, 2, axis=2)), o)
-    close(LANDMARK.reference(q, k, v, self_visibility(2, 30), spec=Spec(block=7), rope=ROPE), o)
+    close(LANDMARK.reference(q, k, v, self_visibility(2, 30), Call(Spec(block=7), rope=ROPE)), o)
 
 
 @pytest.mark.parametrize("pieces", [[30], [1] * 30, [13, 1, 1, 15]], ids=["one", "steps", "mixed"])
@@ -240,7 +241,7 @@ def test_without_the_gate_results_change_and_blocks_weigh_alike():
     gated = decode(spec, q, k, v, [16, 16, 16, 12])
     assert float(jnp.max(jnp.abs(gated - decode(bare, q, k, v, [16, 16, 16, 12])))) > 0.1
     np.testing.assert_allclose(decode(bare, q, k, v, [16, 16, 16, 12]), forward(bare, q, k, v), atol=1e-5)
-    a = LANDMARK.weights(q, k, self_visibility(2, 60), spec=bare, rope=ROPE).values[:, :, -1]
+    a = LANDMARK.weights(q, k, self_visibility(2, 60), Call(bare, rope=ROPE)).values[:, :, -1]
     share = a[..., :56].reshape(2, 4, 7, 8).sum(-1)
     np.testing.assert_allclose(share, share[..., :1].repeat(7, -1), rtol=1e-4)
 
@@ -324,7 +325,7 @@ def test_chunks_and_rows_that_retrieval_cannot_take():
     q, k, v = inputs(60)
     ones, at = jnp.ones((2, 60), jnp.int32), default_positions(2, 60)
     run = lambda now, a, b, at=at, ones=ones: LANDMARK.step(
-        now, *(x[:, a:b] for x in (q, k, v, at, ones)), spec=spec, rope=ROPE
+        now, *(x[:, a:b] for x in (q, k, v, at, ones)), Call(spec, rope=ROPE)
     )
     new = state(spec, 50)
     with pytest.raises(ConfigError, match=r"chunk of 25 positions .*context 42 .* step at most 21 tokens"):
@@ -361,7 +362,7 @@ def test_what_is_off_is_refused_by_every_function(capability, function):
     bias = {"bias": Alibi(alibi_slopes(4))} if capability == "position_bias" else {}
     arrays = (q, k) if function == "weights" else (q, k, v)
     with pytest.raises(NotImplementedError, match=f"landmark does not support {capability}[.]"):
-        getattr(LANDMARK, function)(*arrays, vis, spec=Spec(), **bias)
+        getattr(LANDMARK, function)(*arrays, vis, Call(Spec(), **bias))
 
 
 def test_step_refuses_windows_and_biases():
@@ -369,4 +370,4 @@ def test_step_refuses_windows_and_biases():
     call = (q, k, v, default_positions(2, 3), jnp.ones((2, 3), jnp.int32))
     for capability, option in (("window", {"window": 4}), ("position_bias", {"bias": Alibi(alibi_slopes(4))})):
         with pytest.raises(NotImplementedError, match=f"landmark does not support {capability}[.]"):
-            LANDMARK.step(state(Spec(), 5), *call, spec=Spec(), **option)
+            LANDMARK.step(state(Spec(), 5), *call, Call(Spec(), **option))

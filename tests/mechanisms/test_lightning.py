@@ -9,6 +9,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.lightning import MECHANISM as LIGHTNING
 from jaxattn.mechanisms.lightning import Spec, head_slopes
 from jaxattn.mechanisms.linear import MECHANISM as LINEAR
@@ -53,7 +54,7 @@ def test_a_row_by_hand():
     spec = Spec(slopes="paper", feature="identity")
     q = jnp.ones((1, 3, 2, 1)) * 2.0
     k = jnp.array([1.0, -1.0, 3.0])[None, :, None, None].repeat(2, axis=2)
-    a = LIGHTNING.weights(q, k, self_visibility(1, 3), spec=spec, depth=(1, 2))
+    a = LIGHTNING.weights(q, k, self_visibility(1, 3), Call(spec, depth=(1, 2)))
     np.testing.assert_allclose(a.values[0, 0, 2], [2, -2, 6], rtol=1e-6)  # head 0 never forgets
     np.testing.assert_allclose(a.values[0, 1, 2], [2 * np.exp(-4), -2 * np.exp(-2), 6], rtol=1e-6)
     np.testing.assert_allclose(a.scores[0, 1, 2], [2, -2, 6], rtol=1e-6)
@@ -65,15 +66,15 @@ def test_linear_is_the_paper_s_quotient():
     fq, fk, v64 = phi(np.asarray(q, np.float64)), phi(np.asarray(k, np.float64)), np.asarray(v, np.float64)
     top = np.einsum("bthd,bthdv->bthv", fq, np.cumsum(fk[..., :, None] * v64[..., None, :], axis=1))
     bottom = np.einsum("bthd,bthd->bth", fq, np.cumsum(fk, axis=1))
-    close(LINEAR.forward(q, k, v, self_visibility(2, 40), spec=LINEAR.spec()), top / (bottom[..., None] + 1e-6))
+    close(LINEAR.forward(q, k, v, self_visibility(2, 40), Call(LINEAR.spec())), top / (bottom[..., None] + 1e-6))
 
 
 def test_scale_defaults_to_one_and_multiplies():
     q, k, v = inputs(20)
     vis, spec = self_visibility(2, 20), Spec()
-    o = LIGHTNING.forward(q, k, v, vis, spec=spec)
-    close(LIGHTNING.forward(q, k, v, vis, spec=spec, scale=0.25), 0.25 * o)
-    close(LIGHTNING.reference(q, k, v, vis, spec=spec, scale=0.25), 0.25 * o)
+    o = LIGHTNING.forward(q, k, v, vis, Call(spec))
+    close(LIGHTNING.forward(q, k, v, vis, Call(spec, scale=0.25)), 0.25 * o)
+    close(LIGHTNING.reference(q, k, v, vis, Call(spec, scale=0.25)), 0.25 * o)
 
 
 @pytest.mark.parametrize("spec", [Spec(), *LIGHTNING.variants], ids=str)
@@ -82,11 +83,11 @@ def test_depth_reaches_forward_reference_and_step(spec):
     vis, ones = self_visibility(2, 70), jnp.ones((2, 70), jnp.int32)
     outputs = []
     for depth in ((0, 4), (3, 4)):
-        o = LIGHTNING.forward(q, k, v, vis, spec=spec, depth=depth)
-        close(LIGHTNING.reference(q, k, v, vis, spec=spec, depth=depth), o, rtol=1e-5)
+        o = LIGHTNING.forward(q, k, v, vis, Call(spec, depth=depth))
+        close(LIGHTNING.reference(q, k, v, vis, Call(spec, depth=depth)), o, rtol=1e-5)
         dims = dict(batch=2, capacity=70, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
         state = LIGHTNING.init_state(spec, **dims)
-        step = LIGHTNING.step(state, q, k, v, default_positions(2, 70), ones, spec=spec, depth=depth)
+        step = LIGHTNING.step(state, q, k, v, default_positions(2, 70), ones, Call(spec, depth=depth))
         close(step[0], o)
         outputs.append(o)
     assert not np.allclose(*outputs, rtol=1e-2), "layers forget at different rates"
@@ -101,8 +102,8 @@ def test_rows_of_the_weights_may_be_taken_alone(mechanism):
     positions = positions.at[1].set(jnp.arange(30))
     vis = self_visibility(2, 30, positions=positions, segment_ids=segments)
     spec = mechanism.spec()
-    whole = mechanism.weights(q, k, vis, spec=spec).values
-    close(mechanism.weights(q[:, 11:18], k, vis.rows(11, 7), spec=spec).values, whole[:, :, 11:18])
+    whole = mechanism.weights(q, k, vis, Call(spec)).values
+    close(mechanism.weights(q[:, 11:18], k, vis.rows(11, 7), Call(spec)).values, whole[:, :, 11:18])
 
 
 @BOTH
@@ -114,7 +115,7 @@ def test_the_state_has_one_size_and_ends_where_the_document_does(mechanism):
         state = mechanism.init_state(spec, **dims)
         sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
         segments = jnp.array([[1] * 10 + [2] * 14, [5] * 20 + [0] * 4])
-        _, state = mechanism.step(state, q, k, v, default_positions(2, 24), segments, spec=spec)
+        _, state = mechanism.step(state, q, k, v, default_positions(2, 24), segments, Call(spec))
         sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
         np.testing.assert_array_equal(state.segment, [2, 5])
         assert state.S.dtype == jnp.float32
@@ -135,15 +136,15 @@ def test_calls_that_cannot_be_served_are_refused(mechanism):
     for capability, rules, options in calls:
         for run in (mechanism.forward, mechanism.reference):
             with pytest.raises(NotImplementedError, match=f"^{mechanism.name} does not support {capability}\\.$"):
-                run(q, k, v, rules, spec=spec, **options)
+                run(q, k, v, rules, Call(spec, **options))
     for run in (mechanism.forward, mechanism.reference):
         with pytest.raises(NotImplementedError, match="causal_cross"):
-            run(q[:, 4:], k, v, vis.rows(4, 8), spec=spec)
+            run(q[:, 4:], k, v, vis.rows(4, 8), Call(spec))
     dims = dict(batch=2, capacity=12, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
     state = mechanism.init_state(spec, **dims)
     for capability, options in (("window", {"window": 4}), ("position_bias", {"bias": zero})):
         with pytest.raises(NotImplementedError, match=capability):
-            mechanism.step(state, q, k, v, vis.q_positions, vis.q_segments, spec=spec, **options)
+            mechanism.step(state, q, k, v, vis.q_positions, vis.q_segments, Call(spec, **options))
 
 
 @BOTH
@@ -151,9 +152,9 @@ def test_global_keys_are_a_document_of_their_own(mechanism):
     q, k, v = inputs(20)
     segments = jnp.ones((2, 20), jnp.int32).at[:, 0].set(GLOBAL)
     vis, spec = self_visibility(2, 20, segment_ids=segments), mechanism.spec()
-    o = mechanism.forward(q, k, v, vis, spec=spec)
-    close(o[:, 1:], mechanism.forward(q[:, 1:], k[:, 1:], v[:, 1:], self_visibility(2, 19), spec=spec))
-    close(mechanism.reference(q, k, v, vis, spec=spec), o)
+    o = mechanism.forward(q, k, v, vis, Call(spec))
+    close(o[:, 1:], mechanism.forward(q[:, 1:], k[:, 1:], v[:, 1:], self_visibility(2, 19), Call(spec)))
+    close(mechanism.reference(q, k, v, vis, Call(spec)), o)
 
 
 def test_bad_options_name_the_field_and_the_remedy():
@@ -201,8 +202,7 @@ def test_minimax_parity(layer):
         jax.nn.silu(v),  # MiniMax activates its values too, which is the layer's business
         default_positions(2, length),
         ones,
-        spec=spec,
-        depth=depth,
+        Call(spec, depth=depth),
     )
     close(o.reshape(2, length, -1), seen["heads"].numpy(), rtol=1e-5)
     close(ours.S, state.numpy(), rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import jaxattn
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
-from jaxattn.mechanisms import get
+from jaxattn.mechanisms import Call, get
 from jaxattn.rope import Alibi, alibi_slopes
 
 
@@ -18,7 +18,7 @@ def rows(name, q, k, params=None, bias=None, **spec):
     """Dense weights [B, H, T, P+S] of a causal call."""
     mechanism = get(name)
     vis = self_visibility(*q.shape[:2])
-    return mechanism.weights(q, k, vis, spec=mechanism.make_spec(**spec), params=params, bias=bias)
+    return mechanism.weights(q, k, vis, Call(mechanism.make_spec(**spec), params or {}, bias=bias))
 
 
 def qkv(length=9, heads=2, dim=4, seed=0):
@@ -201,7 +201,7 @@ def test_relu_divides_by_the_visible_keys_only():
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
     a = jaxattn.attend("relu", q, k, v, segment_ids=segments)
     np.testing.assert_allclose(a[0, :, 0, 0], [2, 2, 2, 2, 2, 0], atol=1e-6)
-    windowed = get("relu").weights(q, k, self_visibility(1, 6, window=2), spec=get("relu").spec()).values[0, 0]
+    windowed = get("relu").weights(q, k, self_visibility(1, 6, window=2), Call(get("relu").spec())).values[0, 0]
     np.testing.assert_allclose(windowed[4], [0, 0, 0, 1, 1, 0], atol=1e-6)
 
 
@@ -222,4 +222,4 @@ def test_impossible_options_are_refused_by_name(name, spec, message):
     q, k, v = qkv()
     vis = self_visibility(1, 9)
     with pytest.raises(ConfigError, match=message):
-        mechanism.forward(q, k, v, vis, spec=mechanism.make_spec(**spec), params={})
+        mechanism.forward(q, k, v, vis, Call(mechanism.make_spec(**spec)))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxattn.masks import self_visibility
-from jaxattn.mechanisms import get, resolve_mixer
+from jaxattn.mechanisms import Call, get, resolve_mixer
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from tests.conformance.cases import close, inputs
@@ -50,12 +50,11 @@ def test_constant_temperatures_are_a_scale_and_a_factor():
     flat = jnp.arctanh(t - 1.0)  # τ = 1 + tanh(f)
     x = jax.nn.gelu(jnp.ones(16)).sum()
     params = {"query_w": jnp.full((4, 16), flat / x), "value_w": jnp.full((2, 16), flat / x)}
-    q_t, v_t = SSA.apply_gains(
-        (jnp.ones_like(q), jnp.ones_like(v)), q, v, jnp.zeros((2, 40), jnp.int32), spec=spec, params=params
-    )
+    raw, start = (jnp.ones_like(q), jnp.ones_like(v)), jnp.zeros((2, 40), jnp.int32)
+    q_t, v_t = SSA.apply_gains(raw, q, v, start, Call(spec, params))
     softmax = resolve_mixer("softmax").mechanism
     vis = self_visibility(2, 40)
-    run = lambda q, v, **kw: softmax.forward(q, k, v, vis, spec=softmax.spec(), params={}, **kw)
+    run = lambda q, v, **kw: softmax.forward(q, k, v, vis, Call(softmax.spec(), **kw))
     close(run(q_t, v_t), t * run(q, v, scale=t / 4.0), rtol=1e-5)
 
 
@@ -82,7 +81,7 @@ def test_entropy_grows_like_log_n_without_a_slope_and_less_with_one():
 
     def entropy(slope: float):
         gain = 1 + slope * jnp.log(jnp.arange(512) + 1.0)
-        a = SSA.weights(q * gain[None, :, None, None], k, vis, spec=SSA.spec(), params={}).values[0, 0]
+        a = SSA.weights(q * gain[None, :, None, None], k, vis, Call(SSA.spec())).values[0, 0]
         return -jnp.sum(jnp.where(a > 0, a * jnp.log(jnp.where(a > 0, a, 1.0)), 0.0), axis=-1)
 
     flat, sharp = entropy(0.0), entropy(0.5)
@@ -134,7 +133,7 @@ def test_only_a_value_temperature_can_silence_tokens():
         def loss(p, key):
             x, y = batch(key)
             v, raw = (x @ p["v"])[:, :, None], (x @ p["raw"] + p["raw_bias"])[:, :, None]
-            _, v = SSA.apply_gains((v, raw), v, v, jnp.zeros((64, 16), jnp.int32), spec=spec, params=p["own"])
+            _, v = SSA.apply_gains((v, raw), v, v, jnp.zeros((64, 16), jnp.int32), Call(spec, p["own"]))
             return jnp.mean((v[:, :, 0] - y) ** 2)
 
         optimizer = optax.adam(3e-2)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms._protocol import check_call
 from jaxattn.mechanisms.softplus import MECHANISM, Spec, options, unit
 from jaxattn.rope import Alibi, RelativeBias, alibi_slopes
@@ -47,12 +48,12 @@ def two_stages(q, k, *, p=None, exempt=3):
 
 def rows(q, k, spec, **call):
     vis = self_visibility(*q.shape[:2])
-    return np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, spec=spec, **call).values)
+    return np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, Call(spec, **call)).values)
 
 
 def forward(q, k, v, spec, vis=None, **call):
     vis = self_visibility(*q.shape[:2]) if vis is None else vis
-    return MECHANISM.forward(*(jnp.asarray(x) for x in (q, k, v)), vis, spec=spec, **call)
+    return MECHANISM.forward(*(jnp.asarray(x) for x in (q, k, v)), vis, Call(spec, **call))
 
 
 @pytest.mark.parametrize("p", [None, 1.0, 2.5, 3.0, 15.0])
@@ -127,7 +128,7 @@ def test_exp_in_place_of_softplus_is_softmax_of_the_scores(monkeypatch):
     q, k, _ = qkv(50)
     monkeypatch.setattr("pallas_kernels.softplus.reference.softplus", jnp.exp)
     vis = self_visibility(1, 50)
-    a, s = dense_rows(unit(jnp.asarray(q)), unit(jnp.asarray(k)), vis, **options(LSSA, None, 16))
+    a, s = dense_rows(unit(jnp.asarray(q)), unit(jnp.asarray(k)), vis, **options(Call(LSSA), 16))
     s = jnp.where(jnp.tril(jnp.ones((50, 50), bool)), s, -jnp.inf)
     np.testing.assert_allclose(a, jax.nn.softmax(s), atol=1e-6)
 
@@ -167,7 +168,7 @@ def test_row_length_restarts_per_document_and_skips_padding():
     q, k, _ = qkv(40)
     positions, segments = packed([17, 12], 40, batch=1)
     vis = self_visibility(1, 40, positions=positions, segment_ids=segments)
-    a = np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, spec=Spec()).values)
+    a = np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, Call(Spec())).values)
     np.testing.assert_allclose(a[..., :17, :17], two_stages(q[:, :17], k[:, :17], p=15), atol=2e-5)
     np.testing.assert_allclose(a[..., 17:29, 17:29], two_stages(q[:, 17:29], k[:, 17:29], p=15), atol=2e-5)
     assert not np.any(a[..., 29:, :])
@@ -182,7 +183,7 @@ def test_uniform_rows_keep_their_lssa_weights(run, monkeypatch):
     one = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
     q = k = jnp.broadcast_to(one, (1, length, 1, 8))
     v = jax.random.normal(jax.random.key(1), (1, length, 1, 2))
-    vis, call = self_visibility(1, length), options(Spec(), None, 8)
+    vis, call = self_visibility(1, length), options(Call(Spec()), 8)
     loss = lambda q, k, v, out: out(run(unit(q), unit(k), v, vis, **call))
     o = loss(q, k, v, lambda o: o)
     np.testing.assert_allclose(o, jnp.cumsum(v, 1) / jnp.arange(1, length + 1)[:, None, None], atol=1e-4)
@@ -210,7 +211,7 @@ def test_fifteenth_powers_of_long_rows_do_not_overflow(monkeypatch):
     value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*map(jnp.asarray, (q, k, v)))
     assert all(np.all(np.isfinite(x)) for x in (value, *grads))
     last = self_visibility(1, length).rows(length - 1, 1)
-    a = np.asarray(MECHANISM.weights(jnp.asarray(q[:, -1:]), jnp.asarray(k), last, spec=LSSA).values)[0, 0, 0]
+    a = np.asarray(MECHANISM.weights(jnp.asarray(q[:, -1:]), jnp.asarray(k), last, Call(LSSA)).values)[0, 0, 0]
     with np.errstate(over="ignore"):
         assert np.isinf(np.maximum(a * np.float32(length) - 1, 0) ** np.float32(15)).any(), "the literal form overflows"
     np.testing.assert_allclose(forward(q[:, -1:], k, v, Spec(), last)[0, 0], v[0, 0], atol=1e-6)
@@ -229,8 +230,8 @@ def test_many_blocks_and_chunks_equal_the_reference(spec, aligned, monkeypatch):
 
     def run(fn, **blocks):
         def loss(q, k, v, table):
-            call = options(spec, None, 8)
-            o = fn(unit(q), unit(k), v, vis, bias=RelativeBias(table), **call, **blocks)
+            call = options(Call(spec, bias=RelativeBias(table)), 8)
+            o = fn(unit(q), unit(k), v, vis, **call, **blocks)
             return jnp.sum(jnp.sin(o))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(q, k, v, table)
@@ -259,7 +260,7 @@ def test_gradient_is_the_slope():
 def test_temporary_memory_is_not_quadratic():
     def bytes_at(length):
         q, k, v = (jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32) for _ in range(3))
-        loss = lambda *x: jnp.sum(MECHANISM.forward(*x, self_visibility(1, length), spec=Spec()))
+        loss = lambda *x: jnp.sum(MECHANISM.forward(*x, self_visibility(1, length), Call(Spec())))
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
     small, large = bytes_at(1024), bytes_at(4096)

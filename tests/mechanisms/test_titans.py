@@ -12,7 +12,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions, self_visibility
-from jaxattn.mechanisms import resolve_mixer
+from jaxattn.mechanisms import Call, resolve_mixer
 from jaxattn.mechanisms._titans_forms import influence, prepare, rows, run
 from jaxattn.mechanisms.titans import MECHANISM as TITANS
 from jaxattn.mechanisms.titans import Spec
@@ -24,7 +24,11 @@ from tests.conformance.cases import close, inputs, packed
 FORMS = ("lmm", "mac", "mag", "mal")
 every_form = pytest.mark.parametrize("form", FORMS)
 SMALL = {"chunk": 4, "segment": 8, "attention_window": 6, "persistent": 2}
-forward = jax.jit(TITANS.forward, static_argnames=("spec", "scale", "backend", "rope"))
+
+
+@partial(jax.jit, static_argnames=("spec", "backend", "rope"))
+def forward(q, k, v, vis, **call):
+    return TITANS.forward(q, k, v, vis, Call(**call))
 
 
 def params_of(spec, heads=2, dim=8, value_dim=6, dtype=jnp.float32):
@@ -151,15 +155,15 @@ def test_mac_as_written_refuses_what_it_cannot_do():
     state = TITANS.init_state(dataclasses.replace(spec, form="mac"), dtype=jnp.float32, **dims)
     assert not spec.causal
     for call in (
-        lambda: TITANS.forward(q, k, v, self_visibility(2, 10), spec=spec, params=params),
-        lambda: TITANS.weights(q, k, self_visibility(2, 10), v=v, spec=spec, params=params),
+        lambda: TITANS.forward(q, k, v, self_visibility(2, 10), Call(spec, params)),
+        lambda: TITANS.weights(q, k, self_visibility(2, 10), Call(spec, params, values=v)),
         lambda: TITANS.init_state(spec, dtype=jnp.float32, **dims),
-        lambda: TITANS.step(state, q, k, v, default_positions(2, 10), ones, spec=spec, params=params),
+        lambda: TITANS.step(state, q, k, v, default_positions(2, 10), ones, Call(spec, params)),
     ):
         with pytest.raises(NotImplementedError, match="'mac_as_written' does not support causal_self"):
             call()
     padded = self_visibility(2, 10, causal=False, segment_ids=ones.at[1, 8:].set(0))
-    assert np.all(np.isnan(TITANS.forward(q, k, v, padded, spec=spec, params=params)))
+    assert np.all(np.isnan(TITANS.forward(q, k, v, padded, Call(spec, params))))
     from jaxattn.runs.config import RunConfig
 
     with pytest.raises(ConfigError, match="lets tokens see later ones"):
@@ -179,7 +183,7 @@ def test_steps_over_packed_documents_equal_forward_with_a_constant_state(form):
     vis = self_visibility(2, 40, positions=positions, segment_ids=segments)
     rope = Rope(100.0)
     expected = forward(q, k, v, vis, spec=spec, params=params, rates=rates, rope=rope)
-    call = jax.jit(lambda s, x, r: TITANS.step(s, *x, spec=spec, params=params, rates=r, rope=rope))
+    call = jax.jit(lambda s, x, r: TITANS.step(s, *x, Call(spec, params, rates=r, rope=rope)))
     dims = {"batch": 2, "heads": 2, "kv_heads": 2, "key_dim": 8, "value_dim": 6, "dtype": jnp.float32}
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     empty = TITANS.init_state(spec, capacity=3, **dims)
@@ -238,9 +242,10 @@ def test_switches_and_read_order_change_what_they_say():
 
 def view(spec, length=24, dtype=jnp.float64, values=None):
     q, k, v = tokens(length, dtype)
-    call = {"scale": None, "rates": rates_of(2, length, 2, dtype), "rope": Rope(100.0)}
+    rates = rates_of(2, length, 2, dtype)
     places = (default_positions(2, length), jnp.ones((2, length), jnp.int32))
-    return (q, k, v), prepare(q, k, v, *places, spec=spec, params=params_of(spec, dtype=dtype), **call)
+    call = Call(spec, params_of(spec, dtype=dtype), rates=rates, rope=Rope(100.0))
+    return (q, k, v), prepare(q, k, v, *places, call)
 
 
 @pytest.mark.parametrize("form", ["mag", "mal", "mac"])
@@ -263,16 +268,18 @@ def test_mag_rows_times_values_are_its_attention():
     spec = Spec(form="mag", **SMALL)
     (q, k, v), x = view(spec, dtype=jnp.float32)
     vis = self_visibility(2, 24)
-    found = TITANS.weights(q, k, vis, v=v, spec=spec, params=x.params, rates=x.rates, rope=Rope(100.0))
-    slot = jnp.moveaxis(jnp.broadcast_to(x.params["slot_v"], (2, 2, 2, 6)), 1, 2)  # [B, H, P, V]
+    found = TITANS.weights(q, k, vis, dataclasses.replace(x.call, values=v))
+    slot = jnp.moveaxis(jnp.broadcast_to(x.call.params["slot_v"], (2, 2, 2, 6)), 1, 2)  # [B, H, P, V]
     a = jnp.einsum("bhtp,bhpv->bthv", found.values, jnp.concatenate([slot, jnp.moveaxis(v, 2, 1)], axis=2))
-    normed = a / jnp.sqrt(jnp.mean(a**2, -1, keepdims=True) + 1e-6) * x.params["attention_scale"]
-    run = lambda **other: forward(q, k, v, vis, spec=spec, params=x.params | other, rates=x.rates, rope=Rope(100.0))
+    normed = a / jnp.sqrt(jnp.mean(a**2, -1, keepdims=True) + 1e-6) * x.call.params["attention_scale"]
+    run = lambda **other: forward(
+        q, k, v, vis, spec=spec, params=x.call.params | other, rates=x.call.rates, rope=Rope(100.0)
+    )
     ratio = run() / normed  # silu of the memory branch, whatever the attention holds
-    close(run(attention_scale=2 * x.params["attention_scale"]), 2 * ratio * normed)
+    close(run(attention_scale=2 * x.call.params["attention_scale"]), 2 * ratio * normed)
     moved = a + jnp.sum(found.values[..., :2], axis=-1).swapaxes(1, 2)[..., None]  # every slot's value raised by one
-    normed = moved / jnp.sqrt(jnp.mean(moved**2, -1, keepdims=True) + 1e-6) * x.params["attention_scale"]
-    close(run(slot_v=x.params["slot_v"] + 1), normed * ratio, rtol=1e-3)
+    normed = moved / jnp.sqrt(jnp.mean(moved**2, -1, keepdims=True) + 1e-6) * x.call.params["attention_scale"]
+    close(run(slot_v=x.call.params["slot_v"] + 1), normed * ratio, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -284,8 +291,7 @@ def test_influence_is_the_jacobian_of_the_reference_along_the_value(form, depth)
         (q, k, _), x = view(spec, 12)
         x = dataclasses.replace(x, v=x.v.at[:, 5].set(0))
         a = jax.jit(lambda v: influence(dataclasses.replace(x, v=v)))(x.v)
-        call = {"spec": spec, "params": x.params, "rates": x.rates, "rope": Rope(100.0)}
-        outputs = lambda v: TITANS.reference(q, k, v, self_visibility(2, 12), **call)
+        outputs = lambda v: TITANS.reference(q, k, v, self_visibility(2, 12), x.call)
         jacobian = jax.jit(jax.jacfwd(lambda v: outputs(v).sum(0)))(x.v)  # rows of a batch do not mix
         moved = jnp.einsum("thvbshw,bshw->bhtsv", jacobian, x.v)
         size = jnp.moveaxis(jnp.linalg.norm(x.v, axis=-1), 1, 2)[:, :, None]
@@ -301,8 +307,9 @@ def test_influence_in_a_linear_memory_is_the_weight_of_the_value():
     with jax.enable_x64(True):
         _, x = view(spec)
         hot = jnp.broadcast_to(jnp.eye(24)[None, :, None], (2, 24, 2, 24))
-        empty = dataclasses.replace(x, v=hot, start=(jnp.zeros((2, 8, 24)),))
-        a = jnp.moveaxis(run(empty, None, backend="reference")[0], 1, 2)
+        call = dataclasses.replace(x.call, backend="reference")
+        empty = dataclasses.replace(x, v=hot, start=(jnp.zeros((2, 8, 24)),), call=call)
+        a = jnp.moveaxis(run(empty, None)[0], 1, 2)
         np.testing.assert_allclose(influence(x), jnp.abs(a), atol=1e-12)
 
 
@@ -312,15 +319,15 @@ def test_some_rows_are_those_rows(form):
     (q, k, v), x = view(spec, dtype=jnp.float32)
     positions, segments = packed([9, 13], 24)
     vis = self_visibility(2, 24, positions=positions, segment_ids=segments)
-    call = {"v": v, "spec": spec, "params": x.params, "rates": x.rates}
-    every = TITANS.weights(q, k, vis, **call)
-    some = TITANS.weights(q[:, 7:16], k, vis.rows(7, 9), queries=q, **call)
+    call = dataclasses.replace(x.call, rope=None, values=v)
+    every = TITANS.weights(q, k, vis, call)
+    some = TITANS.weights(q[:, 7:16], k, vis.rows(7, 9), dataclasses.replace(call, queries=q))
     np.testing.assert_array_equal(some.values, every.values[:, :, 7:16])
     np.testing.assert_array_equal(some.scores, every.scores[:, :, 7:16])
     assert some.slots == every.slots == (0 if form == "lmm" else 2)
     assert not np.any(every.values[:, :, 22:])
-    with pytest.raises(NotImplementedError, match="pass queries"):
-        TITANS.weights(q[:, 7:16], k, vis.rows(7, 9), **call)
+    with pytest.raises(NotImplementedError, match="pass `queries`"):
+        TITANS.weights(q[:, 7:16], k, vis.rows(7, 9), call)
 
 
 @pytest.mark.parametrize(
@@ -348,4 +355,4 @@ def test_impossible_options_are_refused_with_the_nearest_possible_one(text, sent
 def test_a_segment_only_matters_to_mac():
     assert Spec(chunk=48).segment == 32
     with pytest.raises(NotImplementedError, match=r"titans does not support window: .* attention_window"):
-        TITANS.forward(*tokens(5), self_visibility(2, 5, window=3), spec=Spec(), params=params_of(Spec()))
+        TITANS.forward(*tokens(5), self_visibility(2, 5, window=3), Call(Spec(), params_of(Spec())))

@@ -28,6 +28,7 @@ import optax
 import pytest
 
 from jaxattn.masks import self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.titans import MECHANISM as TITANS
 from jaxattn.mechanisms.titans import Spec
 from pallas_kernels.neural_memory import neural_memory
@@ -108,7 +109,7 @@ def losses(params, data, spec):
     rates = {name: jnp.moveaxis(r[..., 0], 0, 2) for name, r in rates.items()}
     k, q = (jnp.einsum("sbtl,sld->btsd", x, params["key"]) for x in (key, asked))
     vis = self_visibility(*key.shape[1:3])
-    y = TITANS.forward(q, k, jnp.moveaxis(value, 0, 2), vis, spec=spec, params=params["memory"], rates=rates)
+    y = TITANS.forward(q, k, jnp.moveaxis(value, 0, 2), vis, Call(spec, params["memory"], rates=rates))
     logits = jnp.einsum("btsv,svo->sbto", y, params["answer"]) + params["answer_bias"][:, None, None]
     mean = lambda x: jnp.sum(jnp.where(answer >= 0, x, 0), axis=(1, 2)) / jnp.sum(answer >= 0, axis=(1, 2))
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(answer, 0))

@@ -20,6 +20,7 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import default_positions, self_visibility
+from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.transnormer import MECHANISM as TNL
 from jaxattn.mechanisms.transnormer import Spec, finish, initial_theta, log_decay
 from jaxattn.models.transnormer import tnl
@@ -64,14 +65,14 @@ def test_lrpe_is_a_cosine_of_the_distance():
     q, k, _ = inputs(40, heads=4, kv_heads=4, dim=8)
     params = {"theta": initial_theta(4, 8)}
     at = lambda shift: self_visibility(2, 40, positions=default_positions(2, 40) + shift)
-    scores = lambda shift: TNL.weights(q, k, at(shift), spec=Spec(), params=params).scores
+    scores = lambda shift: TNL.weights(q, k, at(shift), Call(Spec(), params)).scores
     t = np.arange(40)
     silu = lambda x: np.asarray(x, np.float64) / (1 + np.exp(-np.asarray(x, np.float64)))
     angle = np.asarray(params["theta"], np.float64)[:, None, None] * (t[:, None] - t)[..., None]  # [H, T, S, D]
     expected = np.einsum("bthd,bshd,htsd->bhts", silu(q), silu(k), np.cos(angle))
     close(scores(0), expected, rtol=1e-5)
     np.testing.assert_allclose(scores(1000), scores(0), atol=1e-4 * np.abs(expected).max())
-    assert not np.allclose(TNL.weights(q, k, at(0), spec=Spec(lrpe="none")).scores, expected, atol=0.1)
+    assert not np.allclose(TNL.weights(q, k, at(0), Call(Spec(lrpe="none"))).scores, expected, atol=0.1)
 
 
 def test_theta_starts_at_the_paper_s_values():
@@ -87,10 +88,10 @@ def test_a_row_by_hand():
     x = jnp.full((1, 3, 1, 1), 2.0)
     a = 2 / (1 + np.exp(-2.0))
     params = {"theta": jnp.full((1, 1), np.pi / 2)}
-    w = TNL.weights(x, x, self_visibility(1, 3), spec=Spec(slopes="paper"), params=params).values
+    w = TNL.weights(x, x, self_visibility(1, 3), Call(Spec(slopes="paper"), params)).values
     expected = a * a * np.array([[1, 0, 0], [0, 1, 0], [-1, 0, 1]])
     np.testing.assert_allclose(w[0, 0], expected, atol=1e-5)
-    w = TNL.weights(x, x, self_visibility(1, 3), spec=Spec(lrpe="none"), depth=(0, 3)).values  # s = 2^-8 · 1.00001
+    w = TNL.weights(x, x, self_visibility(1, 3), Call(Spec(lrpe="none"), depth=(0, 3))).values  # s = 2^-8 · 1.00001
     fade = np.exp(-(2.0**-8) * 1.00001)
     np.testing.assert_allclose(w[0, 0, 2], a * a * np.array([fade**2, fade, 1]), rtol=1e-5)
 
@@ -98,7 +99,7 @@ def test_a_row_by_hand():
 def test_lrpe_acts_in_the_layers_it_is_asked_for():
     q, k, v = inputs(12)
     params, vis = {"theta": initial_theta(4, 16)}, self_visibility(2, 12)
-    run = lambda lrpe, layer: TNL.forward(q, k, v, vis, spec=Spec(lrpe=lrpe), params=params, depth=(layer, 3))
+    run = lambda lrpe, layer: TNL.forward(q, k, v, vis, Call(Spec(lrpe=lrpe), params, depth=(layer, 3)))
     np.testing.assert_array_equal(run("first", 0), run("all", 0))
     np.testing.assert_array_equal(run("first", 2), run("none", 2))
     for layer in (0, 2):
@@ -115,7 +116,7 @@ def test_a_traced_layer_gives_the_static_layer_s_answer(lrpe):
     params, vis, spec = {"theta": initial_theta(4, 16)}, self_visibility(2, 12), Spec(lrpe=lrpe)
 
     def loss(params, layer):
-        o = TNL.forward(q, k, v, vis, spec=spec, params=params, depth=(layer, 3))
+        o = TNL.forward(q, k, v, vis, Call(spec, params, depth=(layer, 3)))
         return jnp.sum(jnp.sin(o)), o
 
     traced = jax.jit(jax.grad(loss, has_aux=True))
@@ -131,8 +132,8 @@ def test_values_are_activated_only_where_asked():
     vis, off = self_visibility(2, 12), Spec(lrpe="none")
     on = dataclasses.replace(off, v_act="silu")
     for run in (TNL.forward, TNL.reference):
-        close(run(q, k, v, vis, spec=on), run(q, k, jax.nn.silu(v), vis, spec=off))
-        assert not np.allclose(run(q, k, v, vis, spec=on), run(q, k, v, vis, spec=off), atol=0.1)
+        close(run(q, k, v, vis, Call(on)), run(q, k, jax.nn.silu(v), vis, Call(off)))
+        assert not np.allclose(run(q, k, v, vis, Call(on)), run(q, k, v, vis, Call(off)), atol=0.1)
 
 
 @pytest.mark.parametrize("layer", [0, 7])
@@ -142,7 +143,7 @@ def test_the_state_of_16k_tokens_is_finite_and_that_of_the_f64_recurrence(layer)
     q, k, v = inputs(length, batch=1, heads=heads, kv_heads=heads, dim=4, value_dim=4)
     q, k = jnp.abs(q), jnp.abs(k)  # sums that grow, the hard case for rounding
     places = default_positions(1, length), jnp.ones((1, length), jnp.int32)
-    step = jax.jit(lambda s, *x: TNL.step(s, *x, spec=spec, depth=(layer, 8)))
+    step = jax.jit(lambda s, *x: TNL.step(s, *x, Call(spec, depth=(layer, 8))))
     start = state(spec, batch=1, heads=heads, key_dim=4, value_dim=4)
     o, held = step(start, q, k, v, *places)
     rates = np.asarray(log_decay(spec, heads, (layer, 8)), np.float64)
@@ -164,7 +165,7 @@ def test_the_naive_factors_overflow_where_the_recurrence_does_not():
         factors = np.exp(rate * np.arange(200, dtype=np.float32))
     assert (np.isfinite(factors[105]), np.isfinite(factors[106])) == (True, False)
     call = (q, k, v, self_visibility(1, 200))
-    close(TNL.forward(*call, spec=spec, depth=(0, 8)), TNL.reference(*call, spec=spec, depth=(0, 8)), rtol=1e-5)
+    close(TNL.forward(*call, Call(spec, depth=(0, 8))), TNL.reference(*call, Call(spec, depth=(0, 8))), rtol=1e-5)
 
 
 # Norm and gate

@@ -14,7 +14,7 @@ import pytest
 from evals.sinks import notes
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
-from jaxattn.mechanisms import get, names, resolve_mixer
+from jaxattn.mechanisms import Call, get, names, resolve_mixer
 from jaxattn.models import at_context
 from jaxattn.nn import Decoder
 from jaxattn.runs.opened import open_trained
@@ -98,7 +98,7 @@ def test_sigmoid_rows_start_as_its_advice_says() -> None:
     """At scores of zero: half the length without the bias, length / (length + 1) with it."""
     q = jnp.zeros((1, 128, 1, 8))
     mechanism, vis = get("sigmoid"), self_visibility(1, 128)
-    sums = lambda **how: np.asarray(mechanism.weights(q, q, vis, spec=mechanism.make_spec(**how)).values.sum(-1))
+    sums = lambda **how: np.asarray(mechanism.weights(q, q, vis, Call(mechanism.make_spec(**how))).values.sum(-1))
     np.testing.assert_allclose(sums()[0, 0, -1], 64, rtol=1e-5)
     np.testing.assert_allclose(sums(train_len=128)[0, 0, -1], 128 / 129, rtol=1e-5)
 
