@@ -82,8 +82,9 @@ def step(
         o, state = _prompt(state, q, k, v, here, spec, site, core)
         return o, state, here.carry
 
-    def one(state: Kept, token: Any) -> tuple[Kept, Array]:
-        o, state = _token(state, *(x[:, None] for x in token[:3]), *token[3:], spec, site, core)
+    def one(state: Kept, token: list[Array]) -> tuple[Kept, Array]:
+        q, k, v = (x[:, None] for x in token[:3])
+        o, state = _token(state, q, k, v, token[3], token[4], spec, site, core)
         return state, o[:, 0]
 
     columns = q, k, v, here.positions, here.segments != PADDING

@@ -144,6 +144,7 @@ POLICY = Policy(
     init=dense.init,
     step=step,
     depth=lambda spec: True,
+    in_answers=True,
     read=read,
     unfit=unfit,
     unlimited=lambda spec, length: dataclasses.replace(spec, tokens=max(spec.tokens, length)),

@@ -115,6 +115,7 @@ def measure(loaded: Loaded, policy: str, data: Measured) -> dict[str, float]:
     digits = pick(best) == pick(targets[:, data.prefill :])
     return {
         "loss": float(losses.mean()),
+        "perplexity": math.exp(losses.mean()),
         "digits": float(digits.mean()),
         "needles": float(digits.all(axis=1).mean()),
         **_cost(model, tokens.shape[1]),
@@ -273,9 +274,8 @@ def main() -> int:
     for policy, budget, call in todo:
         if any(row["call"] == call for row in rows):
             continue
-        row = {"policy": policy, "budget": budget, "call": call, **measure(loaded, call, data)}
-        print(json.dumps(row), flush=True)
-        rows.append({**row, "perplexity": math.exp(row["loss"])})
+        rows.append({"policy": policy, "budget": budget, "call": call, **measure(loaded, call, data)})
+        print(json.dumps(rows[-1]), flush=True)
         study.write_rows(args.out / f"{name}.json", rows, setup=setup)
     order = [DENSE, *POLICIES]
     place = lambda row: (order.index(row["policy"]) if row["policy"] in order else len(order), row["policy"])

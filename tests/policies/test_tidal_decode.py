@@ -13,6 +13,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import get
 from jaxattn.models import ModelConfig
+from jaxattn.nn import layerwise
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import cost, dense, resolve
 from jaxattn.policies import tidal_decode as tidal
@@ -218,3 +219,12 @@ def test_a_layer_without_keys_that_should_choose_is_named():
     core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
     with pytest.raises(ConfigError, match="layer 2 reads the list of layer 1"):
         tidal.step(state, q, k, v, here, spec=tidal.Spec(1, 3), site=site(2, qkv), core=core)
+
+
+def test_prompts_of_all_layers_share_a_program():
+    """Layers differ in answers alone; beside a method that differs in prompts too each has its own."""
+    model = ModelConfig(vocab_size=9, num_layers=5, d_model=16, num_heads=2, policy="tidal(first=1, again=3)")
+    programs = lambda model: {layerwise._like(model, layer) for layer in range(5)}
+    assert programs(model) == {0}
+    both = dataclasses.replace(model, policy="zero_tuning(first=1, last=2), tidal(first=1, again=3)")
+    assert programs(both) == set(range(5))
