@@ -260,7 +260,12 @@ def place(kept: Kept, k: Array, v: Array, positions: Int[Array, "B"], live: Bool
 
 
 def choose(
-    empty: Kept, k: Array, v: Array, positions: Int[Array, "B K T"], mass: Float[Array, "B K T"], keep: Int[Array, "B K n"]
+    empty: Kept,
+    k: Array,
+    v: Array,
+    positions: Int[Array, "B K T"],
+    mass: Float[Array, "B K T"],
+    keep: Int[Array, "B K n"],
 ) -> Kept:
     """`empty` with the tokens `keep` of k [B, T, K, D] and v; of these, ones with position -1 are none."""
     room = empty.positions.shape[2]

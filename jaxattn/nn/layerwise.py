@@ -49,7 +49,7 @@ def advance(
 def _like(model: ModelConfig, layer: int) -> int:
     """The first layer that computes what this one does, with parameters of its own."""
     choice = model.mixer(layer)
-    if choice.mechanism is not None and (choice.mechanism.capabilities.depth or model.keeping.depth):
+    if choice.mechanism is not None and (choice.mechanism.capabilities.depth or model.keeping.prompt_depth):
         return layer
     kind = lambda i: (model.mixer_text(i), model.mlp(i))
     return next(i for i in range(layer + 1) if kind(i) == kind(layer))

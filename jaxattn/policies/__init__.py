@@ -82,6 +82,12 @@ class Plan(NamedTuple):
         return any(policy.depth(spec) for policy, spec in (*self.wraps, (self.policy, self.spec)))
 
     @property
+    def prompt_depth(self) -> bool:
+        """Whether layers differ in what they do with a prompt, so that each has a program of its own."""
+        parts = (*self.wraps, (self.policy, self.spec))
+        return any(policy.depth(spec) and not policy.in_answers for policy, spec in parts)
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Names of the head tables that are read."""
         return tuple(name for policy, _ in (*self.wraps, (self.policy, self.spec)) for name in policy.tables)

@@ -59,7 +59,7 @@ class Policy:
     rotates: q and k come as projected, and the policy turns them by `site.rope`; else they come rotated.
     separates: it hides keys or attends to them in parts.
     windows, biased, front: it works in layers with a sliding window, with a position bias, behind learned tokens.
-    depth(spec): layers differ, or tell each other something (`carry`).
+    depth(spec): layers differ, or tell each other something (`carry`); in_answers: they do when answering alone.
     one_piece(spec): a prompt has to be read in one call.
     reach(spec, trained): most positions of a text for a model that knows `trained` of them (0: unlimited, in both).
     read(spec, site, length): keys that a key head reads for a new token behind `length` others, on average.
@@ -87,6 +87,7 @@ class Policy:
     biased: bool = False
     front: bool = False
     depth: Callable[[Any], bool] = lambda spec: False
+    in_answers: bool = False
     bounded: bool = False
     one_piece: Callable[[Any], bool] = lambda spec: False
     reach: Callable[[Any, int], int] = lambda spec, trained: trained

@@ -2,7 +2,7 @@
 
 H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (arXiv 2306.14048).
 
-    a_j += Σ_h Σ_i p_hij     attention of the new queries i, over the query heads of a key head; never divided, never fades
+    a_j += Σ_h Σ_i p_hij     attention of new queries i, over the query heads of a key head; never divided or faded
     keep the `recent` newest tokens and of the others the `heavy` with the largest a; the rest is gone for good
 
 A prompt is read whole with full attention, a is its column sums, and then one eviction follows. A token of an answer
@@ -22,7 +22,6 @@ sums the attention of all queries, later ones too, and so looks ahead.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +38,8 @@ from pallas_kernels.probe import probe
 
 NEVER = -1e30
 QUERIES = 128  # of a prompt, whose attention is summed at a time
+BAND = 1024  # and over the keys up to the end of their band; there are at most BANDS
+BANDS = 8
 BY = ("attention", "lots")
 
 
@@ -81,8 +82,9 @@ def step(
         o, state = _prompt(state, q, k, v, here, spec, site, core)
         return o, state, here.carry
 
-    def one(state: Kept, token: Any) -> tuple[Kept, Array]:
-        o, state = _token(state, *(x[:, None] for x in token[:3]), *token[3:], spec, site, core)
+    def one(state: Kept, token: list[Array]) -> tuple[Kept, Array]:
+        q, k, v = (x[:, None] for x in token[:3])
+        o, state = _token(state, q, k, v, token[3], token[4], spec, site, core)
         return state, o[:, 0]
 
     columns = q, k, v, here.positions, here.segments != PADDING
@@ -101,7 +103,10 @@ def _prompt(
     vis = Visibility(where, where, here.segments, here.segments, window=site.window, aligned=0)
     o = core.whole(q, k, v, vis)
     o = jnp.where(jnp.any(state.positions >= 0), jnp.nan, o)  # a second piece must never look like an answer
-    mass = lots(where, site) if spec.by == "lots" else _grouped(_column_sums(q, k, vis, core.scale), site)
+    if spec.by == "lots" or not spec.heavy:
+        mass = lots(where, site)
+    else:
+        mass = _grouped(_column_sums(q, k, vis, core.scale), site)
     newest = jnp.max(jnp.where(live, where, -1), axis=1)
     live &= _reached(where, newest[:, None], site)
     recent = where > newest[:, None] - spec.recent
@@ -127,9 +132,11 @@ def _token(
     if spec.by == "lots":
         new = state.positions == where[:, None, None]
         mass = jnp.where(new, lots(where[:, None], site), state.mass)
-    else:
+    elif spec.heavy:
         weights = _weights(q, keys, seen & live[:, None, None], core.scale)
         mass = state.mass + _grouped(weights, site)
+    else:
+        mass = state.mass
     positions = jnp.where(_reached(state.positions, where[:, None, None], site), state.positions, -1)
     old = (positions >= 0) & (positions <= where[:, None, None] - spec.recent)
     worth = jnp.where(old, mass, jnp.inf)
@@ -160,12 +167,18 @@ def _column_sums(q: Array, k: Array, vis: Visibility, scale: float) -> Float[Arr
     size = min(QUERIES, length)
     pad = -length % size
     q, vis = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))), vis.pad_rows(pad)
-    some = partial(probe, k=k, scale=scale, want=("columns",))
+    band = BAND * -(-length // (BAND * BANDS))
+    total = jnp.zeros((batch, heads, length))
+    for start in range(0, length, band):
+        stop = min(start + band, length)  # nobody of these sees a key behind it
 
-    def add(total: Array, at: Array) -> tuple[Array, None]:
-        return total + some(jax.lax.dynamic_slice_in_dim(q, at, size, 1), vis=vis.rows(at, size)).columns, None
+        def add(total: Array, at: Array, stop: int = stop) -> tuple[Array, None]:
+            some, rules = jax.lax.dynamic_slice_in_dim(q, at, size, 1), vis.rows(at, size).columns(0, stop)
+            found = probe(some, k[:, :stop], rules, scale=scale, want=("columns",)).columns
+            return total.at[:, :, :stop].add(found), None
 
-    return jax.lax.scan(add, jnp.zeros((batch, heads, length)), size * jnp.arange((length + pad) // size))[0]
+        total = jax.lax.scan(add, total, jnp.arange(start, stop, size))[0]
+    return total
 
 
 def _grouped(x: Float[Array, "B H S"], site: Site) -> Float[Array, "B K S"]:
@@ -187,5 +200,5 @@ POLICY = Policy(
     one_piece=lambda spec: True,
     read=lambda spec, site, length: float(min(length + 1, spec.budget + 1, site.window or length + 1)),
     unlimited=lambda spec, length: dataclasses.replace(spec, recent=max(spec.recent, length)),
-    variants=(Spec(heavy=3, recent=6), Spec(heavy=0, recent=5), Spec(heavy=4, recent=0), Spec(heavy=3, recent=6, by="lots")),
+    variants=(Spec(heavy=3, recent=6), Spec(heavy=4, recent=0)),
 )

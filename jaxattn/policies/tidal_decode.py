@@ -61,8 +61,8 @@ class Spec:
             raise ConfigError(f"tidal.first is {self.first} but must be a layer, counted from 0.")
         if self.again < self.first:
             raise ConfigError(
-                f"tidal.again is {self.again} but must be a layer from tidal.first={self.first} on, which chooses alone "
-                "where both are equal."
+                f"tidal.again is {self.again} but must be a layer from tidal.first={self.first} on, which "
+                "chooses alone where both are equal."
             )
         if self.tokens < 1:
             raise ConfigError(f"tidal.tokens is {self.tokens} but a list needs at least 1 token.")
@@ -144,13 +144,12 @@ POLICY = Policy(
     init=dense.init,
     step=step,
     depth=lambda spec: True,
+    in_answers=True,
     read=read,
     unfit=unfit,
     unlimited=lambda spec, length: dataclasses.replace(spec, tokens=max(spec.tokens, length)),
     variants=(
         Spec(first=0, again=2, tokens=6),
-        Spec(first=1, again=1, tokens=5, share="group"),
-        Spec(first=0, again=2, tokens=4, newest=True),
-        Spec(first=0, again=2, tokens=6, by="lots"),
+        Spec(first=1, again=1, tokens=5, share="group", newest=True),
     ),
 )

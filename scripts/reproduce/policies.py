@@ -13,6 +13,7 @@ if an expectation fails, at every budget of at most a quarter of the length:
   tidal               at least as many needles as by lot, and more over all budgets
   h2o                 a lower loss than a window of the same budget
   both                at a quarter of the length within 0.1 nats of dense
+  tidal               above the second choosing layer its lists hold more of a layer's own top keys than the first's
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattn.analysis.capture import look
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError
 from jaxattn.models import ModelConfig
@@ -46,6 +49,8 @@ POLICIES = {
     "tidal by lot": "tidal(first=2, again=13, tokens={budget}, by='lots')",
 }
 CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",)}
+FIRST, AGAIN, LISTED = 2, 13, 256  # of the recall by layer
+QUERIES = 32
 DIGITS = 5
 ASKED = "What is the special magic number that the text mentions? Answer with the number alone."
 SAID = "The special magic number is {}"
@@ -76,7 +81,7 @@ def material(loaded: Loaded, text: str, *, length: int, answer: int, windows: in
     ids = np.asarray(loaded.tokenizer.encode(text), np.int32)
     count, prefill = windows + needles, length - answer
     if len(ids) < count * (length + 1):
-        raise DataError(f"the text has {len(ids)} tokens but {count} pieces of {length + 1} are read: give a longer one.")
+        raise DataError(f"the text has {len(ids)} tokens but {count} times {length + 1} are read: give a longer one.")
     starts = (np.arange(count) * ((len(ids) - length - 1) / max(1, count - 1))).astype(int)
     rows = np.stack([ids[start : start + length + 1] for start in starts])
     counts, rng = np.full(count, length + 1), np.random.default_rng(0)
@@ -110,10 +115,37 @@ def measure(loaded: Loaded, policy: str, data: Measured) -> dict[str, float]:
     digits = pick(best) == pick(targets[:, data.prefill :])
     return {
         "loss": float(losses.mean()),
+        "perplexity": math.exp(losses.mean()),
         "digits": float(digits.mean()),
         "needles": float(digits.all(axis=1).mean()),
         **_cost(model, tokens.shape[1]),
     }
+
+
+def recall(loaded: Loaded, row: np.ndarray, *, tokens: int) -> np.ndarray:
+    """[L, L]: of the `tokens` keys with the largest scores in layer l, the share that layer s has chosen, at [s, l].
+
+    The mean over the last queries of a row and all heads, by the scores of the dense model (TidalDecode's recall).
+    """
+    views = look(loaded.model, loaded.params, jnp.asarray(row[None])).attention
+    chosen = []
+    for view in views:
+        q, k = view.queries[0, -QUERIES:], view.keys[0]
+        s = jnp.einsum("tkgd,skd->tkgs", q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k)
+        seen = jnp.arange(len(k)) <= len(k) - len(q) + jnp.arange(len(q))[:, None]
+        top = jax.lax.top_k(jnp.where(seen[:, None, None], s, -jnp.inf), tokens)[1]
+        chosen.append(np.asarray(jax.nn.one_hot(top, len(k), dtype=bool).any(-2)).reshape(-1))
+    every = np.stack(chosen).astype(np.float32)
+    return every @ every.T / (every[0].sum())
+
+
+def by_again(found: np.ndarray, first: int) -> dict[int, float]:
+    """Mean recall of the layers that read lists, for every layer that may choose again; `first`: no second choice."""
+    means = {}
+    for again in range(first, len(found)):
+        listed = [layer for layer in range(first + 1, len(found)) if layer != again]
+        means[again] = float(np.mean([found[again if layer > again else first, layer] for layer in listed]))
+    return means
 
 
 def _cost(model: ModelConfig, length: int) -> dict[str, float]:
@@ -151,8 +183,20 @@ def expect(rows: list[study.Row], length: int) -> list[study.Expectation]:
     return out
 
 
-def draw(rows: list[study.Row], left: Any, right: Any) -> None:
-    """Loss and needles against the budget; dense as a line across."""
+def expect_recall(layers: list[study.Row]) -> list[study.Expectation]:
+    """Choosing again helps the layers above."""
+    above = [row for row in layers if row["layer"] > AGAIN]
+    alone, again = (float(np.mean([row[f"by layer {n}"] for row in above])) for n in (FIRST, AGAIN))
+    text = f"top {LISTED} of the layers above {AGAIN}: more in the lists of {AGAIN} than of {FIRST}"
+    return [study.Expectation(text, f"{again:.2f} against {alone:.2f}", again > alone)]
+
+
+def draw(rows: list[study.Row], layers: list[study.Row], left: Any, right: Any, last: Any) -> None:
+    """Loss and needles against the budget, dense as a line across; and what lists of other layers hold."""
+    for key, color in ((f"by layer {FIRST}", "#767676"), (f"by layer {AGAIN}", "#0072b2")):
+        last.plot([row["layer"] for row in layers], [row[key] for row in layers], ".-", color=color, label=key)
+    last.set(xlabel="layer", ylabel=f"recall of its top {LISTED}", ylim=(0, 1.04))
+    last.legend()
     names = [name for name in dict.fromkeys(row["policy"] for row in rows) if name != DENSE]
     for name, color in zip(names, study.COLORS, strict=False):
         mine = sorted((row for row in rows if row["policy"] == name), key=lambda row: row["budget"])
@@ -230,14 +274,14 @@ def main() -> int:
     for policy, budget, call in todo:
         if any(row["call"] == call for row in rows):
             continue
-        row = {"policy": policy, "budget": budget, "call": call, **measure(loaded, call, data)}
-        print(json.dumps(row), flush=True)
-        rows.append({**row, "perplexity": math.exp(row["loss"])})
+        rows.append({"policy": policy, "budget": budget, "call": call, **measure(loaded, call, data)})
+        print(json.dumps(rows[-1]), flush=True)
         study.write_rows(args.out / f"{name}.json", rows, setup=setup)
     order = [DENSE, *POLICIES]
     place = lambda row: (order.index(row["policy"]) if row["policy"] in order else len(order), row["policy"])
     rows.sort(key=lambda row: (*place(row), row["budget"]))
-    study.save_figure(args.out / f"{name}.png", 8.6, 3.2, 2, lambda a, b: draw(rows, a, b))
+    layers = _recalled(args.out / f"{name}_recall.json", setup, loaded, data)
+    study.save_figure(args.out / f"{name}.png", 11.0, 3.2, 3, lambda *axes: draw(rows, layers, *axes))
     columns = ("policy", "budget", "loss", "perplexity", "needles", "digits", "read", "held (MB)")
     return study.finish(
         name,
@@ -246,9 +290,21 @@ def main() -> int:
         setup=setup,
         rows=rows,
         table=study.markdown(rows, columns, ("policy", "budget")),
-        expectations=expect(rows, args.length),
+        expectations=[*expect(rows, args.length), *expect_recall(layers)],
         paper=PAPER,
     )
+
+
+def _recalled(path: Path, setup: dict[str, Any], loaded: Loaded, data: Measured) -> list[study.Row]:
+    """A row for every layer behind `FIRST`, measured once and kept."""
+    if layers := _known(path, setup):
+        return layers
+    found = recall(loaded, data.rows[0, :-1], tokens=LISTED)
+    names = f"by layer {FIRST}", f"by layer {AGAIN}"
+    held = lambda n: (float(found[s, n]) for s in (FIRST, AGAIN if n >= AGAIN else FIRST))
+    layers = [{"layer": n, **dict(zip(names, held(n), strict=True))} for n in range(FIRST, len(found))]
+    study.write_rows(path, layers, setup=setup, mean_by_again=by_again(found, FIRST))
+    return layers
 
 
 def _known(path: Path, setup: dict[str, Any]) -> list[study.Row]:

@@ -50,7 +50,8 @@ def run(spec, qkv, *, prompt, left=(0, LEFT), window=None, width=1):
     positions, segments = places(left, qkv[0].shape[1])
     state = h2o.init(spec, site_of(*qkv), batch=len(left), capacity=SIZE)
     out, at = [], 0
-    for phase, size in [("prompt", prompt)] * bool(prompt) + [("answer", width)] * ((qkv[0].shape[1] - prompt) // width):
+    answers = (qkv[0].shape[1] - prompt) // width
+    for phase, size in [("prompt", prompt)] * bool(prompt) + [("answer", width)] * answers:
         cut = (x[:, at : at + size] for x in (*qkv, positions, segments))
         o, state = step(state, *cut, spec=spec, window=window, phase=phase)
         out.append((np.asarray(o), state))
@@ -106,7 +107,8 @@ def test_it_is_the_papers_rule_per_key_head(heavy, recent, window):
                 where, mass = np.asarray(state.positions[row, head]), np.asarray(state.mass[row, head])
                 order = [int(np.flatnonzero(where == e[0])[0]) for e in oracle.kept]
                 assert sorted(where[where >= 0]) == [e[0] for e in oracle.kept]
-                np.testing.assert_allclose(mass[order], [e[3] for e in oracle.kept], rtol=1e-4)
+                if heavy:  # else nobody asks for sums
+                    np.testing.assert_allclose(mass[order], [e[3] for e in oracle.kept], rtol=1e-4)
                 np.testing.assert_array_equal(np.asarray(state.keys)[row, order, head], [e[1] for e in oracle.kept])
                 np.testing.assert_array_equal(np.asarray(state.values)[row, order, head], [e[2] for e in oracle.kept])
                 at += size
@@ -150,7 +152,8 @@ def test_three_columns_that_all_look_at_survive():
     full = softmax(np.where(np.tril(np.ones_like(s)) > 0, s, -np.inf))
     found = run(h2o.Spec(8, 16), (q, k, k), prompt=0, left=(0,))
     rows = range(100, length)
-    share = np.mean([full[t, np.asarray(s.positions)[s.positions >= 0]].sum() for t, (_, s) in enumerate(found) if t in rows])
+    kept = [np.asarray(state.positions)[state.positions >= 0] for _, state in found]
+    share = np.mean([full[t, kept[t]].sum() for t in rows])
     window = np.mean([full[t, t - 23 : t + 1].sum() for t in rows])
     assert set(strong) <= set(np.asarray(found[-1][1].positions).ravel())
     assert abs(share - 0.89) < 0.05
@@ -168,8 +171,10 @@ def test_several_tokens_at_once_are_one_after_the_other():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_the_sums_of_a_long_prompt_are_those_of_its_whole_map():
-    """More queries than are summed at a time, and a number of them that is no multiple."""
+def test_the_sums_of_a_long_prompt_are_those_of_its_whole_map(monkeypatch):
+    """More queries than are summed at a time, over more than one band, and a number of them that is no multiple."""
+    monkeypatch.setattr(h2o, "BAND", 128)
+    monkeypatch.setattr(h2o, "BANDS", 3)
     q, k, v = arrays(300, batch=1)
     _, state = run(h2o.Spec(8, 300), (q, k, v), prompt=300, left=(0,))[0]
     s = np.einsum("tkgd,skd->kgts", q[0].reshape(300, KV_HEADS, -1, DIM), k[0]) / DIM**0.5
@@ -219,7 +224,7 @@ def test_lots_keep_the_first_token_and_a_full_budget():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"heavy": -1}, "heavy is -1"), ({"heavy": 0, "recent": 0}, "at least one token"), ({"by": "luck"}, "attention, lots")],
+    [({"heavy": -1}, "heavy is -1"), ({"heavy": 0, "recent": 0}, "at least one"), ({"by": "luck"}, "attention, lots")],
 )
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):

@@ -13,6 +13,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import get
 from jaxattn.models import ModelConfig
+from jaxattn.nn import layerwise
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import cost, dense, resolve
 from jaxattn.policies import tidal_decode as tidal
@@ -45,8 +46,8 @@ def site(layer: int, qkv, layers: int = LAYERS):
 def stack(states, q, k, v, positions, segments, *, spec, phase, mechanism="softmax"):
     """All layers of T tokens: o [L,B,T,H,D], the states, and what the last layer has been left."""
     here, out, after, found = Stream(positions, segments, phase=phase), [], [], get(mechanism)
-    params = {"mechanism": found.init_params(jax.random.key(1), found.spec(), heads=HEADS, kv_heads=KV_HEADS, key_dim=DIM,
-                                             value_dim=DIM)}["mechanism"]  # fmt: skip
+    dims = {"heads": HEADS, "kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM}
+    params = found.init_params(jax.random.key(1), found.spec(), **dims)
     core = found.core(spec=found.spec(), params=params, bias=None, key_dim=DIM, backend="auto")
     for layer, state in enumerate(states):
         o, state, carry = tidal.step(
@@ -131,12 +132,12 @@ def test_where_every_layer_chooses_it_is_dense():
 
 @pytest.mark.parametrize(("layer", "reads"), [(2, False), (4, False), (1, True), (3, True)])
 def test_garbage_that_is_not_listed_reaches_nobody(layer, reads):
-    """Keys and values of places outside the lists are poisoned: layers of lists must not feel it, those that choose do."""
+    """Keys and values outside the lists are poisoned: layers of lists must not feel it, those that choose do."""
     spec = SPECS[0]
-    _, states, carry = run(spec)
+    _, states, _ = run(spec)
     cut = [x[:, :, -1:] for x in arrays()] + [np.full((2, 1), SIZE, np.int32), np.ones((2, 1), np.int32)]
-    states = [dataclasses.replace(s, length=s.length - 1) for s in states]  # the last token once more, behind the others
-    clean, _, carry = stack(states, *cut, spec=spec, phase="answer")
+    states = [dataclasses.replace(s, length=s.length - 1) for s in states]  # room for one more
+    clean, _, _ = stack(states, *cut, spec=spec, phase="answer")
     below = spec.first if layer < spec.again else spec.again
     _, _, lists = stack(states[: below + 1], *cut, spec=spec, phase="answer")
     listed = np.zeros((2, SIZE), bool)
@@ -181,14 +182,12 @@ def test_lots_hold_the_first_token_and_ignore_scores():
 
 def test_bytes_read_are_the_papers():
     """N = 100K, m = 4096, 32 layers of as many key heads as heads: (4 N + 28 m) / 32 N."""
-    model = ModelConfig(vocab_size=9, num_layers=32, d_model=64, num_heads=4, policy="tidal(first=2, again=13, tokens=4096)")
+    model = ModelConfig(vocab_size=9, num_layers=32, d_model=64, num_heads=4, policy="tidal(tokens=4096)")
     costs = [cost(model.keeping, model.site(n), length=99_999, capacity=10**5) for n in range(32)]
     assert abs(np.mean([c.share for c in costs]) - 0.161) < 1e-3
     grouped = dataclasses.replace(model, num_kv_heads=2)
     shares = {
-        share: cost(
-            resolve(f"tidal(first=2, again=13, tokens=4096, share='{share}')"), grouped.site(5), length=99_999, capacity=9
-        ).share
+        share: cost(resolve(f"tidal(tokens=4096, share='{share}')"), grouped.site(5), length=99_999, capacity=9).share
         for share in tidal.SHARE
     }
     assert shares["head"] == 2 * shares["group"] == 2 * 4096 / 100_000
@@ -212,11 +211,20 @@ def test_what_cannot_be_is_refused(text, words):
 
 def test_a_layer_without_keys_that_should_choose_is_named():
     """Layer 1 has a state of its own, so layer 2 has nobody's list."""
+    qkv = arrays()
+    here = Stream(*(jnp.asarray(x[:, :1]) for x in places()), phase="answer")
+    state = dense.init(dense.Spec(), site(2, qkv), batch=2, capacity=SIZE)
+    q, k, v = (jnp.asarray(x[2, :, :1]) for x in qkv)
+    softmax = get("softmax")
+    core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
     with pytest.raises(ConfigError, match="layer 2 reads the list of layer 1"):
-        qkv = arrays()
-        here = Stream(*(jnp.asarray(x[:, :1]) for x in places()), phase="answer")
-        state = dense.init(dense.Spec(), site(2, qkv), batch=2, capacity=SIZE)
-        q, k, v = (jnp.asarray(x[2, :, :1]) for x in qkv)
-        softmax = get("softmax")
-        core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
         tidal.step(state, q, k, v, here, spec=tidal.Spec(1, 3), site=site(2, qkv), core=core)
+
+
+def test_prompts_of_all_layers_share_a_program():
+    """Layers differ in answers alone; beside a method that differs in prompts too each has its own."""
+    model = ModelConfig(vocab_size=9, num_layers=5, d_model=16, num_heads=2, policy="tidal(first=1, again=3)")
+    programs = lambda model: {layerwise._like(model, layer) for layer in range(5)}
+    assert programs(model) == {0}
+    both = dataclasses.replace(model, policy="zero_tuning(first=1, last=2), tidal(first=1, again=3)")
+    assert programs(both) == set(range(5))

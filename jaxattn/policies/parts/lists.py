@@ -55,4 +55,3 @@ def attend_lists(
     o, stat = core.attend(q.reshape(len(k), 1, -1, dim), k, v, rules, stats=not core.alone, **how)
     back = lambda x: x.reshape(batch, length, heads, *x.shape[3:])
     return core.join([(back(o), None if stat is None else back(stat))], q, vis)
-
