@@ -44,6 +44,7 @@ POLICIES: Registry[Policy] = Registry(
     places={
         "dense": "dense",
         "h2o": "h2o",
+        "minference": "minference",
         "streaming": "streaming_llm",
         "tidal": "tidal_decode",
         "zero_tuning": "zero_tuning",
