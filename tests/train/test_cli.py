@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from jaxattn.errors import UserError
 from jaxattn.mechanisms import names
+from tests.train import helpers as h
 from train import config, loop, pretrain
 from train.load import abstract_state
 from train.presets import PRESETS, get_preset

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import helpers as h
 import jax.numpy as jnp
 import pytest
 
 from jaxattn.errors import ConfigError, UserError
 from jaxattn.fields import check_values
 from jaxattn.models import ModelConfig
+from tests.train import helpers as h
 from train.config import LoraConfig, OptimConfig, RunConfig
 from train.load import config_from_dict, read_config
 from train.presets import get_preset

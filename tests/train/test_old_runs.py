@@ -7,12 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
-import helpers as h
 import numpy as np
 import pytest
 
 from evals.sinks import held_out
 from jaxattn.errors import Mismatch
+from tests.train import helpers as h
 from train import manifest as mf
 from train.finetune import defaults
 from train.load import open_source, read_config

@@ -5,7 +5,6 @@ import json
 import logging
 import random
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 from evals import sinks
 from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, TrainingStopped, UserError
+from tests.train import helpers as h
 from train import loop
 from train import step as step_module
 from train.config import OptimConfig
@@ -136,6 +136,7 @@ def test_row_17_a_diverging_run_as_a_process(tmp_path):
     all_finite(folder)
 
 
+@pytest.mark.smoke
 def test_row_17_skip(tmp_path, monkeypatch, caplog):
     """The steps are left out and counted; nothing non-finite is saved; the JSON has null."""
     poison(monkeypatch, {3, 8})

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import shutil
 
-import helpers as h
 import pytest
 
 from jaxattn.errors import UserError
+from tests.train import helpers as h
 from train.loop import run
 from train.rundir import RunDir, write_json_atomic
 from train.sessions import begin, differences, ranges
