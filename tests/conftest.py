@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -13,6 +14,15 @@ if sys.version_info >= (3, 12):  # where JAX simulates GPUs: a simulated warpgro
     os.environ.setdefault("NPROC", "8")
 CACHE = Path(os.environ.get("JAXATTN_TEST_CACHE", Path(tempfile.gettempdir()) / f"jaxattn-tests-{os.getuid()}"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+
+# Most of this suite's time is compilation of programs that run for milliseconds. These hold in processes that tests
+# start, too. XLA's older emitters compile in half the time; newer jaxlibs have no choice of them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(QUICK, "").strip()  # xdist's workers inherit them
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {QUICK}".strip()
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and no garbage
 
 import jax
 import pytest
@@ -43,20 +53,20 @@ def cache_root() -> Path:
     return CACHE
 
 
-# Folders whose tests compile much and run little.
-SMALL = ("analysis", "conformance", "convert", "evals", "generate", "kernels", "mechanisms", "nn", "serve")
-
-
 @pytest.fixture(autouse=True)
-def small_programs_compile_fast(request: pytest.FixtureRequest):
-    """Without LLVM's costly passes: two thirds of the time of these tests is compilation.
+def small_programs_compile_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Without LLVM's costly passes: two thirds of the time of most tests is compilation.
 
-    A test that reads the compiled program (its memory, its text) is marked `optimised` and sees what users run.
+    A test that reads the compiled program (its memory, its text) is marked `optimised`: it and the processes it starts
+    compile as users' programs are compiled, and so do the tests that compile for chips.
     """
-    small = Path(request.path).parent.name in SMALL and request.node.get_closest_marker("optimised") is None
-    jax.config.update("jax_disable_most_optimizations", small)
+    real = request.node.get_closest_marker("optimised") is not None or Path(request.path).parent.name == "aot"
+    if real:
+        monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        monkeypatch.setenv("XLA_FLAGS", GIVEN_FLAGS)
+    jax.config.update("jax_disable_most_optimizations", not real)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 MAPPINGS = Path("/proc/self/maps")

@@ -38,6 +38,7 @@ def ours(path: Path) -> tuple[ModelConfig, np.ndarray]:
     return model, numpy_logits(model, params, IDS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_every_key_means_what_it_means_in_llama_cpp(arch, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "parameter_shapes", _cached(rules.parameter_shapes))
@@ -218,6 +219,7 @@ WRONG_WHOLE = {
 }
 
 
+@pytest.mark.smoke
 def test_values_of_the_wrong_kind_are_one_sentence_that_names_the_key(tmp_path):
     cases = [({"fields": {key: value}}, key) for key, values in WRONG_TYPES.items() for value in values]
     cases += [({"whole": {key: value}}, key) for key, values in WRONG_WHOLE.items() for value in values]

@@ -136,6 +136,7 @@ def _model(**fields) -> ModelConfig:
     return ModelConfig(**(base | fields))
 
 
+@pytest.mark.smoke
 def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
     import jax
     import jax.numpy as jnp

@@ -20,7 +20,7 @@ from jaxattn.text import load, stream_text
 from jaxattn.text_stream import TextStream
 from scripts.get import fetch
 from tests.generate import checkpoints
-from tests.serve.test_engine import GREEDY, Inbox
+from tests.serve.engines import GREEDY, Inbox
 from tests.train.helpers import rows
 from train.finetune import main as finetune
 

@@ -19,7 +19,7 @@ from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
 from tests.conformance.cases import FULL
-from tests.serve.test_engine import Inbox
+from tests.serve.engines import Inbox
 
 MIXERS = {  # the others decode as one of these does, which conformance asks of all
     **{case.mechanism.name: (case.mechanism.name,) for case in FULL},
@@ -112,6 +112,7 @@ def test_a_second_prompt_compiles_nothing():
     assert (layerwise._layer._cache_size(), _generate.decode_block._cache_size()) == before
 
 
+@pytest.mark.smoke
 def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
     cfg, params = build(("softmax",))
     free = jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=20).tokens
@@ -137,6 +138,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_their_number():
     assert not np.array_equal(other, together)
 
 
+@pytest.mark.smoke
 def test_bf16_decodes_in_bf16():
     cfg, params = build(("softmax",), dtype="bfloat16")
     assert jaxattn.generate(cfg, params, PROMPTS, max_new_tokens=3).tokens.shape == (3, 3)
@@ -145,6 +147,7 @@ def test_bf16_decodes_in_bf16():
     assert cast["layer_0"]["attn_norm"]["scale"].dtype == jnp.float32
 
 
+@pytest.mark.smoke
 def test_scanned_layers_generate_the_same():
     from jaxattn.nn import stack_layers
 

@@ -43,6 +43,7 @@ def test_broken_text_at_the_end_is_given_out():
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>{{ eos_token }}"
 
 
+@pytest.mark.smoke
 def test_a_template_is_rendered_with_the_special_tokens():
     found = render(TEMPLATE, {"eos_token": "</s>"}, [{"role": "user", "content": "hi"}])
     assert found == "<user>hi<assistant></s>"
@@ -78,6 +79,7 @@ def command(*args):
     return subprocess.run([sys.executable, "-m", "jaxattn.generate", *args], capture_output=True, text=True)
 
 
+@pytest.mark.smoke
 def test_the_command_continues_a_text_and_refuses_bad_input(run, tmp_path):
     done = command(str(run), "--prompt", "some", "--max-new-tokens", "5", "--temperature", "0.7", "--top-k", "9")
     assert done.returncode == 0, done.stderr

@@ -18,25 +18,30 @@ from tests.conformance import model
 from tests.conformance.cases import close
 from tests.conformance.model import BASE, QUESTIONS, apply, config
 
-VARIANTS = {
+VARIANTS = {  # options that do not meet share a model; each of them makes a difference in it
     "plain": {},
-    "post": {"norm_position": "post", "norm": "layernorm"},
+    "post-learned": {"norm_position": "post", "norm": "layernorm", "position": "learned"},
     "hybrid": {"norm_position": "hybrid", "qk_norm": True},
-    "widths": {"key_dim": 6, "value_dim": 10, "use_bias": True},
-    "tied-gelu": {"tie_embeddings": True, "mlps": ("gelu", "relu"), "attention_bias": "qkvo"},
-    "no-mlp": {"mlps": ("none",), "mixers": ("softmax", "none")},
+    "widths-alibi": {"key_dim": 6, "value_dim": 10, "use_bias": True, "position": "alibi"},
+    "tied-gelu-relative": {
+        "tie_embeddings": True, "mlps": ("gelu", "relu"), "attention_bias": "qkvo", "position": "relative",
+    },
+    "no-mlp-raw_relative": {"mlps": ("none",), "mixers": ("softmax", "none"), "position": "raw_relative"},
     "conv": {"mixers": ("conv", "softmax", "conv(width=5)"), "num_layers": 3},
-    "srmsnorm-sglu": {"norm": "srmsnorm", "mlps": ("sglu",), "scale_embeddings": True},
-    "hybrid-layers": {"mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3},
+    "srmsnorm-sglu-sinusoid": {
+        "norm": "srmsnorm", "mlps": ("sglu",), "scale_embeddings": True, "position": "sinusoid",
+    },
+    "hybrid-layers-nope": {
+        "mixers": ("softmax(window=3)", "sigmoid(train_len=12)", "relu"), "num_layers": 3, "position": "nope",
+    },
     "based-hybrid": {"mixers": ("conv", "based(feature_dim=6)", "softmax(window=5)"), "num_layers": 3},
     "slots-and-sinks": {"mixers": ("sink_token(tokens=2)", "kv_bias", "softmax(window=3)"), "num_layers": 3},
     "landmarks-for-all": {
         "mixers": ("landmark(block=3)", "k_bias", "lightning", "transnormer", "aaren", "titans(form=mag, depth=1)"),
         "num_layers": 6,
     },
-    **{f"position-{p}": {"position": p} for p in ("nope", "alibi", "learned", "sinusoid", "relative", "raw_relative")},
     "alibi-and-sinks": {"position": "alibi", "mixers": ("sink_token", "softplus")},
-}
+}  # fmt: skip
 TNL = {
     "mixers": ("transnormer",),
     "norm": "srmsnorm",

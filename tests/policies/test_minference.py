@@ -288,7 +288,9 @@ def kinds(size: int = 160) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def searched() -> minference_search.Found:
-    model = ModelConfig(vocab_size=9, num_layers=1, d_model=16, num_heads=HEADS, num_kv_heads=1, key_dim=66, value_dim=8)
+    model = ModelConfig(
+        vocab_size=9, num_layers=1, d_model=16, num_heads=HEADS, num_kv_heads=1, key_dim=66, value_dim=8
+    )
     q, k, v = (jnp.asarray(x) for x in kinds())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minference_search, "_inputs", lambda *given: {0: (q, k, v, {})})
@@ -319,7 +321,9 @@ def test_a_target_is_the_tiles_of_the_a_shape_and_less_than_all():
 def test_the_command_writes_tables_that_the_policy_reads(tmp_path, monkeypatch, capsys):
     run = byte_run(tmp_path)
     words = [run, "--text", tmp_path / "text.txt", "--tokens", 160, "--init", 8, "--local", 16, "--block", 8]
-    monkeypatch.setattr("sys.argv", ["evals.minference_search", *map(str, words), "--out", str(tmp_path / "heads.json")])
+    monkeypatch.setattr(
+        "sys.argv", ["evals.minference_search", *map(str, words), "--out", str(tmp_path / "heads.json")]
+    )
     assert evals.minference_search.main() == 0
     printed = json.loads(capsys.readouterr().out)
     assert sum(printed["heads"].values()) == 2

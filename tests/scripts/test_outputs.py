@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 
-import odd_tasks
 import pytest
 
 from jaxattn.errors import UserError
@@ -13,6 +12,7 @@ from scripts.bench import train_cpu
 from scripts.bench.device import model
 from scripts.bench.train_shape import Shape
 from scripts.outputs import file_to_write, folder_to_write
+from tests.scripts import odd_tasks
 
 BENCHES = {"infer_cpu": "file", "serve_cpu": "file", "train_cpu": "file", "kernels.__main__": "folder",
            "aot_gpu": "folder", "aot_tpu": "folder"}  # fmt: skip

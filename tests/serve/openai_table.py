@@ -18,7 +18,7 @@ from typing import Any
 from jaxattn.command import run_cli
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
-from tests.serve.test_http import TEMPLATE, server
+from tests.serve.over_http import TEMPLATE, server
 
 TABLE = Path(__file__).resolve().parents[2] / "jaxattn" / "serving" / "openai.md"
 HEAD = """# The OpenAI client's parameters

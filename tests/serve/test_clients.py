@@ -11,7 +11,7 @@ import pytest
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
 from tests.serve import openai_table
-from tests.serve.test_http import TEMPLATE, alone, server
+from tests.serve.over_http import TEMPLATE, alone, server
 
 PROMPT = "user: hi\nassistant:"
 USER = {"role": "user", "content": "hi"}

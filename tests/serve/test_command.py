@@ -28,6 +28,7 @@ def start(*words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.smoke
 def test_it_serves_and_ends_on_ctrl_c_in_the_middle_of_a_stream(tmp_path):
     process = start(str(byte_run(tmp_path)), "--port=0", "--context=4000", "--slots=1")
     try:
@@ -45,6 +46,7 @@ def test_it_serves_and_ends_on_ctrl_c_in_the_middle_of_a_stream(tmp_path):
         process.kill()
 
 
+@pytest.mark.optimised
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no Linux")
 def test_it_holds_half_a_gigabyte_beside_weights_and_caches(tmp_path):
     """At any time, with weights and caches of a few megabytes."""

@@ -14,7 +14,7 @@ import pytest
 
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
-from tests.serve.test_http import alone, idle, post, server
+from tests.serve.over_http import alone, idle, post, server
 
 OK = {"prompt": "a", "max_tokens": 2, "temperature": 0}
 

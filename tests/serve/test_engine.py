@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import functools
-import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxattn
 from jaxattn.errors import ConfigError
-from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import TURN, Engine
 from jaxattn.serving.ticket import QueueFull, Stopped
+from tests.serve.engines import GREEDY, Inbox, ask, model_of
 
-GREEDY = Sampling()
 MECHANISMS = ["softmax", "softmax(window=7)", "landmark(block=5)", "based", "titans(depth=1)", "sink_token", "aaren"]
-
-
-def model_of(attn, **more):
-    model = ModelConfig(vocab_size=41, num_layers=2, d_model=16, num_heads=2, mixers=(attn,), **more)
-    params = Decoder(model).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
-    # Larger logits than at the start, so that the best token is not a near tie.
-    return model, jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params)
-
-
-class Inbox:
-    """Collects what the engine delivers."""
-
-    def __init__(self):
-        self.tokens, self.reason, self.done, self.first = [], None, threading.Event(), threading.Event()
-
-    def __call__(self, tokens, reason):
-        self.tokens += tokens
-        self.first.set()
-        if reason:
-            self.reason = reason
-            self.done.set()
-
-    def wait(self):
-        assert self.done.wait(60), "no end"
-        return self.tokens
 
 
 @pytest.fixture
@@ -61,12 +32,6 @@ def running():
     yield start
     for engine in open_ones:
         engine.close()
-
-
-def ask(engine, ids, most, how=GREEDY, seed=0, stop=()):
-    inbox = Inbox()
-    inbox.ticket = engine.submit(ids, most, how, seed, stop, inbox)
-    return inbox
 
 
 def prompts(count, longest=19):
@@ -128,6 +93,7 @@ def test_short_prompts_soon_decode_together_and_a_long_one_lets_the_others_go_on
     engine.close()
 
 
+@pytest.mark.smoke
 def test_every_row_has_its_own_sampling_and_seed(running):
     model, params = model_of("softmax")
     engine = running(model, params)

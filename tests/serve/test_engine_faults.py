@@ -19,7 +19,7 @@ from jaxattn.serving import engine as engine_module
 from jaxattn.serving import slots as device
 from jaxattn.serving.engine import Engine
 from jaxattn.serving.ticket import Stopped
-from tests.serve.test_engine import GREEDY, ask, model_of
+from tests.serve.engines import GREEDY, ask, model_of
 
 MODEL, PARAMS = model_of("softmax")
 

@@ -10,7 +10,7 @@ import pytest
 from jaxattn.serving.request_fields import CHAT, LABELS, NEUTRAL, TEXT
 from jaxattn.text import load
 from tests.generate.helpers import byte_run
-from tests.serve.test_http import alone, post, server
+from tests.serve.over_http import alone, post, server
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('Only users may speak here') }}{% endif %}"

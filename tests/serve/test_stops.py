@@ -11,7 +11,7 @@ import jaxattn
 from jaxattn.text import load
 from jaxattn.text_stream import TextStream
 from tests.generate.helpers import byte_run
-from tests.serve.test_http import post, server
+from tests.serve.over_http import post, server
 
 MOST = 24
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from jaxattn.mechanisms import Call, get, names, resolve_mixer
 from jaxattn.models import at_context
 from jaxattn.nn import Decoder
 from jaxattn.runs.opened import open_trained
+from tests.train import helpers as h
 from train import finetune, pretrain
 from train.loop import default_run_dir
 from train.pretrain import run

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +11,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from pallas_kernels import compiling_for
+from tests.train import helpers as h
 from train import pretrain
 from train.command_line import parse_args
 from train.data.open import open_source

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import sys
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from jaxattn.errors import UserError
 from jaxattn.mechanisms import names
 from jaxattn.runs import config
+from tests.train import helpers as h
 from train import pretrain
 from train.presets import PRESETS, get_preset
 from train.start_from import abstract_state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import helpers as h
 import jax.numpy as jnp
 import pytest
 
@@ -14,6 +13,7 @@ from jaxattn.errors import ConfigError, UserError
 from jaxattn.models import ModelConfig
 from jaxattn.runs.config import LoraConfig, OptimConfig, RunConfig
 from jaxattn.runs.load import config_from_dict, read_config
+from tests.train import helpers as h
 from train.presets import get_preset
 
 BASE = json.loads(json.dumps(dataclasses.asdict(get_preset("bb"))))

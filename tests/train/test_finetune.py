@@ -50,6 +50,14 @@ def base(tmp_path_factory):
     return byte_run(folder)
 
 
+@pytest.fixture(scope="module")
+def full(base, tmp_path_factory):
+    """A run that trained every parameter, whose folder tests read or copy."""
+    folder = tmp_path_factory.mktemp("full") / "run"
+    tuned(base, folder, *QUICK)
+    return folder
+
+
 def data_of(base):
     """Documents beside the checkpoint."""
     return [f"--data={base.parent / 'documents.jsonl'}", "--data.val-fraction=0.2"]
@@ -107,10 +115,11 @@ def test_what_cannot_be_adapted_is_refused(base, cfg, words):
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def test_every_parameter_is_trained_from_the_checkpoint_s_own(base, tmp_path):
-    cfg, params = tuned(base, tmp_path / "run", *QUICK)
+@pytest.mark.smoke
+def test_every_parameter_is_trained_from_the_checkpoint_s_own(base, full):
+    cfg, params = read_config(full), load_params(full, read_config(full))[0]
     before, _ = load_params(base, read_config(base))
-    first, later = start_loss(tmp_path / "run")
+    first, later = start_loss(full)
     assert later[-1] < first - 0.05
     for path, x in flatten_dict(params).items():
         assert not np.array_equal(x, flatten_dict(before)[path]), path
@@ -140,11 +149,12 @@ def test_lora_trains_the_updates_alone_and_keeps_nothing_else(base, tmp_path):
         np.testing.assert_allclose(x, flatten_dict(params)[path], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("how", [QUICK, [*LORA, "--attn=selective_temperature"]], ids=["full", "lora"])
-def test_a_run_that_was_cut_goes_on_to_the_same_bits(base, tmp_path, how):
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    tuned(base, straight, *how)
-    tuned(base, cut, *how)
+@pytest.mark.parametrize("how", [None, [*LORA, "--attn=selective_temperature"]], ids=["full", "lora"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(base, full, tmp_path, how):
+    straight, cut = tmp_path / "straight" if how else full, tmp_path / "cut"
+    if how:
+        tuned(base, straight, *how)
+    shutil.copytree(straight, cut)
     for name in steps_of(cut)[1:]:
         shutil.rmtree(cut / "checkpoints" / f"step_{name:08d}")
     assert steps_of(cut) == [3]
@@ -157,16 +167,15 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(base, tmp_path, how):
 # ------------------------------------------------------------------------------------------------ another attention
 
 
-def test_an_attention_added_at_its_identity_starts_at_the_same_loss(base, tmp_path, capsys):
+def test_an_attention_added_at_its_identity_starts_at_the_same_loss(base, full, tmp_path, capsys):
     cfg, params = tuned(base, tmp_path / "new", *LORA, "--attn=selective_temperature(form='linear')")
-    tuned(base, tmp_path / "old", *QUICK)
-    assert start_loss(tmp_path / "new")[0] == pytest.approx(start_loss(tmp_path / "old")[0], abs=1e-6)
+    assert start_loss(tmp_path / "new")[0] == pytest.approx(start_loss(full)[0], abs=1e-6)
     assert "attention softmax -> selective_temperature(form='linear')" in capsys.readouterr().out
     # What is new is trained whole, beside the updates of what was there.
     trained = flatten_dict(restore(tmp_path / "new")[1]["params"])
     assert {path[0] for path in trained} == {"lora", "new"}
-    fresh = flatten_dict(Decoder(cfg.model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
-    assert flatten_dict(params).keys() == fresh.keys()
+    fresh = jax.eval_shape(Decoder(cfg.model).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert flatten_dict(params).keys() == flatten_dict(fresh).keys()
     assert any(np.any(np.asarray(x) != 0) for path, x in trained.items() if path[0] == "new")
 
 
@@ -197,6 +206,7 @@ def llama(tmp_path_factory):
     return convert(str(folder / "hf"), folder / "ours")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("how", [QUICK, LORA], ids=["full", "lora"])
 def test_a_tuned_model_goes_back_to_huggingface(llama, tmp_path, how):
     import torch
@@ -209,11 +219,9 @@ def test_a_tuned_model_goes_back_to_huggingface(llama, tmp_path, how):
     ids = np.arange(20)[None] * 3 % 97
     with torch.no_grad():
         logits = theirs(torch.asarray(ids)).logits.numpy()
-    ours = Decoder(cfg.model).apply({"params": params}, jnp.asarray(ids, jnp.int32))
-    np.testing.assert_allclose(ours, logits, atol=2e-4)
-    untuned = Decoder(cfg.model).apply(
-        {"params": load_params(llama, read_config(llama))[0]}, jnp.asarray(ids, jnp.int32)
-    )
+    apply = jax.jit(lambda params: Decoder(cfg.model).apply({"params": params}, jnp.asarray(ids, jnp.int32)))
+    np.testing.assert_allclose(apply(params), logits, atol=2e-4)
+    untuned = apply(load_params(llama, read_config(llama))[0])
     assert np.abs(np.asarray(untuned) - logits).max() > 0.01
 
 
@@ -272,11 +280,11 @@ def test_folders_that_cannot_be_started_from(base, tmp_path):
         main([str(tmp_path / "empty")])
 
 
-def test_resuming_from_another_start_is_refused(base, tmp_path):
-    tuned(base, tmp_path / "run", *QUICK)
+def test_resuming_from_another_start_is_refused(base, full, tmp_path):
+    run = shutil.copytree(full, tmp_path / "run")
     other = shutil.copytree(base, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"did not start from .*other"):
-        main([str(other), f"--run-dir={tmp_path / 'run'}", "--resume"])
+        main([str(other), f"--run-dir={run}", "--resume"])
 
 
 def test_defaults_are_the_checkpoint_s_own(base):

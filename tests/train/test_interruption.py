@@ -6,13 +6,13 @@ import signal
 import time
 from pathlib import Path
 
-import helpers as h
 import pytest
 
 from evals import sinks
 from jaxattn.errors import DataError
 from jaxattn.signals import SIGNALS
 from scripts.reproduce import _study
+from tests.train import helpers as h
 from train import loop
 from train.data.bb_source import BigramBackcopySource
 from train.pretrain import run

@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import helpers as h
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from evals.sinks import held_out
 from jaxattn.errors import Mismatch
 from jaxattn.runs import manifest as mf
 from jaxattn.runs.load import read_config
+from tests.train import helpers as h
 from train.data.open import open_source
 from train.finetune import defaults
 from train.pretrain import main, run

@@ -6,9 +6,9 @@ import random
 import signal
 import time
 
-import helpers as h
 import pytest
 
+from tests.train import helpers as h
 from train import loop
 from train.pretrain import main, run
 
@@ -47,6 +47,7 @@ def finish_in_process(folder):
     assert run(dataclasses.replace(h.read_config(folder), resume=True, run_dir=str(folder))) == 0
 
 
+@pytest.mark.smoke
 def test_rows_are_whole_and_the_numbers_move(bb_unbroken):
     """What the comparisons below stand on: all steps, distinct losses, a falling loss."""
     losses = [row["loss"] for row in h.rows(bb_unbroken)]
@@ -116,6 +117,7 @@ def test_row_4_sigterm_saves_the_step_and_exits_0(bb_unbroken, tmp_path):
     h.assert_same_run(folder, bb_unbroken)
 
 
+@pytest.mark.smoke
 def test_row_6_ctrl_c(bb_unbroken, tmp_path):
     folder = tmp_path / "stopped"
     words = h.flags(h.tiny(folder, STEPS, checkpoint={"every": 1000}))

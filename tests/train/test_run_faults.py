@@ -5,7 +5,6 @@ import json
 import logging
 import random
 
-import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from evals import sinks
 from jaxattn.errors import ConfigError, Corrupt, Incomplete, Mismatch, TrainingStopped, UserError
 from jaxattn.runs.config import OptimConfig
 from jaxattn.runs.rundir import open_run
+from tests.train import helpers as h
 from train import loop
 from train import step as step_module
 from train.data.open import open_source
@@ -136,6 +136,7 @@ def test_row_17_a_diverging_run_as_a_process(tmp_path):
     all_finite(folder)
 
 
+@pytest.mark.smoke
 def test_row_17_skip(tmp_path, monkeypatch, caplog):
     """The steps are left out and counted; nothing non-finite is saved; the JSON has null."""
     poison(monkeypatch, {3, 8})

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import shutil
 
-import helpers as h
 import pytest
 
 from jaxattn.errors import UserError
 from jaxattn.runs.rundir import RunDir, write_json_atomic
+from tests.train import helpers as h
 from train.pretrain import run
 from train.sessions import begin, differences, ranges
 
