@@ -113,7 +113,7 @@ def search(
 def _inputs(model: ModelConfig, params: Any, tokens: Array) -> dict[int, Any]:
     """(q, k, v, the mechanism's parameters) of every layer that has keys."""
     views = [view for view in look(model, params, tokens).attention if view.mechanism.core is not None]
-    return {view.layer: (view.queries, view.keys, view.values, view.params) for view in views}
+    return {view.layer: (view.queries, view.keys, view.values, view.call.params) for view in views}
 
 
 def _target(spec: Spec, count: int) -> int:

@@ -7,6 +7,7 @@ optionally a feature map on q and k, constant slots in front of the keys, and an
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,10 +109,12 @@ def score_family(
             stats: bool = True,
         ) -> tuple[Array, Array | None]:
             how: dict[str, Any] = {"scale": scale, "key_bias": key_bias, "backend": call.backend}
-            if blocks is None:
-                out: Any = flash(q, k, v, vis, part, bias=call.bias, stats=stats, **how)
-            else:
-                out = block_sparse(q, k, v, vis, part, stats=stats, **blocks, **how)
+            run = (
+                functools.partial(flash, bias=call.bias)
+                if blocks is None
+                else functools.partial(block_sparse, **blocks)
+            )
+            out: Any = run(q, k, v, vis, part, stats=stats, **how)
             return out if stats else (out, None)
 
         def join(parts: Sequence[tuple[Array, Array | None]], q: Array, vis: Visibility) -> Array:

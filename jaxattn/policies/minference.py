@@ -105,7 +105,7 @@ def step(
 ) -> tuple[Array, State, Any]:
     if here.phase == "answer" or q.shape[1] == 1 or site.layer < spec.first:
         o, cache, carry = dense.step(state.cache, q, k, v, here, spec=spec, site=site, core=core)
-        return o, state.replace(cache=cache), carry
+        return o, dataclasses.replace(state, cache=cache), carry
     later = state.cache.length > 0  # a second piece: it must never look like an answer
     cache, _ = dense.kept(state.cache, k, v, here, site, core)
     front = first_live(here.segments)
@@ -222,7 +222,9 @@ def unfit(spec: Spec, site: Site) -> str:
 
 
 def unlimited(spec: Spec, length: int) -> Spec:
-    grown = {name: max(getattr(spec, name), length) for name in ("init", "local", "vertical", "slash", "blocks")}
+    grown: dict[str, Any] = {
+        name: max(getattr(spec, name), length) for name in ("init", "local", "vertical", "slash", "blocks")
+    }
     return dataclasses.replace(spec, **grown)
 
 

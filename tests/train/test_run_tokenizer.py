@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import helpers as h
+from tests.train import helpers as h
 import numpy as np
 import pytest
 
