@@ -198,8 +198,8 @@ def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[
             dv = _add(dv, place, jnp.einsum("fts,ftv->sv", p, do_block, preferred_element_type=jnp.float32))
             return dq, dk, dv, *d_bias
 
-        dq, *rest = jax.lax.fori_loop(0, here.count, tile, (jnp.zeros(q_block.shape, jnp.float32), *carry))
-        return tuple(rest), (plan.scale * dq).astype(q.dtype)
+        dq, *sums = jax.lax.fori_loop(0, here.count, tile, (jnp.zeros(q_block.shape, jnp.float32), *carry))
+        return tuple(sums), (plan.scale * dq).astype(q.dtype)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v, *([] if by_key is None else [by_key])))
     (dk, dv, *d_bias), dq = jax.lax.scan(one, start, jnp.arange(q.shape[0]))

@@ -26,8 +26,9 @@ FIELDS = ("lse", "top_index", "top_weight", "columns", "diagonals", "blocks", "b
 
 @pytest.fixture(autouse=True)
 def tiles_far_smaller_than_the_sequence(monkeypatch):
-    """128 keys, or what the blocks need."""
+    """On a TPU 128 keys, or what the blocks need; in XLA 64."""
     monkeypatch.setattr("pallas_kernels.probe.tpu.BLOCK", 128)
+    monkeypatch.setattr("pallas_kernels.probe.xla.CHUNK", 64)
 
 
 def draw_bias(batch, heads, keys, seed=5):
@@ -284,8 +285,9 @@ def test_the_cost_estimate_counts_both_passes():
 
 
 @pytest.mark.optimised
-def test_on_a_cpu_no_array_has_a_weight_per_query_and_key():
+def test_on_a_cpu_no_array_has_a_weight_per_query_and_key(monkeypatch):
     """64 queries of 8 heads over 32k keys would be 64 MB, a chunk is 2 MB; keys lie heads first, as in caches."""
+    monkeypatch.setattr("pallas_kernels.probe.xla.CHUNK", 1024)
     q, k = jax.ShapeDtypeStruct((1, 64, 8, 64), jnp.float32), jax.ShapeDtypeStruct((1, 2, 32768, 64), jnp.float32)
     vis = self_visibility(1, 32768).rows(32704, 64)
     bias = jax.ShapeDtypeStruct((1, 2, 32768), jnp.float32)
