@@ -20,7 +20,7 @@ def site_of(q: Any, k: Any, v: Any, window: int | None = None, **more: Any) -> S
 def core_of(mechanism: Mechanism, key_dim: int, *, spec: Any = None, params: Any = None, bias: Any = None) -> Any:
     """The mechanism over keys that the caller keeps."""
     spec = mechanism.spec() if spec is None else spec
-    return mechanism.core(spec=spec, params=params or {}, bias=bias, key_dim=key_dim, backend="auto")
+    return mechanism.core(Call(spec, params or {}, bias=bias), key_dim)
 
 
 def init_state(mechanism: Mechanism, spec: Any, q: Any, k: Any, v: Any, capacity: int, **more: Any) -> Any:

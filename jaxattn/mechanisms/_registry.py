@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from jaxattn.errors import ConfigError, shown
@@ -42,7 +41,7 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "based": "based",
     },
 )
-names, get = MECHANISMS.names, MECHANISMS.get
+names, get, unregister = MECHANISMS.names, MECHANISMS.get, MECHANISMS.unregister
 
 
 def register(mechanism: Mechanism, *, replace: bool = False) -> Mechanism:
@@ -60,15 +59,7 @@ def register(mechanism: Mechanism, *, replace: bool = False) -> Mechanism:
     Raises:
       ConfigError: it is no `Mechanism`, its name is no Python name or taken.
     """
-    added = MECHANISMS.register(mechanism, replace=replace)
-    resolve_mixer.cache_clear()
-    return added
-
-
-def unregister(name: str) -> None:
-    """Forget what `register` added under this name; one of the library that it replaced is back."""
-    MECHANISMS.unregister(name)
-    resolve_mixer.cache_clear()
+    return MECHANISMS.register(mechanism, replace=replace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +84,6 @@ def parse_mixers(text: str) -> tuple[str, ...]:
     return parse_list("attention", text)
 
 
-@functools.cache
 def resolve_mixer(text: str) -> MixerChoice:
     """``"sigmoid(train_len=256)"`` -> its mechanism, spec and window.
 

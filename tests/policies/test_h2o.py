@@ -11,10 +11,10 @@ import pytest
 
 from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
-from jaxattn.mechanisms import get
+from jaxattn.mechanisms import Call, get
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import h2o
-from tests.decoding import site_of
+from tests.decoding import core_of, site_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 PROMPT, ANSWER, LEFT = 17, 24, 4
@@ -29,8 +29,7 @@ def arrays(length: int = SIZE, seed: int = 0, batch: int = 2) -> tuple[np.ndarra
 
 
 def core(dim: int = DIM):
-    softmax = get("softmax")
-    return softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=dim, backend="auto")
+    return core_of(get("softmax"), dim)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "window", "phase"))
@@ -119,7 +118,7 @@ def test_without_heavy_ones_it_is_a_window_and_its_own_token():
     found = np.concatenate([o for o, _ in run(h2o.Spec(0, 5), qkv, prompt=0, left=(0, 0))], axis=1)
     softmax = get("softmax")
     vis = self_visibility(2, SIZE, window=6)
-    expected = softmax.reference(*map(jnp.asarray, qkv), vis, spec=softmax.spec())
+    expected = softmax.reference(*map(jnp.asarray, qkv), vis, Call(softmax.spec()))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

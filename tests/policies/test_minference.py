@@ -23,7 +23,7 @@ from jaxattn.policies.command import Asked
 from jaxattn.policies.minference import PATTERNS, TABLES, Spec
 from jaxattn.reader import hidden_in_pieces
 from jaxattn.text import load
-from tests.decoding import site_of
+from tests.decoding import core_of, site_of
 from tests.generate.helpers import byte_run
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 45
@@ -48,8 +48,7 @@ def places(left: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("spec", "window", "phase", "policy"))
 def step(state, qkv, positions, segments, heads=None, *, spec, window=None, phase="prompt", policy=minference):
     TRACES.append(spec)
-    softmax = get("softmax")
-    core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
+    core = core_of(get("softmax"), DIM)
     here = Stream(positions, segments, phase=phase, heads=heads)
     return policy.step(state, *qkv, here, spec=spec, site=site_of(*qkv, window), core=core)[:2]
 

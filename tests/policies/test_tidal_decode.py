@@ -17,7 +17,7 @@ from jaxattn.nn import layerwise
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import cost, dense, resolve
 from jaxattn.policies import tidal_decode as tidal
-from tests.decoding import site_of
+from tests.decoding import core_of, site_of
 
 LAYERS, HEADS, KV_HEADS, DIM = 5, 4, 2, 8
 PROMPT, ANSWER, LEFT = 13, 6, 3
@@ -48,7 +48,7 @@ def stack(states, q, k, v, positions, segments, *, spec, phase, mechanism="softm
     here, out, after, found = Stream(positions, segments, phase=phase), [], [], get(mechanism)
     dims = {"heads": HEADS, "kv_heads": KV_HEADS, "key_dim": DIM, "value_dim": DIM}
     params = found.init_params(jax.random.key(1), found.spec(), **dims)
-    core = found.core(spec=found.spec(), params=params, bias=None, key_dim=DIM, backend="auto")
+    core = core_of(found, DIM, params=params)
     for layer, state in enumerate(states):
         o, state, carry = tidal.step(
             state, q[layer], k[layer], v[layer], here, spec=spec, site=site(layer, (q, k, v)), core=core
@@ -215,8 +215,7 @@ def test_a_layer_without_keys_that_should_choose_is_named():
     here = Stream(*(jnp.asarray(x[:, :1]) for x in places()), phase="answer")
     state = dense.init(dense.Spec(), site(2, qkv), batch=2, capacity=SIZE)
     q, k, v = (jnp.asarray(x[2, :, :1]) for x in qkv)
-    softmax = get("softmax")
-    core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
+    core = core_of(get("softmax"), DIM)
     with pytest.raises(ConfigError, match="layer 2 reads the list of layer 1"):
         tidal.step(state, q, k, v, here, spec=tidal.Spec(1, 3), site=site(2, qkv), core=core)
 
