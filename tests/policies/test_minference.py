@@ -270,7 +270,7 @@ HEADED = Spec(init=16, local=24, block=8, last=16, sinks=2, near=2)
 
 
 def kinds(size: int = 160) -> tuple[np.ndarray, ...]:
-    """q, k, v of four heads: one looks at its neighbours, one along a far diagonal, one at one column, one at some block
+    """q, k, v of four heads: one looks at its neighbours, one along a far diagonal, one at a column, one at some block
     of keys from each block of queries. Sums over blocks tell of the last alone."""
     rng, b = np.random.default_rng(1), HEADED.block
     codes = np.repeat(rng.choice([-1.0, 1.0], size=(size // 2, 64)), 2, axis=0)
