@@ -22,7 +22,7 @@ from jaxattn.analysis.capture import look
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility, self_visibility
 from jaxattn.mechanisms import Mechanism
-from jaxattn.mechanisms._protocol import Core
+from jaxattn.mechanisms._protocol import Call, Core
 from jaxattn.models import ModelConfig
 from jaxattn.policies import Site, get, text_of
 from jaxattn.policies.minference import PATTERNS, TABLES, Spec, chosen
@@ -146,7 +146,7 @@ def _rules(kind: _Kind, read: Any) -> Visibility:
 
 def _core(kind: _Kind, params: Any) -> Core:
     make: Any = kind.mechanism.core
-    return make(spec=kind.options, params=params, bias=None, key_dim=kind.site.key_dim, backend=kind.backend)
+    return make(Call(kind.options, params, backend=kind.backend), kind.site.key_dim)
 
 
 def _mask(kind: _Kind, read: Any, table: Any) -> Array:

@@ -15,6 +15,7 @@ import evals.minference_search
 from jaxattn.analysis import minference_search
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import get
+from jaxattn.mechanisms._protocol import Call
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import variables_of
 from jaxattn.nn.stream import Stream
@@ -49,7 +50,7 @@ def places(left: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
 def step(state, qkv, positions, segments, heads=None, *, spec, window=None, phase="prompt", policy=minference):
     TRACES.append(spec)
     softmax = get("softmax")
-    core = softmax.core(spec=softmax.spec(), params={}, bias=None, key_dim=DIM, backend="auto")
+    core = softmax.core(Call(softmax.spec()), DIM)
     here = Stream(positions, segments, phase=phase, heads=heads)
     return policy.step(state, *qkv, here, spec=spec, site=site_of(*qkv, window), core=core)[:2]
 
