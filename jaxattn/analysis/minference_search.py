@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from jaxattn.analysis.capture import look
 from jaxattn.errors import ConfigError
 from jaxattn.masks import Visibility, self_visibility
-from jaxattn.mechanisms import Call, Mechanism
-from jaxattn.mechanisms._protocol import Core
+from jaxattn.mechanisms import Mechanism
+from jaxattn.mechanisms._protocol import Call, Core
 from jaxattn.models import ModelConfig
 from jaxattn.policies import Site, get, text_of
 from jaxattn.policies.minference import PATTERNS, TABLES, Spec, chosen

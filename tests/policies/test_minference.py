@@ -15,6 +15,7 @@ import evals.minference_search
 from jaxattn.analysis import minference_search
 from jaxattn.errors import ConfigError
 from jaxattn.mechanisms import get
+from jaxattn.mechanisms._protocol import Call
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import variables_of
 from jaxattn.nn.stream import Stream
@@ -23,7 +24,7 @@ from jaxattn.policies.command import Asked
 from jaxattn.policies.minference import PATTERNS, TABLES, Spec
 from jaxattn.reader import hidden_in_pieces
 from jaxattn.text import load
-from tests.decoding import core_of, site_of
+from tests.decoding import site_of
 from tests.generate.helpers import byte_run
 
 HEADS, KV_HEADS, DIM, SIZE = 4, 2, 8, 45
@@ -48,7 +49,8 @@ def places(left: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("spec", "window", "phase", "policy"))
 def step(state, qkv, positions, segments, heads=None, *, spec, window=None, phase="prompt", policy=minference):
     TRACES.append(spec)
-    core = core_of(get("softmax"), DIM)
+    softmax = get("softmax")
+    core = softmax.core(Call(softmax.spec()), DIM)
     here = Stream(positions, segments, phase=phase, heads=heads)
     return policy.step(state, *qkv, here, spec=spec, site=site_of(*qkv, window), core=core)[:2]
 
@@ -269,26 +271,28 @@ HEADED = Spec(init=16, local=24, block=8, last=16, sinks=2, near=2)
 
 
 def kinds(size: int = 160) -> tuple[np.ndarray, ...]:
-    """q, k, v of four heads: one looks at its neighbours, one along a far diagonal, one at one column, one at a block of
-    keys that goes with each block of queries."""
-    q, k, v = planted(size, 37, 72)
-    q, rng, b = q.copy(), np.random.default_rng(2), HEADED.block
-    codes = k[0, :, 0, :64]
-    near = np.maximum(np.arange(size) - 3, 0)
-    q[0, :, 0, :64], q[0, :, 0, 64] = 6 * codes[near], 0
-    q[0, :, 1, 64] = 0
-    q[0, :, 2, :64] = 0
-    q[0, :, 3, 64] = 0
-    for i in range(size // b):
-        j = rng.integers(0, i + 1)
-        q[0, i * b : (i + 1) * b, 3, :64] = codes[j * b : (j + 1) * b].sum(axis=0)
-    return q, k, v
+    """q, k, v of four heads: one looks at its neighbours, one along a far diagonal, one at a column, one at some block
+    of keys from each block of queries. Sums over blocks tell of the last alone."""
+    rng, b = np.random.default_rng(1), HEADED.block
+    codes = np.repeat(rng.choice([-1.0, 1.0], size=(size // 2, 64)), 2, axis=0)
+    codes[1::2] *= -1
+    named = np.repeat(rng.choice([-1.0, 1.0], size=(size // b, 32)), b, axis=0)
+    k, q = np.zeros((1, size, 1, 97), np.float32), np.zeros((1, size, HEADS, 97), np.float32)
+    k[0, :, 0, :64], k[0, :, 0, 64:96] = codes, named
+    k[0, 80:88, 0, 96] = -64 / 7
+    k[0, 85, 0, 96] = 64
+    for t in range(size):
+        q[0, t, 0, :64] = 8 * codes[max(0, t - 3)]
+        q[0, t, 1, :64] = 8 * codes[max(0, t - 72)]
+        q[0, t, 2, :64], q[0, t, 2, 96] = (8 * codes[t], 0) if t < 85 else (0, 8)
+        q[0, t, 3, 64:96] = 16 * named[b * np.random.default_rng(t // b).integers(0, t // b + 1)]
+    return q, k, rng.normal(size=(1, size, 1, 8)).astype(np.float32)
 
 
 @functools.cache
 def searched() -> minference_search.Found:
     model = ModelConfig(
-        vocab_size=9, num_layers=1, d_model=16, num_heads=HEADS, num_kv_heads=1, key_dim=66, value_dim=8
+        vocab_size=9, num_layers=1, d_model=16, num_heads=HEADS, num_kv_heads=1, key_dim=97, value_dim=8
     )
     q, k, v = (jnp.asarray(x) for x in kinds())
     with pytest.MonkeyPatch.context() as patch:
@@ -304,11 +308,10 @@ def test_the_search_finds_what_was_planted_within_the_target():
     assert (found.tiles[0] > 0.6 * found.target).all(), "budgets are far from matched"
     best = found.errors[0].min(axis=1)
     assert (best < 0.05).all()
-    assert (found.errors[0, 1:, 0] > 0.5).all(), "the A-shape serves these heads too, so nothing was planted"
+    assert (found.errors[0, 1:, 0] > 0.2).all(), "the A-shape serves these heads too, so nothing was planted"
 
 
 def test_a_target_is_the_tiles_of_the_a_shape_and_less_than_all():
-    q, k, v = (jnp.asarray(x) for x in kinds())
     _, state = prompt(dataclasses.replace(HEADED, pattern="a_shape"), arrays(size=160), left=(0, 0))
     found = searched()
     assert found.target == round(float(state.density[0]) * found.dense)
