@@ -5,14 +5,15 @@
 CKPT is a converted instruct model and FILE a long text, such as SmolLM2-135M-Instruct and a book. For every policy and
 budget: the mean loss of the last tokens of windows of the text, read one by one behind the rest as a prompt; and how
 many five-digit numbers, hidden at even depths of the text under the model's chat template, it gives back greedily,
-question in the prompt, answer token by token. A policy of your own takes part by --policy, with {budget} and {half} in
-its text. Rows that the result holds for the same setup are not measured again, so that policies can be added. Exits 1
-if an expectation fails, at every budget of at most a quarter of the length:
+question in the prompt, answer token by token. MInference's budget is of keys that a prompt reads, half as columns and
+half as diagonals. A policy of your own takes part by --policy, with {budget} and {half} in its text. Rows that the
+result holds for the same setup are not measured again, so that policies can be added. Exits 1 if an expectation fails,
+at every budget of at most a quarter of the length:
 
-  h2o, tidal          a lower loss than the same budget chosen by lot, which keeps the first token too
+  all                 a lower loss than the same budget chosen by lot, which keeps the first token too
   tidal               at least as many needles as by lot, and more over all budgets
   h2o                 a lower loss than a window of the same budget
-  both                at a quarter of the length within 0.1 nats of dense
+  all                 at a quarter of the length within 0.1 nats of dense
   tidal               above the second choosing layer its lists hold more of a layer's own top keys than the first's
 """
 
@@ -47,8 +48,10 @@ POLICIES = {
     "window": "h2o(heavy=0, recent={budget})",
     "tidal": "tidal(first=2, again=13, tokens={budget})",
     "tidal by lot": "tidal(first=2, again=13, tokens={budget}, by='lots')",
+    "minference": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16)",
+    "minference by lot": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16, by='lots')",
 }
-CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",)}
+CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",), "minference": ("minference by lot",)}
 FIRST, AGAIN, LISTED = 2, 13, 256  # of the recall by layer
 QUERIES = 32
 DIGITS = 5

@@ -75,6 +75,7 @@ def test_loss_and_digits_are_those_of_the_forward_pass():
 def rows(**other: float) -> list[study.Row]:
     """Losses and needles of a study that holds but for those given as POLICY_BUDGET."""
     losses = {"h2o": 0.2, "h2o by lot": 0.5, "window": 0.6, "tidal": 0.1, "tidal by lot": 0.4}
+    losses |= {"minference": 0.1, "minference by lot": 0.4}
     out = [{"policy": "dense", "budget": 2048, "loss": 3.0, "needles": 1.0}]
     for policy, more in losses.items():
         for budget in (128, 512):
@@ -92,6 +93,7 @@ def test_expectations_hold_and_fail():
     assert failing(window_512=0.01) == ["h2o: a lower loss than window"]
     assert failing(tidal_by_lot_128=0.05) == ["tidal: a lower loss than tidal by lot"]
     assert failing(tidal_by_lot_512_needles=1.0) == ["tidal: no fewer needles than by lot, and more over all"]
+    assert failing(minference_by_lot_128=0.05) == ["minference: a lower loss than minference by lot"]
     assert failing(tidal_512=0.11) == ["tidal: within 0.1 nats of dense at a budget of 512"]
     layers = [{"layer": n, "by layer 2": 0.2, "by layer 13": 0.3 if n > 13 else 0.2} for n in range(2, 30)]
     assert policies.expect_recall(layers)[0].holds
