@@ -121,7 +121,7 @@ def _token(
 ) -> tuple[Array, Kept]:
     """One token of every row, at position `where` [B] if it is `live` [B]: it attends, then the budget is restored."""
     state = place(state, k, v, where, live)
-    seen = (state.positions >= 0) & _reached(state.positions, where[:, None, None] - 1, site)
+    seen = state.positions >= 0  # what lies beyond a window was dropped behind the token before
     segments = live.astype(jnp.int32)[:, None]
     count = state.positions.shape[2]
     nowhere = jnp.zeros((len(q), count), jnp.int32)  # keys are in the past, wherever they are

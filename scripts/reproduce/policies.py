@@ -5,14 +5,15 @@
 CKPT is a converted instruct model and FILE a long text, such as SmolLM2-135M-Instruct and a book. For every policy and
 budget: the mean loss of the last tokens of windows of the text, read one by one behind the rest as a prompt; and how
 many five-digit numbers, hidden at even depths of the text under the model's chat template, it gives back greedily,
-question in the prompt, answer token by token. A policy of your own takes part by --policy, with {budget} and {half} in
-its text. Rows that the result holds for the same setup are not measured again, so that policies can be added. Exits 1
-if an expectation fails, at every budget of at most a quarter of the length:
+question in the prompt, answer token by token. MInference's budget is of keys that a prompt reads, half as columns and
+half as diagonals. A policy of your own takes part by --policy, with {budget} and {half} in its text. Rows that the
+result holds for the same setup are not measured again, so that policies can be added. Exits 1 if an expectation fails,
+at every budget of at most a quarter of the length:
 
-  h2o, tidal          a lower loss than the same budget chosen by lot, which keeps the first token too
+  all                 a lower loss than the same budget chosen by lot, which keeps the first token too
   tidal               at least as many needles as by lot, and more over all budgets
   h2o                 a lower loss than a window of the same budget
-  both                at a quarter of the length within 0.1 nats of dense
+  all                 at a quarter of the length within 0.1 nats of dense
   tidal               above the second choosing layer its lists hold more of a layer's own top keys than the first's
 """
 
@@ -45,11 +46,13 @@ POLICIES = {
     "h2o": "h2o(heavy={half}, recent={half})",
     "h2o by lot": "h2o(heavy={half}, recent={half}, by='lots')",
     "window": "h2o(heavy=0, recent={budget})",
-    "tidal": "tidal(first=2, again=13, tokens={budget})",
-    "tidal by lot": "tidal(first=2, again=13, tokens={budget}, by='lots')",
+    "tidal": "tidal(first=2, again=12, tokens={budget})",
+    "tidal by lot": "tidal(first=2, again=12, tokens={budget}, by='lots')",
+    "minference": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16)",
+    "minference by lot": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16, by='lots')",
 }
-CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",)}
-FIRST, AGAIN, LISTED = 2, 13, 256  # of the recall by layer
+CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",), "minference": ("minference by lot",)}
+FIRST, AGAIN, LISTED = 2, 12, 256  # of the recall by layer; again=12 has SmolLM2's largest mean
 QUERIES = 32
 DIGITS = 5
 ASKED = "What is the special magic number that the text mentions? Answer with the number alone."
@@ -267,10 +270,11 @@ def main() -> int:
     data = material(loaded, text, **sizes)
     name = "policies" if args.length == 2048 else f"policies_{args.length}"
     setup = {"model": args.checkpoint.name, "text": args.text.name, **sizes}
-    rows = _known(args.out / f"{name}.json", setup)
     todo = [(DENSE, args.length, "dense")]
     filled = lambda text, n: text.replace("{budget}", str(n)).replace("{half}", str(n // 2))
     todo += [(policy, n, filled((POLICIES | own)[policy], n)) for n in reversed(budgets) for policy in wanted]
+    ours = lambda row: filled(POLICIES.get(row["policy"], row["call"]), row["budget"]) == row["call"]
+    rows = [row for row in _known(args.out / f"{name}.json", setup) if ours(row)]  # not of other options
     for policy, budget, call in todo:
         if any(row["call"] == call for row in rows):
             continue
