@@ -14,6 +14,7 @@ import jaxattn
 from jaxattn.errors import ConfigError
 from jaxattn.masks import GLOBAL, self_visibility
 from jaxattn.mechanisms import get
+from jaxattn.mechanisms._protocol import Call
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.nn.stream import Stream
@@ -77,7 +78,7 @@ def both(q, k, v, **options) -> np.ndarray:
 
 def core_of(name: str = "softmax", params=None, bias=None):
     mechanism = get(name)
-    return mechanism.core(spec=mechanism.spec(), params=params or {}, bias=bias, key_dim=DIM, backend="auto")
+    return mechanism.core(Call(mechanism.spec(), params or {}, bias=bias), DIM)
 
 
 def run(pieces, *, spec=SPEC, site=SITE, core=None, live=None, q=Q, k=K, v=V, state=None):
@@ -159,9 +160,9 @@ def test_what_is_kept_are_the_first_and_the_newest_in_bytes_that_stay():
         assert held(state.sinks) == list(range(S))
         assert held(state.ring) == list(range(LENGTH - 1 - W, LENGTH)), "the oldest is the next token's slot"
         assert size(state) == size(start)
-    for ring in (state.sinks, state.ring):
-        for row in range(2):
-            np.testing.assert_array_equal(ring.values[row], V[row, ring.positions[row]])
+        for ring in (state.sinks, state.ring):
+            for row in range(2):
+                np.testing.assert_array_equal(ring.values[row], V[row, ring.positions[row]])
 
 
 def test_bfloat16_is_held_as_bits():
@@ -207,7 +208,7 @@ def test_zero_sink_is_softmax_with_a_key_and_a_value_of_zeros():
     o, _ = run([20, *[1] * 30], core=core_of("softmax_off_by_one"))
     np.testing.assert_allclose(o, both(Q, K, V, null=zero), atol=1e-5)
     q, k, v = map(jnp.asarray, (Q, K, V))
-    off = get("softmax_off_by_one").forward(q, k, v, self_visibility(2, LENGTH), spec=None)
+    off = get("softmax_off_by_one").forward(q, k, v, self_visibility(2, LENGTH), Call(None))
     np.testing.assert_allclose(off, both(Q, K, V, sinks=0, recent=LENGTH, rope=None, null=zero), atol=1e-6)
 
 
