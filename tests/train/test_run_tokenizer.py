@@ -6,13 +6,13 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from tests.train import helpers as h
 import numpy as np
 import pytest
 
 from jaxattn.errors import Incomplete, UserError
 from jaxattn.runs.config import RunConfig
 from jaxattn.text import load
+from tests.train import helpers as h
 from train.data.open import open_source
 from train.pretrain import main, run
 
