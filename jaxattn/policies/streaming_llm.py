@@ -197,6 +197,7 @@ POLICY = Policy(
     init=init,
     step=step,
     rotates=True,
+    bounded=True,
     windows=True,
     biased=True,
     front=True,

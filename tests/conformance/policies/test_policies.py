@@ -122,9 +122,9 @@ def test_mechanisms_it_cannot_serve_are_refused_by_name(case, mixer):
         if mixer.startswith(("landmark", "lightning")):  # which keep no plain keys
             assert case.policy.name == "dense"
             return
-        spec = case.policy.unlimited(case.spec, LENGTH)
-        own = texts()[2] > 0
-        close(answers(case.config(spec, mixers=(mixer,)))[own], dense(mixer)[own])
+        spec = case.policy.unlimited(case.spec, LENGTH + 1)  # a learned token takes a place, too
+        own, tolerance = texts()[2] > 0, 1e-4 if mixer == "softplus" else EXACT  # whose weights are fifteenth powers
+        close(answers(case.config(spec, mixers=(mixer,)))[own], dense(mixer)[own], tolerance)
     else:
         assert case.policy.name in sentence
         assert mixer.split("(")[0] in sentence
