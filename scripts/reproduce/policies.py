@@ -284,7 +284,7 @@ def main() -> int:
     order = [DENSE, *POLICIES]
     place = lambda row: (order.index(row["policy"]) if row["policy"] in order else len(order), row["policy"])
     rows.sort(key=lambda row: (*place(row), row["budget"]))
-    layers = _recalled(args.out / f"{name}_recall.json", setup, loaded, data)
+    layers = _recalled(args.out / f"{name}_recall.json", setup, args.checkpoint, data)
     study.save_figure(args.out / f"{name}.png", 11.0, 3.2, 3, lambda *axes: draw(rows, layers, *axes))
     columns = ("policy", "budget", "loss", "perplexity", "needles", "digits", "read", "held (MB)")
     return study.finish(
@@ -299,11 +299,11 @@ def main() -> int:
     )
 
 
-def _recalled(path: Path, setup: dict[str, Any], loaded: Loaded, data: Measured) -> list[study.Row]:
+def _recalled(path: Path, setup: dict[str, Any], checkpoint: Path, data: Measured) -> list[study.Row]:
     """A row for every layer behind `FIRST`, measured once and kept."""
     if layers := _known(path, setup):
         return layers
-    found = recall(loaded, data.rows[0, :-1], tokens=LISTED)
+    found = recall(load(checkpoint), data.rows[0, :-1], tokens=LISTED)  # maps are of parameters as trained
     names = f"by layer {FIRST}", f"by layer {AGAIN}"
     held = lambda n: (float(found[s, n]) for s in (FIRST, AGAIN if n >= AGAIN else FIRST))
     layers = [{"layer": n, **dict(zip(names, held(n), strict=True))} for n in range(FIRST, len(found))]

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn.analysis import look
 from jaxattn.errors import ConfigError, DataError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
@@ -112,3 +114,17 @@ def test_policies_of_ones_own():
     for text in ("h2o", "a=h2o"):
         with pytest.raises(ConfigError, match="must be NAME=TEXT"):
             policies.own_policies([text])
+
+
+def test_recall_is_of_the_largest_scores_of_every_layer():
+    """Against the weights that the model's own map shows: softmax keeps their order."""
+    row, tokens = np.array([ord(c) for c in TEXT[:80]], np.int32), 6
+    found = policies.recall(loaded(), row, tokens=tokens)
+    views = look(MODEL, params_of(MODEL), jnp.asarray(row[None])).attention
+    tops = [
+        np.argsort(-np.asarray(v.weights().values)[0, :, -policies.QUERIES :], axis=-1)[..., :tokens] for v in views
+    ]
+    share = np.mean(
+        [len(set(a) & set(b)) / tokens for a, b in zip(*(t.reshape(-1, tokens) for t in tops), strict=True)]
+    )
+    np.testing.assert_allclose(found, [[1, share], [share, 1]], atol=1e-6)
