@@ -25,11 +25,15 @@ MODEL = ModelConfig(vocab_size=128, num_layers=2, d_model=16, num_heads=2, mlps=
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
 
+def params() -> Any:
+    return jax.tree.map(jnp.asarray, params_of(MODEL))
+
+
 def loaded() -> Any:
     """A model of characters that nobody trained."""
     tokenizer = SimpleNamespace(encode=lambda text, **how: [ord(c) for c in text])
     render = lambda messages, **how: f"<user>{messages[0]['content']}<model>"
-    return SimpleNamespace(model=MODEL, params=params_of(MODEL), tokenizer=tokenizer, render=render)
+    return SimpleNamespace(model=MODEL, params=params(), tokenizer=tokenizer, render=render)
 
 
 def test_every_chat_hides_one_number_in_its_prompt_and_ends_in_it():
@@ -56,7 +60,7 @@ def test_loss_and_digits_are_those_of_the_forward_pass():
     """Dense decoding, and an answer in which the model itself chose two of the five digits of a chat."""
     data = policies.material(loaded(), TEXT, **SIZES)
     forward = jax.jit(lambda params, tokens: Decoder(MODEL).apply({"params": params}, tokens))
-    run = lambda: np.asarray(forward(params_of(MODEL), data.rows[:, :-1]), np.float64)
+    run = lambda: np.asarray(forward(params(), data.rows[:, :-1]), np.float64)
     for at in (data.counts[WINDOWS] - 5, data.counts[WINDOWS] - 2):
         data.rows[WINDOWS, at] = run()[WINDOWS, at - 1].argmax()
     logits, right = run(), []
@@ -120,7 +124,7 @@ def test_recall_is_of_the_largest_scores_of_every_layer():
     """Against the weights that the model's own map shows: softmax keeps their order."""
     row, tokens = np.array([ord(c) for c in TEXT[:80]], np.int32), 6
     found = policies.recall(loaded(), row, tokens=tokens)
-    views = look(MODEL, params_of(MODEL), jnp.asarray(row[None])).attention
+    views = look(MODEL, params(), jnp.asarray(row[None])).attention
     tops = [
         np.argsort(-np.asarray(v.weights().values)[0, :, -policies.QUERIES :], axis=-1)[..., :tokens] for v in views
     ]
