@@ -79,16 +79,16 @@ def test_loss_and_digits_are_those_of_the_forward_pass():
 
 
 def rows(**other: float) -> list[study.Row]:
-    """Losses and needles of a study that holds but for those given as POLICY_BUDGET."""
+    """Losses and digits of a study that holds but for those given as POLICY_BUDGET."""
     losses = {"h2o": 0.2, "h2o by lot": 0.5, "window": 0.6, "tidal": 0.1, "tidal by lot": 0.4}
     losses |= {"minference": 0.1, "minference by lot": 0.4}
-    out = [{"policy": "dense", "budget": 2048, "loss": 3.0, "needles": 1.0}]
+    out = [{"policy": "dense", "budget": 2048, "loss": 3.0, "digits": 1.0}]
     for policy, more in losses.items():
         for budget in (128, 512):
             key = f"{policy.replace(' ', '_')}_{budget}"
             loss = 3.0 + other.get(key, more * (0.3 if budget == 512 else 1.0))
-            needles = other.get(f"{key}_needles", 0.75 if policy == "tidal" else 0.25)
-            out.append({"policy": policy, "budget": budget, "loss": loss, "needles": needles})
+            digits = other.get(f"{key}_digits", 0.75 if policy == "tidal" else 0.25)
+            out.append({"policy": policy, "budget": budget, "loss": loss, "digits": digits})
     return out
 
 
@@ -98,7 +98,7 @@ def test_expectations_hold_and_fail():
     assert failing(h2o_128=0.55) == ["h2o: a lower loss than h2o by lot"]
     assert failing(window_512=0.01) == ["h2o: a lower loss than window"]
     assert failing(tidal_by_lot_128=0.05) == ["tidal: a lower loss than tidal by lot"]
-    assert failing(tidal_by_lot_512_needles=1.0) == ["tidal: no fewer needles than by lot, and more over all"]
+    assert failing(tidal_by_lot_512_digits=1.5) == ["tidal: more of the numbers' digits than by lot, over all budgets"]
     assert failing(minference_by_lot_128=0.05) == ["minference: a lower loss than minference by lot"]
     assert failing(tidal_512=0.11) == ["tidal: within 0.1 nats of dense at a budget of 512"]
     layers = [{"layer": n, "by layer 2": 0.2, "by layer 12": 0.3 if n > 12 else 0.2} for n in range(2, 30)]
