@@ -52,7 +52,7 @@ POLICIES = {
     "minference by lot": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16, by='lots')",
 }
 CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",), "minference": ("minference by lot",)}
-FIRST, AGAIN, LISTED = 2, 12, 256  # of the recall by layer; again=12 has SmolLM2's largest mean
+FIRST, AGAIN, LISTED = 2, 12, 256  # of the recall by layer; SmolLM2's mean is largest for again=12 and 15
 QUERIES = 32
 DIGITS = 5
 ASKED = "What is the special magic number that the text mentions? Answer with the number alone."
