@@ -71,14 +71,15 @@ class Line(NamedTuple):
     name: str
     policy: str
     steps: bool = False
-    share: float = 1.0  # of the tokens that are read
+    texts: int = TEXTS  # that are read
+    share: float = 1.0  # of their tokens
 
 
 OURS, WINDOWED, DENSE = "4 + 252", "0 + 256", "dense"
 LINES = (
     Line(OURS, "streaming(sinks=4, recent=252)", steps=True),
-    Line(WINDOWED, "streaming(sinks=0, recent=256)", share=0.375),
-    Line(DENSE, "", share=0.375),
+    Line(WINDOWED, "streaming(sinks=0, recent=256)", texts=2, share=0.25),
+    Line(DENSE, "", texts=2, share=0.3125),
 )
 
 
@@ -102,29 +103,36 @@ def texts(loaded: Loaded, tokens: int) -> np.ndarray:
 
 
 def measure(line: Line, loaded: Loaded, rows: np.ndarray, runs: Path) -> study.Row:
-    """Losses along the texts, kept in `runs`."""
+    """Losses along the texts, kept in `runs`: means over `WINDOW` and `BIN` tokens of each text."""
     tokens = int((rows.shape[1] - 1) * line.share) // WINDOW * WINDOW
     model = dataclasses.replace(loaded.model, policy=line.policy, dtype="bfloat16" if line.steps else "float32")
     row = {"line": line.name, "policy": line.policy or "dense", "dtype": model.dtype, "one by one": line.steps}
+    row |= {"texts": line.texts}
     file = runs / f"{line.name.replace(' ', '')}.json"
     if file.exists() and (row | {"tokens": tokens}).items() <= (kept := json.loads(file.read_text("utf-8"))).items():
         return kept
     runs.mkdir(parents=True, exist_ok=True)
     variables = decoding_variables(model, loaded.params)
-    for found in (stepping if line.steps else in_one)(
-        model, variables, rows[:, : tokens + 1], file.with_suffix(".npz")
-    ):
-        mean = found.astype(np.float64).mean(0)
-        print(f"{line.name}: {len(mean)} tokens, {mean[-WINDOW:].mean():.3f} nats in the last {WINDOW}", flush=True)
+    way = stepping if line.steps else in_one
+    for found in way(model, variables, rows[: line.texts, : tokens + 1], file.with_suffix(".npz")):
+        print(
+            f"{line.name}: {found.shape[1]} tokens, {found[:, -WINDOW:].mean():.3f} nats in the last {WINDOW}",
+            flush=True,
+        )
         row |= {
-            "tokens": len(mean),
-            "state MB": round(state_bytes(model, len(mean)) / 1e6, 3),
+            "tokens": found.shape[1],
+            "state MB": round(state_bytes(model, found.shape[1]) / 1e6, 3),
             "state MB at 2048": round(state_bytes(model, WINDOW) / 1e6, 3),
-            "by window": np.round(mean.reshape(-1, WINDOW).mean(1), 4).tolist(),
-            "by position": np.round(mean.reshape(-1, BIN).mean(1), 4).tolist(),
+            "by window": means(found, WINDOW),
+            "by position": means(found, BIN),
         }
         write_json_atomic(file, row)
     return row
+
+
+def means(losses: np.ndarray, size: int) -> list[list[float]]:
+    """Of every `size` tokens of each text."""
+    return np.round(losses.astype(np.float64).reshape(len(losses), -1, size).mean(2), 4).tolist()
 
 
 def in_one(model: ModelConfig, variables: Any, rows: np.ndarray, _: Path) -> Iterator[np.ndarray]:
@@ -144,6 +152,8 @@ def stepping(model: ModelConfig, variables: Any, rows: np.ndarray, file: Path) -
         with np.load(file) as kept:
             if np.array_equal(kept["rows"], rows) and str(kept["policy"]) == model.policy:
                 found, leaves = kept["found"], [jnp.asarray(kept[f"leaf{i}"]) for i in range(len(leaves))]
+    if found.shape[1]:
+        yield found
     states = jax.tree.unflatten(tree, leaves)
     for start in range(found.shape[1], rows.shape[1] - 1, WINDOW):
         for at in range(start, start + WINDOW, STEPS):
@@ -151,7 +161,7 @@ def stepping(model: ModelConfig, variables: Any, rows: np.ndarray, file: Path) -
             found = np.concatenate([found, np.asarray(part)], axis=1)
         held = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(states))}
         with open(file.with_suffix(".new"), "wb") as out:
-            np.savez(out, rows=rows, policy=np.array(model.policy), found=found, **held)
+            np.savez(out, rows=rows, policy=np.array(model.policy), found=found, allow_pickle=False, **held)
         file.with_suffix(".new").replace(file)
         yield found
 
@@ -180,16 +190,20 @@ def state_bytes(model: ModelConfig, tokens: int) -> int:
     return sum(map(held, range(model.num_layers)))
 
 
-def speeds(loaded: Loaded, rows: np.ndarray, rounds: int) -> list[study.Row]:
-    """tokens/s of both ways at every cache size, and their quotient within a round."""
+def speeds(loaded: Loaded, rows: np.ndarray, rounds: int, runs: Path) -> list[study.Row]:
+    """tokens/s of both ways at every cache size, and their quotient within a round; kept in `runs`."""
+    file = runs / "speeds.json"
+    if file.exists() and (kept := json.loads(file.read_text("utf-8")))["rounds"] == rounds:
+        return kept["rows"]
     variables, jobs = decoding_variables(loaded.model, loaded.params), {}
     for size in SIZES:
         ids = rows[:1, :size]
         model = dataclasses.replace(loaded.model, policy=f"streaming(sinks=4, recent={size - 4})")
         jobs["streaming", size] = streamed(model, variables, ids)
         jobs["rebuilt", size] = partial(rebuilt, loaded.model, variables, ids)
-    for job in jobs.values():
+    for key, job in jobs.items():
         job()
+        print(*key, "is compiled", flush=True)
     found: dict[tuple[str, int], list[float]] = {key: [] for key in jobs}
     for seed in range(rounds):
         order = list(jobs)
@@ -204,6 +218,7 @@ def speeds(loaded: Loaded, rows: np.ndarray, rounds: int) -> list[study.Row]:
         times = np.median(ours / theirs)
         row = {"cache": size, "streaming tok/s": np.median(ours), "rebuilt tok/s": np.median(theirs), "times": times}
         out.append({name: round(float(x), 2) if name != "cache" else x for name, x in row.items()})
+    write_json_atomic(file, {"rounds": rounds, "rows": out, "all": [[*key, x] for key, x in found.items()]})
     return out
 
 
@@ -232,19 +247,20 @@ def _read(model: ModelConfig, variables: Any, ids: np.ndarray) -> Cursor:
 
 def expect(rows: list[study.Row], rates: list[study.Row], trained: int) -> list[study.Expectation]:
     """The acceptance lines that the lines at hand can be judged by."""
-    by_name, out = {row["line"]: row for row in rows}, []
-    if ours := by_name.get(OURS):
-        rise = max(ours["by window"]) - ours["by window"][0]
-        text = f"{OURS}: every {WINDOW} of {ours['tokens']} tokens within 0.3 nats of the first {WINDOW}"
+    by_name, out = {row["line"]: np.array(row["by window"]) for row in rows}, []
+    if OURS in by_name:
+        ours, row = by_name[OURS], next(row for row in rows if row["line"] == OURS)
+        rise = float((ours.mean(0) - ours[:, 0].mean()).max())
+        text = f"{OURS}: every {WINDOW} of {row['tokens']} tokens within 0.3 nats of the first {WINDOW}"
         out.append(study.Expectation(text, f"at most {rise:+.3f}", rise < 0.3))
-        sizes = ours["state MB at 2048"], ours["state MB"]
-        out.append(
-            study.Expectation(f"{OURS}: its state does not grow", f"{sizes[0]}, {sizes[1]} MB", len({*sizes}) == 1)
-        )
+        sizes = row["state MB at 2048"], row["state MB"]
+        held = f"{sizes[0]} MB at {WINDOW}, {sizes[1]} at the end"
+        out.append(study.Expectation(f"{OURS}: its state does not grow", held, sizes[0] == sizes[1]))
         for name, first in ((WINDOWED, 1), (DENSE, trained // WINDOW)):
-            if other := by_name.get(name):
-                theirs = other["by window"][first:]
-                times = math.exp(np.mean(theirs) - np.mean(ours["by window"][first : first + len(theirs)]))
+            if name in by_name:
+                theirs = by_name[name]
+                same = ours[: len(theirs), : theirs.shape[1]]
+                times = math.exp((theirs[:, first : same.shape[1]] - same[:, first:]).mean())
                 where = "beyond the context" if name == DENSE else f"behind the first {WINDOW} tokens"
                 text = f"{name}: {where} at least 1.5 times the perplexity of {OURS}"
                 out.append(study.Expectation(text, f"{times:.3g} times", times >= 1.5))
@@ -258,9 +274,10 @@ def expect(rows: list[study.Row], rates: list[study.Row], trained: int) -> list[
 
 def draw(rows: list[study.Row], rates: list[study.Row], trained: int, left: Any, right: Any) -> None:
     """Loss along the texts, and tokens/s by the size of the cache."""
+    texts = min(row["texts"] for row in rows)
     for row, color in zip(rows, study.COLORS, strict=False):
-        at = (np.arange(len(row["by position"])) + 0.5) * BIN
-        left.plot(at, row["by position"], color=color, lw=1.0, label=row["line"])
+        losses = np.mean(row["by position"][:texts], axis=0)
+        left.plot((np.arange(len(losses)) + 0.5) * BIN, losses, color=color, lw=1.0, label=row["line"])
     left.axvline(trained, color="#999999", lw=0.8, ls="--")
     left.set(xlabel="position in the text", ylabel="loss (nats per token)")
     left.legend()
@@ -305,12 +322,16 @@ def main() -> int:
         raise ConfigError(f"--tokens is {tokens}, --rounds {args.rounds}: use at least {2 * WINDOW} and 0.")
     rows_of_text = texts(loaded, tokens)
     rows = [measure(line, loaded, rows_of_text, args.runs_dir) for line in lines]
-    rates = speeds(loaded, rows_of_text, args.rounds) if args.rounds else []
+    rates = speeds(loaded, rows_of_text, args.rounds, args.runs_dir) if args.rounds else []
     if rates:
         study.save_figure(args.out / "streaming.png", 8.6, 3.2, 2, partial(draw, rows, rates, trained))
-    columns = ("line", "tokens", "one by one", "first", "last", "worst", "state MB")
-    ends = lambda row: {"first": row["by window"][0], "last": row["by window"][-1], "worst": max(row["by window"])}
-    table = study.markdown([row | ends(row) for row in rows], columns, ("line",))
+    columns = ("line", "texts", "tokens", "one by one", "dtype", "first", "last", "worst", "state MB")
+
+    def ends(row: study.Row) -> study.Row:
+        losses = np.mean(row["by window"], axis=0)
+        return row | {"first": losses[0], "last": losses[-1], "worst": losses.max()}
+
+    table = study.markdown([ends(row) for row in rows], columns, ("line",))
     if rates:
         table += "\n" + study.markdown(rates, tuple(rates[0]), ("cache",))
     return study.finish(

@@ -11,7 +11,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from scripts.reproduce import _study as study
-from scripts.reproduce import constant_speed, length_extrapolation, mqar, passkey, temperature
+from scripts.reproduce import constant_speed, length_extrapolation, mqar, passkey, streaming, temperature
 
 
 def failing(expectations: list[study.Expectation]) -> list[str]:
@@ -215,3 +215,27 @@ def test_decoding_is_timed_behind_tokens_that_were_read(attn):
     run, size = constant_speed.decoding_step(model, 40, 8)
     assert run() > 0
     assert size >= (40 * 2 * 16 * 4 if attn == "softmax" else 2 * 8 * 8 * 4)
+
+
+# --------------------------------------------------------------------------------------------- streaming
+
+
+def streaming_rows(ours: float = 3.2, windowed: float = 3.9, dense: float = 6.0, grown: float = 1.0) -> list[study.Row]:
+    """Four windows of two texts, of which the model knows two; the numbers are the losses of the last ones."""
+    line = lambda name, *losses: {"line": name, "by window": [list(losses)] * 2, "tokens": 4 * streaming.WINDOW}
+    held = {"state MB at 2048": 1.0, "state MB": grown}
+    rows = [line(streaming.OURS, 3.3, 3.0, 3.1, ours) | held, line(streaming.WINDOWED, 3.4, 3.8, 3.9, windowed)]
+    return [*rows, line(streaming.DENSE, 3.0, 2.9, dense)]
+
+
+def test_streaming_expectations():
+    trained, rates = 2 * streaming.WINDOW, [{"cache": 1, "times": 2.0}, {"cache": 2, "times": 3.0}]
+    judge = lambda rates=rates, **losses: failing(streaming.expect(streaming_rows(**losses), rates, trained))
+    assert len(streaming.expect(streaming_rows(), rates, trained)) == 5
+    assert judge() == []
+    assert [text.split(":")[0] for text in judge(ours=3.61)] == [streaming.OURS]
+    assert [text.split(":")[0] for text in judge(windowed=1.0)] == [streaming.WINDOWED]
+    assert [text.split(":")[0] for text in judge(dense=3.4)] == [streaming.DENSE]
+    assert judge(grown=1.1) == [f"{streaming.OURS}: its state does not grow"]
+    assert len(judge(rates=rates[::-1])) == 1
+    assert len(judge(rates=[{"cache": 1, "times": 0.9}, {"cache": 2, "times": 3.0}])) == 1
