@@ -69,7 +69,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @functools.cache
 def params_of(cfg: ModelConfig) -> Any:
     """Parameters made by NumPy, none of them zero or one: these would hide mistakes."""
-    shapes = jax.eval_shape(Decoder(cfg).init, jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
+    shapes = jax.eval_shape(Decoder(cfg).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     flat = flatten_dict(shapes)
 
     def fill(number: int, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
