@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxattn.analysis import look
+from jaxattn.analysis import AttentionView, look
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder, stack_layers
 from tests.conformance.cases import close, normal
@@ -69,7 +69,7 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @functools.cache
 def params_of(cfg: ModelConfig) -> Any:
     """Parameters made by NumPy, none of them zero or one: these would hide mistakes."""
-    shapes = jax.eval_shape(Decoder(cfg).init, jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))["params"]
+    shapes = jax.eval_shape(Decoder(cfg).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     flat = flatten_dict(shapes)
 
     def fill(number: int, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
@@ -91,11 +91,22 @@ def _view(cfg: ModelConfig, params: Any, tokens, positions, segments, start) -> 
             "some": layer.weights(start, 3),
             "heads": layer.heads_out,
             "rebuilt": None if layer.shows else layer.rebuild(),
+            "again": _again(layer) if layer.shows and layer.long is None else None,
             "projected": layer.projected(layer.heads_out),
             "out": view.components[layer.layer]["attn_out"],
         }
         for layer in view.attention
     ]
+
+
+def _again(layer: AttentionView) -> Any:
+    """The heads once more from all that was captured, rates too: for rows that are not the whole output."""
+    call = {"spec": layer.spec, "params": layer.params, "bias": layer.bias, **layer.extra}
+    o = layer.mechanism.reference(layer.queries, layer.keys, layer.values, layer.vis, **call)
+    around = layer.mechanism.surround
+    if around is None or around.finish is None:
+        return o
+    return around.finish(o, layer.inputs, spec=layer.spec, params=layer.surround)
 
 
 @functools.cache
@@ -149,6 +160,8 @@ def weights_rebuild_every_layer(cfg: ModelConfig) -> None:
         close(layer["projected"], layer["out"])
         if layer["rebuilt"] is not None:
             close(layer["rebuilt"], layer["heads"])
+        if layer["again"] is not None:
+            close(layer["again"], layer["heads"], rtol=1e-4)
         rows, some = layer["rows"], layer["some"]
         assert np.any(rows.values[:, :, 5:8])
         np.testing.assert_allclose(some.values, rows.values[:, :, 5:8], atol=1e-5)

@@ -19,16 +19,12 @@ from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.open_tokenizer import byte_tokenizer
 from jaxattn.text import load
+from tests.conformance.model import params_of
 from tests.generate.checkpoints import build
 from tests.generate.helpers import byte_run
 
 MODEL = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2)
 IDS = np.random.default_rng(0).integers(0, 17, 61)
-
-
-def params_of(model):
-    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    return jax.tree.map(lambda x: x + 0.3 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32), params)
 
 
 @pytest.mark.parametrize("count", [2, 3, 16, 17, 18, 61])

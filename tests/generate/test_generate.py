@@ -19,6 +19,7 @@ from jaxattn.nn.decoding import decoding_variables
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import Engine
 from tests.conformance.cases import FULL
+from tests.conformance.model import params_of
 from tests.serve.engines import Inbox
 
 MIXERS = {  # the others decode as one of these does, which conformance asks of all
@@ -32,9 +33,7 @@ MIXERS = {  # the others decode as one of these does, which conformance asks of 
 @functools.cache
 def build(mixers, **fields):
     cfg = ModelConfig(vocab_size=17, num_layers=2, d_model=16, num_heads=2, mixers=mixers, **fields)
-    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    move = lambda x: x + 0.3 * np.random.default_rng(x.size).standard_normal(x.shape, np.float32)
-    return cfg, jax.tree.map(move, params)
+    return cfg, jax.tree.map(jnp.asarray, params_of(cfg))
 
 
 PROMPTS = np.random.default_rng(0).integers(0, 17, (3, 9)).astype(np.int32)

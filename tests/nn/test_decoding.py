@@ -16,6 +16,7 @@ from jaxattn.nn import Decoder
 from jaxattn.nn.decoding import decoding_variables, why_plain
 from jaxattn.nn.layers import ROWS
 from pallas_kernels import _cpu
+from tests.conformance.model import params_of
 
 needs_numba = pytest.mark.skipif(bool(_cpu.missing()), reason=f"numba's kernels: {_cpu.missing()}")
 TOKENS = np.random.default_rng(0).integers(0, 17, (2, 9)).astype(np.int32)
@@ -32,7 +33,7 @@ MODELS = {
 def build(**fields):
     cfg = ModelConfig(**({"vocab_size": 17, "num_layers": 2, "d_model": 16, "num_heads": 2} | fields))
     cfg = dataclasses.replace(cfg, num_layers=max(2, len(cfg.mixers)))
-    return cfg, jax.jit(Decoder(cfg).init)(jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    return cfg, jax.tree.map(jnp.asarray, params_of(cfg))
 
 
 @needs_numba

@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
 from jaxattn.sampling import Sampling
+from tests.conformance.model import params_of
 
 GREEDY = Sampling()
 
 
 def model_of(attn, **more):
     model = ModelConfig(vocab_size=41, num_layers=2, d_model=16, num_heads=2, mixers=(attn,), **more)
-    params = Decoder(model).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
-    # Larger logits than at the start, so that the best token is not a near tie.
-    return model, jax.tree.map(lambda x: 3 * x if x.ndim == 2 else x, params)
+    return model, jax.tree.map(jnp.asarray, params_of(model))
 
 
 class Inbox:
