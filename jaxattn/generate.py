@@ -20,7 +20,7 @@ from jaxattn.backends import of_decoding
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
 from jaxattn.policies.command import add_flags, asked
-from jaxattn.policies.report import line
+from jaxattn.policies.report import line, measured
 from jaxattn.sampling import Sampling
 from jaxattn.text import load, stream_text
 from jaxattn.types import Backend
@@ -66,10 +66,12 @@ def main() -> int:
     print(f"[{of_decoding(loaded.model, loaded.params)}]", file=sys.stderr, flush=True)
     if not args.chat:
         print(args.prompt, end="", flush=True)
-    begin, first, made = time.perf_counter(), None, []
+    begin, first, made, counted = time.perf_counter(), None, [], {}
+    look = lambda states: counted.update(measured(loaded.model, states)) if args.policy_report else None
     for piece in stream_text(
-        loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop, counted=made.append
-    ):
+        loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop, counted=made.append,
+        read=look,
+    ):  # fmt: skip
         first = first or time.perf_counter() - begin
         print(piece, end="", flush=True)
     print()
@@ -81,7 +83,7 @@ def main() -> int:
     if args.policy_report:
         room, behind = state_room(loaded.model, len(ids), args.max_new_tokens), sum(made[1:])
         rate = behind / max(seconds - (first or 0), 1e-9)
-        cost = line(loaded.model, length=len(ids) + sum(made), capacity=room)
+        cost = line(loaded.model, length=len(ids) + sum(made), capacity=room, counted=counted)
         print(f"[{cost}; {rate:.1f} tokens/s behind the first {made[0] if made else 0}]", file=sys.stderr)
     return 0
 

@@ -118,6 +118,14 @@ def test_the_report_of_generate_says_what_an_answer_cost(run, monkeypatch, capsy
     assert "tokens/s" in line
 
 
+def test_the_report_has_what_a_policy_counted(run, monkeypatch, capsys):
+    """Of a prompt of 32 tokens in blocks of 8 one diagonal of blocks and its neighbour are read: 7 of 10 tiles."""
+    policy = "minference(pattern='a_shape', init=0, local=8, block=8)"
+    words = (run, "--prompt", "x" * 32, "--max-new-tokens", 1, "--policy-report", "--policy", policy)
+    assert called(generate_command, monkeypatch, *words) == 0
+    assert ", prompt_density 0.700" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
