@@ -40,6 +40,11 @@ def parse_args(
         flag, eq, value = arg.partition("=")
         if flag == "--model.mixers":
             raise ConfigError("--model.mixers is set by --attn: write the pattern there, e.g. --attn='softmax, none'.")
+        if flag == "--model.policy":
+            raise ConfigError(
+                "--model.policy is of a trained model that decodes: train without it, and give --policy to "
+                "jaxattn.generate or an eval."
+            )
         expanded.append(FLAG_ALIASES.get(flag, flag) + eq + value)
     refuse_unknown(expanded, [*flags_of(RunConfig), *FLAG_ALIASES, *READ_EARLIER, *others])
     said = io.StringIO()

@@ -157,6 +157,7 @@ BAD = {
     "context": (["--data.context=1"], ["context", "1"]),
     "mixers": (["--model.mixers", "softmax"], ["--model.mixers", "--attn"]),
     "mixers with =": (["--model.mixers=softmax"], ["--model.mixers", "--attn"]),
+    "policy": (["--model.policy=h2o"], ["--model.policy", "--policy"]),
     "vocabulary": (["--model.vocab-size=5"], ["model.vocab_size is 5", "raise it"]),
     "no file": (["--data=missing.txt"], ["missing.txt"]),
     "empty file": (["--data=empty.txt"], ["empty.txt"]),
