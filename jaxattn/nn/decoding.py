@@ -63,7 +63,7 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
 
 def variables_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """The variables for `Decoder.apply` of parameters, or of what already are variables."""
-    return dict(params) if "params" in params else {"params": params}
+    return dict(params) if isinstance(params, Mapping) and "params" in params else {"params": params}
 
 
 def why_plain(model: ModelConfig) -> str:

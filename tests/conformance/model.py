@@ -101,12 +101,11 @@ def _view(cfg: ModelConfig, params: Any, tokens, positions, segments, start) -> 
 
 def _again(layer: AttentionView) -> Any:
     """The heads once more from all that was captured, rates too: for rows that are not the whole output."""
-    call = {"spec": layer.spec, "params": layer.params, "bias": layer.bias, **layer.extra}
-    o = layer.mechanism.reference(layer.queries, layer.keys, layer.values, layer.vis, **call)
+    o = layer.mechanism.reference(layer.queries, layer.keys, layer.values, layer.vis, layer.call)
     around = layer.mechanism.surround
     if around is None or around.finish is None:
         return o
-    return around.finish(o, layer.inputs, spec=layer.spec, params=layer.surround)
+    return around.finish(o, layer.inputs, spec=layer.call.spec, params=layer.surround)
 
 
 @functools.cache

@@ -18,6 +18,8 @@ import pytest
 
 from jaxattn.masks import PADDING, visible
 from jaxattn.mechanisms import Mechanism, RowWeights, get, register, unregister
+from jaxattn.policies import dense
+from jaxattn.stores import append
 from pallas_kernels.flash.reference import dense_scores
 from tests.conformance import model, questions
 from tests.conformance.cases import Case, standard
@@ -182,9 +184,9 @@ CORE = {  # fault -> (mechanism, its function, the question that sees it)
     returns_float32: (SOFTMAX, "forward", questions.bf16_is_as_close_as_bf16_can_be),
     keeps_values_in_eight_bits: (SOFTMAX, "forward", questions.bf16_is_as_close_as_bf16_can_be),
     never_the_same: (SOFTMAX, "forward", questions.calls_repeat_bitwise_and_compile_once),
-    forgets_the_newest_token: (SOFTMAX, "step", lambda case: questions.steps_equal_forward(case, [9, 1, 1, 9])),
+    forgets_the_newest_token: (LIGHTNING, "step", lambda case: questions.steps_equal_forward(case, [9, 1, 1, 9])),
     decodes_padding: (LIGHTNING, "step", questions.left_padded_prompts_decode_like_unpadded_ones),
-    overwrites_silently: (SOFTMAX, "step", questions.a_full_cache_is_poisoned_inside_jit),
+    overwrites_silently: (get("landmark"), "step", questions.a_full_cache_is_poisoned_inside_jit),
 }
 
 
@@ -193,6 +195,19 @@ def test_a_faulty_mechanism_is_seen(fault, plant):
     base, function, question = CORE[fault]
     mechanism = plant(base, **changed(base, function, fault))
     fails(question, Case(get(mechanism.name), mechanism.spec()))
+
+
+def test_a_cache_of_keys_that_overwrites_or_forgets_is_seen(plant, monkeypatch):
+    """Of mechanisms that keep plain keys the dense policy takes the steps."""
+    case = lambda: Case(get(plant(SOFTMAX).name), SOFTMAX.spec())
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "poisoned", lambda o, state: o)
+        fails(questions.a_full_cache_is_poisoned_inside_jit, case())
+    unregister(f"planted_{SOFTMAX.name}")
+    monkeypatch.setattr(dense, "append", lambda state, k, *rest: append(state, k, *rest) if k.shape[1] > 1 else state)
+    questions.TRACES.clear()
+    jax.clear_caches()
+    fails(lambda one: questions.steps_equal_forward(one, [9, 1, 1, 9]), case())
 
 
 def test_a_claim_that_weights_show_something_else_is_checked(plant):

@@ -386,8 +386,8 @@ def test_the_sigmoid_gated_layer_equals_minimax_in_transformers(layer):
     run = jax.jit(lambda x, at, before: layer_module.apply({"params": params}, x, Stream(at, at * 0 + 1), before))
     x, at = array(x), default_positions(2, length)
     close(run(x, at, None)[0], expected.numpy(), rtol=1e-5)
-    first, half = run(x[:, :20], at[:, :20], layer_state(cfg, layer, 2, 1))
-    second, end = run(x[:, 20:], at[:, 20:], half)
+    first, _, half = run(x[:, :20], at[:, :20], layer_state(cfg, layer, 2, 1))
+    second, _, end = run(x[:, 20:], at[:, 20:], half)
     close(jnp.concatenate([first, second], axis=1), expected.numpy(), rtol=1e-5)
     close(end.S, state.numpy(), rtol=1e-5)
 
