@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.plot_style import figure, heat, in_style, png
+from evals.text_file import read_text_file
 from jaxattn.analysis.minference_search import Found, search
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError, writing
@@ -85,10 +86,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=64, help="tokens of a block (default 64)")
     parser.add_argument("--out", type=Path, required=True, help="head tables, JSON")
     args = parser.parse_args()
-    try:
-        text = args.text.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
+    text = read_text_file(args.text)
     loaded = load(args.checkpoint, asked=Asked("dense"))
     limit = loaded.model.position_limit
     if args.tokens < 2 or (limit and args.tokens > limit):

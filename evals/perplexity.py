@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from evals.length import window_losses
+from evals.text_file import read_text_file
 from evals.write_result import write_result
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError
@@ -170,10 +171,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
     add_flags(parser)
     args = parser.parse_args()
-    try:
-        text = args.text.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
+    text = read_text_file(args.text)
     loaded = load(args.checkpoint, attn=args.attn, asked=asked(args))
     context = min(1024, loaded.context) if args.context is None else args.context
     stride = context if args.stride is None else args.stride

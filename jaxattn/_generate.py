@@ -157,12 +157,12 @@ def stream(
     pad_id: int = 0,
     block: int = BLOCK,
     policy: str | None = None,
-    read: Callable[[Any], None] = lambda states: None,
+    watch: Callable[[Any], None] = lambda states: None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """New tokens [B, n] as they come, n <= block, and which of them are a row's own; ends when every row has ended.
 
     Args: see `generate`.
-      read: is shown the decode states behind the prompt, which are gone after it.
+      watch: is shown the decode states behind the prompt, which are gone after it.
 
     Raises:
       ConfigError: an impossible argument, or prompt and new tokens exceed the positions the model knows.
@@ -192,7 +192,7 @@ def stream(
     keys = key if one_each else jax.random.split(key, batch)
     variables = decoding_variables(model, params)
     cursor = prefill(model, variables, tokens, lengths, state_room(model, longest, max_new_tokens, block), keys)
-    read(cursor.states)
+    watch(cursor.states)
     made = 0
     while made < max_new_tokens:
         new, own, cursor = decode_block(model, how, tuple(stop_tokens), block, variables, cursor, jnp.int32(pad_id))

@@ -70,7 +70,7 @@ def main() -> int:
     look = lambda states: counted.update(measured(loaded.model, states)) if args.policy_report else None
     for piece in stream_text(
         loaded, ids, max_new_tokens=args.max_new_tokens, how=how, seed=args.seed, stop=args.stop, counted=made.append,
-        read=look,
+        watch=look,
     ):  # fmt: skip
         first = first or time.perf_counter() - begin
         print(piece, end="", flush=True)

@@ -12,13 +12,36 @@ from jaxattn.masks import PADDING, Visibility
 from jaxattn.types import Leaf
 
 
-@struct.dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees.
+class HeadsFirst:
+    """How every store lays out its keys and values.
 
     Heads come before tokens, as batched products want them: turning a whole cache costs more than attending to it.
     16-bit floats are held as their bits, because XLA's CPU backend would widen the whole cache to write one token.
     """
+
+    head_keys: Leaf  # [B, K, S, D]
+    head_values: Leaf  # [B, K, S, V]
+    dtype: str
+
+    @property
+    def keys(self) -> Array:
+        """[B, S, K, D]; a view inside jit, where the op that turns it back cancels."""
+        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
+
+    @property
+    def values(self) -> Array:
+        """[B, S, K, V]"""
+        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
+
+
+def _heads_first(x: Float[Array, "B T K D"], dtype: str) -> Array:
+    """New keys or values as a store of this type holds them."""
+    return _bits(jnp.swapaxes(x, 1, 2).astype(dtype))
+
+
+@struct.dataclass
+class KVCache(HeadsFirst):
+    """Keys and values of the tokens seen so far; unused slots carry segment 0, which nobody sees."""
 
     head_keys: Leaf  # [B, K, S, D]
     head_values: Leaf  # [B, K, S, V]
@@ -30,16 +53,6 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.head_keys.shape[2]
-
-    @property
-    def keys(self) -> Array:
-        """[B, S, K, D]; a view inside jit, where the op that turns it back cancels."""
-        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
-
-    @property
-    def values(self) -> Array:
-        """[B, S, K, V]"""
-        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
 
 
 def empty_cache(*, batch: int, capacity: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> KVCache:
@@ -81,10 +94,9 @@ def append(cache: KVCache, k: Array, v: Array, positions: Int[Array, "B T"], seg
             "raise the capacity."
         )
     live = jnp.any(segment_ids != PADDING, axis=1)
-    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(cache.dtype))
     return KVCache(
-        head_keys=_put(cache.head_keys, heads_first(k), cache.length, axis=2),
-        head_values=_put(cache.head_values, heads_first(v), cache.length, axis=2),
+        head_keys=_put(cache.head_keys, _heads_first(k, cache.dtype), cache.length, axis=2),
+        head_values=_put(cache.head_values, _heads_first(v, cache.dtype), cache.length, axis=2),
         positions=_put(cache.positions, positions, cache.length),
         segments=_put(cache.segments, segment_ids, cache.length),
         length=cache.length + jnp.where(live, count, 0),
@@ -124,8 +136,8 @@ def cache_visibility(
 
 
 @struct.dataclass
-class Ring:
-    """Keys and values in slots that are written again and again; slots of segment 0 are empty. Layout as `KVCache`.
+class Ring(HeadsFirst):
+    """Keys and values in slots that are written again and again; slots of segment 0 are empty.
 
     Which token goes where is the caller's: a ring counts nothing, so it serves a row's newest tokens and its first.
     """
@@ -139,16 +151,6 @@ class Ring:
     @property
     def slots(self) -> int:
         return self.head_keys.shape[2]
-
-    @property
-    def keys(self) -> Array:
-        """[B, S, K, D]"""
-        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
-
-    @property
-    def values(self) -> Array:
-        """[B, S, K, V]"""
-        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
 
 
 def empty_ring(*, batch: int, slots: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> Ring:
@@ -176,10 +178,9 @@ def overwrite(
             new = jnp.where(held, jax.vmap(cut)(old, slot), new.astype(old.dtype))
         return _put(old, new, slot, axis)
 
-    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(ring.dtype))
     return Ring(
-        head_keys=put(ring.head_keys, heads_first(k), axis=2),
-        head_values=put(ring.head_values, heads_first(v), axis=2),
+        head_keys=put(ring.head_keys, _heads_first(k, ring.dtype), axis=2),
+        head_values=put(ring.head_values, _heads_first(v, ring.dtype), axis=2),
         positions=put(ring.positions, positions),
         segments=put(ring.segments, segment_ids),
         dtype=ring.dtype,
@@ -202,10 +203,9 @@ def refill(
         at = source.reshape(shape)
         return jnp.where(at < 0, old, jnp.take_along_axis(new, jnp.maximum(at, 0), axis).astype(old.dtype))
 
-    heads_first = lambda x: _bits(jnp.swapaxes(x, 1, 2).astype(ring.dtype))
     return Ring(
-        head_keys=put(ring.head_keys, heads_first(k), axis=2),
-        head_values=put(ring.head_values, heads_first(v), axis=2),
+        head_keys=put(ring.head_keys, _heads_first(k, ring.dtype), axis=2),
+        head_values=put(ring.head_values, _heads_first(v, ring.dtype), axis=2),
         positions=put(ring.positions, positions),
         segments=put(ring.segments, segment_ids),
         dtype=ring.dtype,
@@ -213,27 +213,14 @@ def refill(
 
 
 @struct.dataclass
-class Kept:
-    """Keys and values that each key head keeps for itself, in no order; a place without a token has position -1.
-
-    Heads come first and 16-bit floats are bits, as in `KVCache`.
-    """
+class Kept(HeadsFirst):
+    """Keys and values that each key head keeps for itself, in no order; a place without a token has position -1."""
 
     head_keys: Leaf  # [B, K, C, D]
     head_values: Leaf  # [B, K, C, V]
     positions: Leaf  # [B, K, C]
     mass: Leaf  # [B, K, C] f32: what a policy measures a token by
     dtype: str = struct.field(pytree_node=False)  # of keys and values
-
-    @property
-    def keys(self) -> Array:
-        """[B, C, K, D]"""
-        return jnp.swapaxes(_floats(self.head_keys, self.dtype), 1, 2)
-
-    @property
-    def values(self) -> Array:
-        """[B, C, K, V]"""
-        return jnp.swapaxes(_floats(self.head_values, self.dtype), 1, 2)
 
 
 def empty_kept(*, batch: int, room: int, kv_heads: int, key_dim: int, value_dim: int, dtype: DTypeLike) -> Kept:

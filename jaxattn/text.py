@@ -154,17 +154,18 @@ def stream_text(
     stop: Sequence[str] = (),
     in_context: bool = True,
     counted: Callable[[int], None] = lambda count: None,
-    read: Callable[[Any], None] = lambda states: None,
+    watch: Callable[[Any], None] = lambda states: None,
 ) -> Iterator[str]:
     """Pieces of text behind one prompt, until a stop token, a stop string or the limit.
 
-    counted: is told how many tokens were made each time some were. read: of `jaxattn._generate.stream`.
+    counted: is told how many tokens were made each time some were. watch: of `jaxattn._generate.stream`.
     in_context: the text as it goes on from the prompt's; else that of the new tokens alone, which may lack a blank.
     """
     out = TextStream(loaded.tokenizer, stop, prompt_ids=ids if in_context else ())
     parts = stream(
         loaded.model, loaded.params, np.asarray(ids, np.int32)[None], max_new_tokens=max_new_tokens,
-        key=jax.random.key(seed), how=how, stop_tokens=loaded.stop_tokens, block=min(BLOCK, max_new_tokens), read=read,
+        key=jax.random.key(seed), how=how, stop_tokens=loaded.stop_tokens,
+        block=min(BLOCK, max_new_tokens), watch=watch,
     )  # fmt: skip
     for tokens, own in parts:
         counted(int(own.sum()))

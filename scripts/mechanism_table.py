@@ -6,13 +6,11 @@ python -m scripts.mechanism_table --write    put it into README.md
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 
 from jaxattn.command import run_cli
 from jaxattn.mechanisms import get, names
-from scripts.readme import README, between
+from scripts.readme import table_command
 
 MARK = "mechanisms"
 
@@ -30,12 +28,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="update README.md")
-    if parser.parse_args().write:
-        README.write_text(between(README.read_text("utf-8"), MARK, table()), "utf-8")
-    else:
-        sys.stdout.write(table() + "\n")
+    table_command(__doc__, MARK, table)
 
 
 if __name__ == "__main__":

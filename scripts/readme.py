@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxattn.errors import UserError
@@ -24,3 +27,13 @@ def between(text: str, mark: str, body: str) -> str:
     if not closed:
         raise UserError(f"README.md has {end} in front of {start}: swap them.")
     return f"{before}{start}\n{body}\n{end}{after}"
+
+
+def table_command(description: str | None, mark: str, table: Callable[[], str]) -> None:
+    """The command of a generated table: print it or, with --write, put it into README.md."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--write", action="store_true", help="update README.md")
+    if parser.parse_args().write:
+        README.write_text(between(README.read_text("utf-8"), mark, table()), "utf-8")
+    else:
+        sys.stdout.write(table() + "\n")

@@ -6,17 +6,15 @@ python -m scripts.results_table --write    put it into README.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxattn.command import run_cli
 from jaxattn.errors import UserError
-from scripts.readme import README, between
+from scripts.readme import table_command
 
 ROOT = Path(__file__).parents[1]
 MARK = "results"
@@ -235,14 +233,8 @@ def table(root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.results_table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="update README.md")
-    if parser.parse_args().write:
-        README.write_text(between(README.read_text("utf-8"), MARK, table()), "utf-8")
-    else:
-        sys.stdout.write(table() + "\n")
-    return 0
+def main() -> None:
+    table_command(__doc__, MARK, table)
 
 
 if __name__ == "__main__":

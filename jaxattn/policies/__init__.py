@@ -78,20 +78,19 @@ class Plan(NamedTuple):
         return self.policy.name == "dense" and not self.wraps
 
     @property
-    def depth(self) -> bool:
-        """Whether layers differ in what they do."""
-        return any(policy.depth(spec) for policy, spec in (*self.wraps, (self.policy, self.spec)))
+    def parts(self) -> tuple[tuple[Policy, Any], ...]:
+        """All of its policies with their options."""
+        return (*self.wraps, (self.policy, self.spec))
 
     @property
     def prompt_depth(self) -> bool:
         """Whether layers differ in what they do with a prompt, so that each has a program of its own."""
-        parts = (*self.wraps, (self.policy, self.spec))
-        return any(policy.depth(spec) and not policy.in_answers for policy, spec in parts)
+        return any(policy.depth(spec) and not policy.in_answers for policy, spec in self.parts)
 
     @property
     def tables(self) -> tuple[str, ...]:
         """Names of the head tables that are read."""
-        return tuple(name for policy, _ in (*self.wraps, (self.policy, self.spec)) for name in policy.tables)
+        return tuple(name for policy, _ in self.parts for name in policy.tables)
 
     def wrapped(self, core: Core, site: Site, heads: dict[str, Any]) -> Core:
         """The core with every score-space method around it."""
@@ -131,7 +130,7 @@ def refuse(plan: Plan, site: Site) -> None:
     Raises:
       ConfigError: naming the policy, the layer and the reason.
     """
-    for policy, spec in (*plan.wraps, (plan.policy, plan.spec)):
+    for policy, spec in plan.parts:
         if reason := _unfit(policy, spec, site):
             raise ConfigError(f"policy {policy.name} cannot serve layer {site.layer} ({site.mechanism}): {reason}")
 
@@ -153,7 +152,7 @@ def _unfit(policy: Policy, spec: Any, site: Site) -> str:
 
 
 class Cost(NamedTuple):
-    """held: bytes of the state; read: bytes of keys and values that a new token reads; kept: of dense's."""
+    """held: bytes of the state; read: bytes of keys and values for a new token; share: of the keys dense would read."""
 
     held: int
     read: float

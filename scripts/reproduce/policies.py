@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evals.text_file import read_text_file
 from jaxattn.analysis.capture import look
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError
@@ -261,10 +262,7 @@ def main() -> int:
         raise ConfigError(f"--answer is {args.answer} but must be from 1 to {args.length - 1}, below --length.")
     own = own_policies(args.policy)
     wanted = study.pick(list(POLICIES | own), args.only, str)
-    try:
-        text = args.text.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the text file {args.text} cannot be read as UTF-8 ({error}); check the file.") from error
+    text = read_text_file(args.text)
     loaded = load(args.checkpoint).prepared(consume=True)
     sizes = {"length": args.length, "answer": args.answer, "windows": args.windows, "needles": args.needles}
     data = material(loaded, text, **sizes)

@@ -16,10 +16,11 @@ import jaxattn
 from evals import perplexity as perplexity_command
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
+from jaxattn.head_tables import with_head_tables
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.policies import names
-from jaxattn.reader import hidden_of, reads_state
+from jaxattn.reader import hidden_of, hidden_one_by_one, reads_state
 from tests.generate.helpers import byte_run
 from tests.serve.test_engine import Inbox, ask, running  # noqa: F401 (a fixture)
 
@@ -105,6 +106,29 @@ def test_texts_are_scored_through_a_policy_that_keeps(params):
     assert np.abs(hidden[SMALL] - hidden[""]).max() > 1e-2
 
 
+def test_tokens_one_by_one_are_an_answer_and_what_is_before_them_a_prompt(params):
+    """TidalDecode is dense in prompts alone: what differs from dense begins behind the prompt."""
+    tokens, lossy = prompt(30), dataclasses.replace(MODEL, policy="tidal(first=0, again=1, tokens=4)")
+    run = lambda model, prefill: hidden_one_by_one(model, {"params": params}, tokens, prefill=prefill)
+    whole = np.asarray(run(MODEL, 0))
+    for prefill in (0, 20):
+        found = np.asarray(run(lossy, prefill))
+        np.testing.assert_allclose(found[:, : max(prefill, 4)], whole[:, : max(prefill, 4)], atol=2e-3)
+        assert np.abs(found[:, max(prefill, 4) :] - whole[:, max(prefill, 4) :]).max() > 1e-2
+
+
+def test_head_tables_reach_prompts_answers_and_the_engine(running, params):  # noqa: F811
+    """A table that says 9 everywhere is gamma=9, whatever the option says."""
+    tokens, told = prompt(13), dataclasses.replace(MODEL, policy="zero_tuning(gamma=1.0)")
+    variables = with_head_tables(told, params, {"zero_tuning": np.full((3, 4), 9.0, np.float32)})
+    make = lambda model, given: jaxattn.generate(model, given, tokens, max_new_tokens=14).tokens
+    expected = make(dataclasses.replace(MODEL, policy="zero_tuning(gamma=9.0)"), params)
+    np.testing.assert_array_equal(make(told, variables), expected)
+    assert (make(told, params) != expected).any()
+    box = ask(running(told, variables, context=48), tokens[0].tolist(), 14)
+    assert box.wait() == expected[0].tolist()
+
+
 # --- commands
 
 
@@ -150,6 +174,39 @@ def test_every_command_that_runs_a_model_lists_them(monkeypatch, capsys, name):
     assert called(importlib.import_module(name), monkeypatch, "--list-policies") == 0
     listed = capsys.readouterr().out
     assert all(f"{policy}(" in listed for policy in names())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_hands_the_policy_to_the_model(run, monkeypatch, capsys, name):
+    needs = {"jaxattn.generate": ["--prompt", "x"], "evals.harness": ["--tasks", "none"], "jaxattn.serve": ["--port=0"]}
+    needs["evals.perplexity"] = ["--text", run.parent / "text.txt"]
+    monkeypatch.setattr("evals.harness.load_tasks", lambda *given: [])
+    words = [run, *needs.get(name, []), "--policy", "tidal(first=0, again=7)"]
+    assert called(importlib.import_module(name), monkeypatch, *words) == 2
+    assert "policy tidal cannot serve layer 0 (softmax)" in capsys.readouterr().err
+
+
+def test_sinks_are_measured_under_a_policy_of_scores(run, monkeypatch, capsys, tmp_path):
+    sinks, text, out = importlib.import_module("evals.sinks"), run.parent / "text.txt", tmp_path / "sinks.json"
+
+    def measured(*more):
+        words = (run, "--text", text, "--sequences", 2, "--length", 16, "--json", out, *more)
+        assert called(sinks, monkeypatch, *words) == 0
+        return json.loads(out.read_text())
+
+    plain, tuned = measured(), measured("--policy", "zero_tuning(gamma=50.0)")
+    assert np.all(np.array(tuned["first_token_weight"]) > 1.5 * np.array(plain["first_token_weight"]))
+    assert tuned["policy"] == "zero_tuning(gamma=50.0)"
+    (tmp_path / "heads.json").write_text('{"zero_tuning": [[50.0, 1.0]]}')
+    by_head = measured("--policy", "zero_tuning(gamma=1.0)", "--heads", tmp_path / "heads.json")["first_token_weight"][
+        0
+    ]
+    expected = tuned["first_token_weight"][0][0], plain["first_token_weight"][0][1]
+    np.testing.assert_allclose(by_head, expected, atol=1e-5)
+    words = (run, "--text", text, "--sequences", 2, "--length", 16, "--policy", SMALL)
+    assert called(sinks, monkeypatch, *words) == 2
+    assert "policy streaming leaves keys out" in capsys.readouterr().err
+    assert not (run / "sinks.json").exists()
 
 
 def test_perplexity_by_prompt_and_by_answer(run, monkeypatch, capsys, tmp_path):
