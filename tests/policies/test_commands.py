@@ -181,6 +181,7 @@ def test_every_command_hands_the_policy_to_the_model(run, monkeypatch, capsys, n
     needs = {"jaxattn.generate": ["--prompt", "x"], "evals.harness": ["--tasks", "none"], "jaxattn.serve": ["--port=0"]}
     needs["evals.perplexity"] = ["--text", run.parent / "text.txt"]
     monkeypatch.setattr("evals.harness.load_tasks", lambda *given: [])
+    monkeypatch.setattr("uvicorn.Server.run", lambda *given, **more: None)  # not to wait for requests if it starts
     words = [run, *needs.get(name, []), "--policy", "tidal(first=0, again=7)"]
     assert called(importlib.import_module(name), monkeypatch, *words) == 2
     assert "policy tidal cannot serve layer 0 (softmax)" in capsys.readouterr().err
