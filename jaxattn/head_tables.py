@@ -14,10 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.errors import ConfigError, shown
+from jaxattn.errors import ConfigError, DataError, shown
 from jaxattn.json_text import read_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.attention import HEADS
+
+REMEDY = "name a file of head tables that were made with this model"
 
 
 def read_head_tables(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
@@ -28,7 +30,7 @@ def read_head_tables(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
       UserError: the file cannot be read.
     """
     tables, shape = {}, (model.num_layers, model.num_heads)
-    for name, rows in read_object(path).items():
+    for name, rows in read_object(path, REMEDY, DataError).items():
         try:
             table = np.asarray(rows, np.float32)
         except (TypeError, ValueError) as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxattn.analysis import look
-from jaxattn.errors import ConfigError
+from jaxattn.errors import ConfigError, DataError
 from jaxattn.head_tables import read_head_tables, with_head_tables
 from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import get as mechanism
@@ -195,6 +195,14 @@ def test_a_table_of_heads_reaches_its_layers(tmp_path):
     path.write_text('{"zero_tuning": [[1, 2]]}')
     with pytest.raises(ConfigError, match=r"zero_tuning.* has shape \[1, 2\] but must be finite numbers \[4, 4\]"):
         read_head_tables(path, cfg)
+    for text, words in ((None, "missing"), ("{", "heads.json")):
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(DataError, match=f"{words}.*name a file of head tables") as refused:
+            read_head_tables(path, cfg)
+        assert "\n" not in str(refused.value)
+        path.touch()
 
 
 def test_layers_outside_its_range_are_left_alone():
