@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxattn.masks import GLOBAL, PADDING, Visibility, default_positions, self_visibility
-from jaxattn.mechanisms import landmark
+from jaxattn.mechanisms import Call, landmark
 from pallas_kernels import compiling_for, interpreted, shapes
 from pallas_kernels.grouped_softmax import grouped_softmax, layout
 from pallas_kernels.grouped_softmax.gpu import SLOTS, grouped_softmax_gpu
