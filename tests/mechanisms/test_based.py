@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from jaxattn.mechanisms.based import PIECE, Spec, feature_width, features, taylo
 from jaxattn.models.based import based
 from jaxattn.nn import Decoder
 from jaxattn.nn.attention import layer_state
-from tests.conformance.cases import close, inputs, packed
+from tests.conformance.cases import arrays, close, inputs, normal, packed
+from tests.mechanisms.programs import run
 
 MAPS = pytest.mark.parametrize("map", ["symmetric", "full"])
 
 
+@partial(jax.jit, static_argnames=("map", "scale"))
 def phi(q, k, map, scale=None):
     places = jnp.zeros(q.shape[:2], jnp.int32)
     return features(q, k, places, places, Call(Spec(map=map), scale=scale))
@@ -52,7 +55,8 @@ def test_the_product_of_features_is_the_polynomial(map):
             fq, fk = phi(q, k, map, scale)
             assert fq.shape[-1] == feature_width(16, map) == {"full": 273, "symmetric": 153}[map]
             s = np.einsum("btd,bsd->bts", q[:, :, 0], k[:, :, 0]) * (0.25 if scale is None else scale)
-            product = jnp.einsum("btf,bsf->bts", fq[:, :, 0], fk[:, :, 0])
+            fq, fk = np.asarray(fq), np.asarray(fk)
+            product = np.einsum("btf,bsf->bts", fq[:, :, 0], fk[:, :, 0])
             np.testing.assert_allclose(product, 1 + s + s**2 / 2, atol=1e-12 * np.abs(s).max() ** 2)
             assert s.min() < -1 < s.max()
             assert product.min() >= 0.5
@@ -60,10 +64,10 @@ def test_the_product_of_features_is_the_polynomial(map):
 
 def test_the_smallest_weight_is_a_half_at_minus_one():
     with jax.enable_x64(True):
-        q, k = jnp.ones((1, 1, 1, 4)), jnp.linspace(-3, 3, 601)[None, :, None, None] * jnp.full(4, 0.5)
+        q, k = np.ones((1, 1, 1, 4)), np.linspace(-3, 3, 601)[None, :, None, None] * np.full(4, 0.5)
         for map in ("symmetric", "full"):  # s runs over the numbers of linspace: 4 · 0.5 / sqrt(4) = 1
-            w = jnp.einsum("btf,bsf->bs", *(f[:, :, 0] for f in phi(q, k, map)))[0]
-            assert int(jnp.argmin(w)) == 200  # s = -1
+            w = np.einsum("btf,bsf->bs", *(np.asarray(f)[:, :, 0] for f in phi(q, k, map)))[0]
+            assert np.argmin(w) == 200  # s = -1
             assert float(w[200]) == pytest.approx(0.5, abs=1e-14)
 
 
@@ -81,19 +85,17 @@ def test_features_by_hand():
 def test_quadratic_chunked_and_recurrent_forms_agree(map):
     """Card 2: T = 130 and beyond a piece of features, in f32; prefill of odd length, then single steps."""
     for length, pieces in ((130, [72] + [1] * 58), (2 * PIECE + 8, [PIECE + 4] * 2)):
-        q, k, v = inputs(length, heads=2, kv_heads=1, value_dim=8)
+        q, k, v = arrays(length, heads=2, kv_heads=1, value_dim=8)
         spec, vis = Spec(map=map), self_visibility(2, length)
-        expected = jax.jit(lambda *x, spec=spec: BASED.reference(*x, Call(spec)))(q, k, v, vis)
-        chunked = jax.jit(lambda *x, spec=spec: BASED.forward(*x, Call(spec)))(q, k, v, vis)
-        close(chunked, expected, rtol=1e-5)
-        step = jax.jit(lambda *x, spec=spec: BASED.step(*x, Call(spec)))
+        expected = run(BASED, "reference", spec, q, k, v, vis)
+        close(run(BASED, "forward", spec, q, k, v, vis), expected, rtol=1e-5)
         now, at, out = state(spec, heads=2, value_dim=8), 0, []
-        places = (default_positions(2, length), jnp.ones((2, length), jnp.int32))
+        places = np.asarray(default_positions(2, length)), np.ones((2, length), np.int32)
         for n in pieces:
-            o, now = step(now, *(x[:, at : at + n] for x in (q, k, v, *places)))
-            out.append(o)
+            o, now = run(BASED, "step", spec, now, *(x[:, at : at + n] for x in (q, k, v, *places)))
+            out.append(np.asarray(o))
             at += n
-        close(jnp.concatenate(out, axis=1), expected, rtol=1e-5)
+        close(np.concatenate(out, axis=1), expected, rtol=1e-5)
 
 
 def test_pieces_carry_documents_and_gradients_across():
@@ -101,32 +103,31 @@ def test_pieces_carry_documents_and_gradients_across():
     length = 2 * PIECE + 40
     lengths = [PIECE - 7, 7, 100, PIECE - 80]
     positions, segments = packed(lengths, length)
-    segments = segments.at[1, PIECE - 20 : PIECE + 30].set(0)
+    segments = np.array(segments)
+    segments[1, PIECE - 20 : PIECE + 30] = 0
     with jax.enable_x64(True):
         q, k, v = inputs(length, heads=1, kv_heads=1, dim=3, value_dim=2, dtype=jnp.float64)
-        vis = self_visibility(2, length, positions=positions, segment_ids=segments)
-        weigh = jax.random.normal(jax.random.key(1), v.shape, jnp.float64)
+        vis = self_visibility(2, length, positions=positions, segment_ids=jnp.asarray(segments))
+        weigh = normal(9, v.shape).astype(np.float64)
 
-        def both(run):
-            loss = lambda q, k, v: jnp.sum(weigh * run(q, k, v, vis, Call(Spec())))
-            return jax.jit(lambda *x: (run(*x, vis, Call(Spec())), jax.grad(loss, (0, 1, 2))(*x)))(q, k, v)
+        def both(function):
+            loss = lambda q, k, v: jnp.sum(weigh * function(q, k, v, vis, Call(Spec())))
+            return jax.jit(lambda *x: (function(*x, vis, Call(Spec())), jax.grad(loss, (0, 1, 2))(*x)))(q, k, v)
 
-        error = lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+        error = lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b))) / np.max(np.abs(b))
         errors = jax.tree.map(error, both(BASED.forward), both(BASED.reference))
         assert max(jax.tree.leaves(errors)) < 1e-11
 
 
 def test_small_scores_give_softmax_attention():
     """Card 3: |s| <= 0.1 leaves the third-order term, s³/6."""
-    q, k, v = inputs(100, heads=2, kv_heads=2)
-    largest = float(jnp.abs(jnp.einsum("bthd,bshd->bhts", q, k)).max()) / 4
-    q = q * (0.1 / largest)
+    q, k, v = arrays(100, heads=2, kv_heads=2)
+    q *= 0.1 / (np.abs(np.einsum("bthd,bshd->bhts", q, k)).max() / 4)
     vis, softmax = self_visibility(2, 100), get("softmax")
-    exact = softmax.forward(q, k, v, vis, Call(softmax.spec()))
-    gap = float(jnp.abs(BASED.forward(q, k, v, vis, Call(Spec())) - exact).max() / jnp.abs(exact).max())
-    assert gap < 1e-4
-    again = float(jnp.abs(BASED.forward(20 * q, k, v, vis, Call(Spec())) - exact).max())
-    assert again > 1e-2, "at larger scores the two part"
+    exact = np.asarray(run(softmax, "forward", softmax.spec(), q, k, v, vis))
+    gap = lambda q: np.abs(np.asarray(run(BASED, "forward", Spec(), q, k, v, vis)) - exact).max()
+    assert gap(q) / np.abs(exact).max() < 1e-4
+    assert gap(20 * q) > 1e-2, "at larger scores the two part"
 
 
 @MAPS
@@ -144,13 +145,12 @@ def test_the_state_is_as_large_as_the_paper_s_formula(map):
 
 @MAPS
 def test_the_state_holds_sums_of_features(map):
-    q, k, v = inputs(20, heads=2, kv_heads=2, value_dim=5)
-    ones = jnp.ones((2, 20), jnp.int32)
-    call = (q, k, v, default_positions(2, 20), ones)
-    held = BASED.step(state(Spec(map=map), heads=2, value_dim=5), *call, Call(Spec(map=map)))[1]
-    fk = phi(q, k, map)[1]
-    close(held.S[..., :5], jnp.einsum("bthf,bthv->bhfv", fk, v))
-    close(held.S[..., 5], fk.sum(1))
+    q, k, v = arrays(20, heads=2, kv_heads=2, value_dim=5)
+    new, ones = state(Spec(map=map), heads=2, value_dim=5), np.ones((2, 20), np.int32)
+    held = run(BASED, "step", Spec(map=map), new, q, k, v, default_positions(2, 20), ones)[1]
+    fk, held = np.asarray(phi(q, k, map)[1]), np.asarray(held.S)
+    close(held[..., :5], np.einsum("bthf,bthv->bhfv", fk, v))
+    close(held[..., 5], fk.sum(1))
 
 
 @pytest.mark.optimised
@@ -159,8 +159,8 @@ def test_memory_is_linear_in_the_length_without_the_features_of_all_tokens():
 
     def compiled(length, gradient):
         shape = lambda d: jax.ShapeDtypeStruct((1, length, 4, d), jnp.float32)
-        run = lambda q, k, v: BASED.forward(q, k, v, self_visibility(1, length), Call(Spec()))
-        f = jax.grad(lambda *x: jnp.sum(run(*x) ** 2), (0, 1, 2)) if gradient else run
+        forward = lambda q, k, v: BASED.forward(q, k, v, self_visibility(1, length), Call(Spec()))
+        f = jax.grad(lambda *x: jnp.sum(forward(*x) ** 2), (0, 1, 2)) if gradient else forward
         program = jax.jit(f).lower(shape(16), shape(16), shape(64)).compile()
         arrays = re.findall(r"f32\[([\d,]+)\]", program.as_text())
         largest = max(math.prod(map(int, dims.split(","))) for dims in arrays)
@@ -173,15 +173,15 @@ def test_memory_is_linear_in_the_length_without_the_features_of_all_tokens():
 
 
 def test_the_layer_s_heads_have_the_feature_dim_and_no_rotation():
-    tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 256)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 256, (1, 9)), jnp.int32)
 
     def logits(mixer):
         """Of one layer under positions 0, 1, 2, ... and 0, 3, 6, ..., and its parameters' shapes."""
         model = Decoder(dataclasses.replace(based("tiny"), mixers=(mixer,), num_layers=1, mlps=("none",)))
-        params = jax.tree.map(lambda x: 5 * x, model.init(jax.random.key(0), tokens)["params"])
-        run = jax.jit(lambda positions: model.apply({"params": params}, tokens, positions))
+        params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(jax.random.key(0), tokens)["params"]))()
+        at = jax.jit(lambda params, positions: model.apply({"params": params}, tokens, positions))
         shapes = jax.tree.map(jnp.shape, params["layer_0"]["attn"])
-        return run(default_positions(1, 9)), run(3 * default_positions(1, 9)), shapes
+        return *(at(params, n * np.arange(9, dtype=np.int32)[None]) for n in (1, 3)), shapes
 
     near, far, shapes = logits("based(feature_dim=24)")
     np.testing.assert_array_equal(near, far)
@@ -226,12 +226,17 @@ def test_window_layer_shows_the_released_number_of_keys():
     choice = resolve_mixer(based("360m").mixers[2])
     mechanism = choice.mechanism
     assert mechanism is not None
-    q, k, v = inputs(200, heads=1, kv_heads=1, dim=8, value_dim=8)
+    q, k, v = arrays(200, heads=1, kv_heads=1, dim=8, value_dim=8)
     vis, w, i = self_visibility(2, 200, window=choice.window), 128, 170
-    run = jax.jit(lambda k: mechanism.forward(q, k, v, vis, Call(choice.spec))[:, i])
-    before = run(k)
-    np.testing.assert_array_equal(run(k.at[:, i - w - 1].add(9.0)), before)
-    assert not np.allclose(run(k.at[:, i - w].add(9.0)), before)
+
+    def row(moved):
+        keys = k.copy()
+        keys[:, i - moved] += 9.0
+        return np.asarray(run(mechanism, "forward", choice.spec, q, keys, v, vis))[:, i]
+
+    before = row(w + 9)  # a key that nobody behind it sees any more
+    np.testing.assert_array_equal(row(w + 1), before)
+    assert not np.allclose(row(w), before)
 
 
 def test_bad_options_name_the_field_and_the_remedy():

@@ -13,7 +13,8 @@ from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.lightning import MECHANISM as LIGHTNING
 from jaxattn.mechanisms.lightning import Spec, head_slopes
 from jaxattn.mechanisms.linear import MECHANISM as LINEAR
-from tests.conformance.cases import close, inputs
+from tests.conformance.cases import arrays, close, inputs, seen
+from tests.mechanisms.programs import run
 
 BOTH = pytest.mark.parametrize("mechanism", [LINEAR, LIGHTNING], ids=lambda m: m.name)
 
@@ -52,9 +53,10 @@ def test_layer_factors():
 def test_a_row_by_hand():
     """One head of the paper's two at layer 1 of 2: s_1 = 8/2 · 1/2 = 2; identity features."""
     spec = Spec(slopes="paper", feature="identity")
-    q = jnp.ones((1, 3, 2, 1)) * 2.0
-    k = jnp.array([1.0, -1.0, 3.0])[None, :, None, None].repeat(2, axis=2)
-    a = LIGHTNING.weights(q, k, self_visibility(1, 3), Call(spec, depth=(1, 2)))
+    q = np.full((1, 3, 2, 1), 2, np.float32)
+    k = np.float32([1, -1, 3])[None, :, None, None].repeat(2, axis=2)
+    a = run(LIGHTNING, "weights", spec, q, k, self_visibility(1, 3), depth=(1, 2))
+    a = jax.tree.map(np.asarray, a)
     np.testing.assert_allclose(a.values[0, 0, 2], [2, -2, 6], rtol=1e-6)  # head 0 never forgets
     np.testing.assert_allclose(a.values[0, 1, 2], [2 * np.exp(-4), -2 * np.exp(-2), 6], rtol=1e-6)
     np.testing.assert_allclose(a.scores[0, 1, 2], [2, -2, 6], rtol=1e-6)
@@ -66,15 +68,14 @@ def test_linear_is_the_paper_s_quotient():
     fq, fk, v64 = phi(np.asarray(q, np.float64)), phi(np.asarray(k, np.float64)), np.asarray(v, np.float64)
     top = np.einsum("bthd,bthdv->bthv", fq, np.cumsum(fk[..., :, None] * v64[..., None, :], axis=1))
     bottom = np.einsum("bthd,bthd->bth", fq, np.cumsum(fk, axis=1))
-    close(LINEAR.forward(q, k, v, self_visibility(2, 40), Call(LINEAR.spec())), top / (bottom[..., None] + 1e-6))
+    close(run(LINEAR, "forward", LINEAR.spec(), q, k, v, self_visibility(2, 40)), top / (bottom[..., None] + 1e-6))
 
 
 def test_scale_defaults_to_one_and_multiplies():
-    q, k, v = inputs(20)
-    vis, spec = self_visibility(2, 20), Spec()
-    o = LIGHTNING.forward(q, k, v, vis, Call(spec))
-    close(LIGHTNING.forward(q, k, v, vis, Call(spec, scale=0.25)), 0.25 * o)
-    close(LIGHTNING.reference(q, k, v, vis, Call(spec, scale=0.25)), 0.25 * o)
+    call = Spec(), *inputs(20), self_visibility(2, 20)
+    o = np.asarray(run(LIGHTNING, "forward", *call))
+    close(run(LIGHTNING, "forward", *call, scale=0.25), 0.25 * o)
+    close(run(LIGHTNING, "reference", *call, scale=0.25), 0.25 * o)
 
 
 @pytest.mark.parametrize("spec", [Spec(), *LIGHTNING.variants], ids=str)
@@ -83,11 +84,11 @@ def test_depth_reaches_forward_reference_and_step(spec):
     vis, ones = self_visibility(2, 70), jnp.ones((2, 70), jnp.int32)
     outputs = []
     for depth in ((0, 4), (3, 4)):
-        o = LIGHTNING.forward(q, k, v, vis, Call(spec, depth=depth))
-        close(LIGHTNING.reference(q, k, v, vis, Call(spec, depth=depth)), o, rtol=1e-5)
+        o = run(LIGHTNING, "forward", spec, q, k, v, vis, depth=depth)
+        close(run(LIGHTNING, "reference", spec, q, k, v, vis, depth=depth), o, rtol=1e-5)
         dims = dict(batch=2, capacity=70, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
         state = LIGHTNING.init_state(spec, **dims)
-        step = LIGHTNING.step(state, q, k, v, default_positions(2, 70), ones, Call(spec, depth=depth))
+        step = run(LIGHTNING, "step", spec, state, q, k, v, default_positions(2, 70), ones, depth=depth)
         close(step[0], o)
         outputs.append(o)
     assert not np.allclose(*outputs, rtol=1e-2), "layers forget at different rates"
@@ -96,14 +97,13 @@ def test_depth_reaches_forward_reference_and_step(spec):
 @BOTH
 def test_rows_of_the_weights_may_be_taken_alone(mechanism):
     """Analysis asks for slices of queries; their decays must not depend on where the slice starts."""
-    q, k, _ = inputs(30)
-    segments = jnp.array([[0] * 4 + [1] * 10 + [2] * 16, [1] * 30])
-    positions = jnp.concatenate([jnp.arange(14) - 4, jnp.arange(16)])[None].clip(0).repeat(2, 0)
-    positions = positions.at[1].set(jnp.arange(30))
-    vis = self_visibility(2, 30, positions=positions, segment_ids=segments)
-    spec = mechanism.spec()
-    whole = mechanism.weights(q, k, vis, Call(spec)).values
-    close(mechanism.weights(q[:, 11:18], k, vis.rows(11, 7), Call(spec)).values, whole[:, :, 11:18])
+    q, k, _ = arrays(30)
+    segments = np.int32([[0] * 4 + [1] * 10 + [2] * 16, [1] * 30])
+    positions = np.int32([[*range(-4, 10), *range(16)], range(30)]).clip(0)
+    vis, spec = seen(positions, segments, batch=2, length=30), mechanism.spec()
+    whole = np.asarray(run(mechanism, "weights", spec, q, k, vis).values)
+    rows = jax.jit(lambda vis: vis.rows(11, 7))(vis)
+    close(run(mechanism, "weights", spec, q[:, 11:18], k, rows).values, whole[:, :, 11:18])
 
 
 @BOTH
@@ -114,8 +114,8 @@ def test_the_state_has_one_size_and_ends_where_the_document_does(mechanism):
         dims = dict(batch=2, capacity=capacity, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
         state = mechanism.init_state(spec, **dims)
         sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
-        segments = jnp.array([[1] * 10 + [2] * 14, [5] * 20 + [0] * 4])
-        _, state = mechanism.step(state, q, k, v, default_positions(2, 24), segments, Call(spec))
+        segments = np.int32([[1] * 10 + [2] * 14, [5] * 20 + [0] * 4])
+        _, state = run(mechanism, "step", spec, state, q, k, v, default_positions(2, 24), segments)
         sizes.add(tuple(x.size for x in jax.tree.leaves(state)))
         np.testing.assert_array_equal(state.segment, [2, 5])
         assert state.S.dtype == jnp.float32
@@ -134,12 +134,12 @@ def test_calls_that_cannot_be_served_are_refused(mechanism):
         ("position_bias", vis, {"bias": zero}),
     ]
     for capability, rules, options in calls:
-        for run in (mechanism.forward, mechanism.reference):
+        for function in (mechanism.forward, mechanism.reference):
             with pytest.raises(NotImplementedError, match=f"^{mechanism.name} does not support {capability}\\.$"):
-                run(q, k, v, rules, Call(spec, **options))
-    for run in (mechanism.forward, mechanism.reference):
+                function(q, k, v, rules, Call(spec, **options))
+    for function in (mechanism.forward, mechanism.reference):
         with pytest.raises(NotImplementedError, match="causal_cross"):
-            run(q[:, 4:], k, v, vis.rows(4, 8), Call(spec))
+            function(q[:, 4:], k, v, vis.rows(4, 8), Call(spec))
     dims = dict(batch=2, capacity=12, heads=4, kv_heads=2, key_dim=16, value_dim=16, dtype=q.dtype)
     state = mechanism.init_state(spec, **dims)
     for capability, options in (("window", {"window": 4}), ("position_bias", {"bias": zero})):
@@ -149,12 +149,14 @@ def test_calls_that_cannot_be_served_are_refused(mechanism):
 
 @BOTH
 def test_global_keys_are_a_document_of_their_own(mechanism):
-    q, k, v = inputs(20)
-    segments = jnp.ones((2, 20), jnp.int32).at[:, 0].set(GLOBAL)
-    vis, spec = self_visibility(2, 20, segment_ids=segments), mechanism.spec()
-    o = mechanism.forward(q, k, v, vis, Call(spec))
-    close(o[:, 1:], mechanism.forward(q[:, 1:], k[:, 1:], v[:, 1:], self_visibility(2, 19), Call(spec)))
-    close(mechanism.reference(q, k, v, vis, Call(spec)), o)
+    q, k, v = arrays(20)
+    segments = np.ones((2, 20), np.int32)
+    segments[:, 0] = GLOBAL
+    vis, spec = seen(segments=segments, batch=2, length=20), mechanism.spec()
+    o = np.asarray(run(mechanism, "forward", spec, q, k, v, vis))
+    alone = seen(batch=2, length=19)
+    close(o[:, 1:], run(mechanism, "forward", spec, q[:, 1:], k[:, 1:], v[:, 1:], alone))
+    close(run(mechanism, "reference", spec, q, k, v, vis), o)
 
 
 def test_bad_options_name_the_field_and_the_remedy():
@@ -185,8 +187,8 @@ def test_minimax_parity(layer):
         hidden_size=heads * dim, num_attention_heads=heads, head_dim=dim, num_hidden_layers=4, block_size=16
     )
     theirs = minimax.MiniMaxLightningAttention(cfg, layer).eval()
-    seen = {}
-    theirs.norm.register_forward_pre_hook(lambda module, args: seen.update(heads=args[0]))
+    heads_of = {}
+    theirs.norm.register_forward_pre_hook(lambda module, args: heads_of.update(heads=args[0]))
     x = torch.randn(2, length, heads * dim)
     with torch.no_grad():
         _, state = theirs(x, None, None)
@@ -195,14 +197,8 @@ def test_minimax_parity(layer):
     spec, depth = Spec(slopes="minimax"), (layer, 4)
     dims = dict(batch=2, capacity=length, heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, dtype=q.dtype)
     ones = jnp.ones((2, length), jnp.int32)
-    o, ours = LIGHTNING.step(
-        LIGHTNING.init_state(spec, **dims),
-        q,
-        k,
-        jax.nn.silu(v),  # MiniMax activates its values too, which is the layer's business
-        default_positions(2, length),
-        ones,
-        Call(spec, depth=depth),
-    )
-    close(o.reshape(2, length, -1), seen["heads"].numpy(), rtol=1e-5)
+    state0 = LIGHTNING.init_state(spec, **dims)
+    v = jax.nn.silu(v)  # MiniMax activates its values too, which is the layer's business
+    o, ours = run(LIGHTNING, "step", spec, state0, q, k, v, default_positions(2, length), ones, depth=depth)
+    close(np.asarray(o).reshape(2, length, -1), heads_of["heads"].numpy(), rtol=1e-5)
     close(ours.S, state.numpy(), rtol=1e-5)

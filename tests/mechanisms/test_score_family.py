@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,23 +14,35 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import Call, get
 from jaxattn.rope import Alibi, alibi_slopes
+from tests.conformance.cases import normal, seen
+from tests.mechanisms.programs import run
 
 
-def rows(name, q, k, params=None, bias=None, **spec):
+def rows(name, q, k, params=None, **spec):
     """Dense weights [B, H, T, P+S] of a causal call."""
-    mechanism = get(name)
-    vis = self_visibility(*q.shape[:2])
-    return mechanism.weights(q, k, vis, Call(mechanism.make_spec(**spec), params or {}, bias=bias))
+    mechanism, vis = get(name), seen(batch=q.shape[0], length=q.shape[1])
+    return jax.device_get(run(mechanism, "weights", mechanism.make_spec(**spec), q, k, vis, params=params))
+
+
+@partial(jax.jit, static_argnames=("name", "options", "causal"))
+def _attend(name, q, k, v, options, causal, **arrays):
+    return jaxattn.attend(name, q, k, v, causal=causal, **arrays, **dict(options))
+
+
+def attend(name, q, k, v, *, causal=True, params=None, kv_positions=None, segment_ids=None, **options):
+    """Compiled, and as a NumPy array."""
+    arrays = {"params": params, "kv_positions": kv_positions, "segment_ids": segment_ids}
+    given = {k: x for k, x in arrays.items() if x is not None}
+    return np.asarray(_attend(name, q, k, v, tuple(options.items()), causal, **given))
 
 
 def qkv(length=9, heads=2, dim=4, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return [jax.random.normal(key, (1, length, heads, dim)) for key in keys]
+    return [normal(3 * seed + i, (1, length, heads, dim)) for i in range(3)]
 
 
 # Three keys, one head, D = 4 so that scale = 1/2; scores of the last row are exactly 1, -1, 0.
-Q = jnp.array([[0.0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]])[None, :, None]
-K = jnp.array([[1.0, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0]])[None, :, None]
+Q = np.float32([[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]])[None, :, None]
+K = np.float32([[1, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0]])[None, :, None]
 E, SIG = np.exp, lambda x: 1 / (1 + np.exp(-x))
 LAST = np.array([1.0, -1.0, 0.0])
 
@@ -68,8 +82,8 @@ def test_off_by_one_row_and_its_slot():
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_weights_of_slots_are_exact(name, size):
     """Also where one minus the other weights is nothing but rounding: each weight to a part in 10^4 of itself."""
-    q, k, _ = (np.asarray(x) for x in qkv())
-    q = q * size
+    q, k, _ = qkv()
+    q = q * np.float32(size)
     params = get(name).init_params(jax.random.key(0), get(name).spec(), heads=2, kv_heads=2, key_dim=4, value_dim=4)
     slot = np.asarray(params["k"], np.float64) if "k" in params else np.zeros((2, 4))
     keys = np.concatenate([slot[None, None], k.astype(np.float64)], axis=1)
@@ -77,7 +91,7 @@ def test_weights_of_slots_are_exact(name, size):
     s = np.where(np.tri(9, 10, 1, dtype=bool), s, -np.inf)
     exact = np.exp(s - s.max(-1, keepdims=True))
     exact /= exact.sum(-1, keepdims=True)
-    found = np.asarray(rows(name, jnp.asarray(q), jnp.asarray(k), params).values)
+    found = np.asarray(rows(name, q, k, params).values)
     assert found.min() >= 0
     assert exact[..., 0].min() < (1e-7 if size == 30.0 else 1)
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-37)  # f32 holds nothing smaller
@@ -91,7 +105,8 @@ def test_kernel_elu_row():
 
 
 def test_kernel_mlp_row_and_clipped_normaliser():
-    params = {"w1": 3 * jnp.eye(4), "w2": jnp.eye(4)[::-1]}
+    eye = np.eye(4, dtype=np.float32)
+    params = {"w1": 3 * eye, "w2": eye[::-1]}
     phi = lambda x: np.maximum(3 * x, 0)[..., ::-1]
     w = phi(np.asarray(Q)[0, 2, 0]) @ phi(np.asarray(K)[0, :, 0]).T / 2
     np.testing.assert_allclose(rows("kernel_mlp", Q, K, params).values[0, 0, 2], w / max(abs(w.sum()), 1), atol=1e-6)
@@ -99,33 +114,30 @@ def test_kernel_mlp_row_and_clipped_normaliser():
 
 def test_k_bias_of_zeros_is_softmax_off_by_one():
     q, k, v = qkv()
-    params = {"k": jnp.zeros((2, 4))}
+    params = {"k": np.zeros((2, 4), np.float32)}
     np.testing.assert_allclose(
-        jaxattn.attend("k_bias", q, k, v, params=params),
-        jaxattn.attend("softmax_off_by_one", q, k, v),
+        attend("k_bias", q, k, v, params=params),
+        attend("softmax_off_by_one", q, k, v),
         atol=1e-6,
     )
 
 
 def test_kv_bias_that_nobody_chooses_is_softmax():
     q, k, v = qkv()
-    q = jnp.abs(q)
-    params = {"k": jnp.full((2, 4), -1e4), "v": jnp.ones((2, 4))}
-    np.testing.assert_allclose(
-        jaxattn.attend("kv_bias", q, k, v, params=params), jaxattn.attend("softmax", q, k, v), atol=1e-6
-    )
+    q = np.abs(q)
+    params = {"k": np.full((2, 4), -1e4, np.float32), "v": np.ones((2, 4), np.float32)}
+    np.testing.assert_allclose(attend("kv_bias", q, k, v, params=params), attend("softmax", q, k, v), atol=1e-6)
 
 
 def test_fixed_value_and_learnable_dims_of_the_k_bias():
     q, k, v = qkv()
     spec = dict(value_scale=5.0, key_dims=1)
-    params = {"k": jnp.array([[2.0], [-2.0]])}
-    o = jaxattn.attend("k_bias", q, k, v, params=params, **spec)
-    slot = jnp.zeros((1, 1, 2, 4)).at[..., 0].set(jnp.array([2.0, -2.0]))
-    s = jnp.einsum("bthd,bshd->bhts", q, jnp.concatenate([slot, k], 1)) / 2
-    s = jnp.where(jnp.tril(jnp.ones((9, 10), bool), 1), s, -jnp.inf)
-    values = jnp.concatenate([jnp.zeros((1, 1, 2, 4)).at[..., 0].set(5.0), v], 1)
-    expected = jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(s), values)
+    o = attend("k_bias", q, k, v, params={"k": np.float32([[2], [-2]])}, **spec)
+    slot, value = np.zeros((2, 1, 1, 2, 4))
+    slot[..., 0], value[..., 0] = [2.0, -2.0], 5.0
+    s = np.einsum("bthd,bshd->bhts", q, np.concatenate([slot, k], 1)) / 2
+    w = np.where(np.tri(9, 10, 1, dtype=bool), np.exp(s), 0)
+    expected = np.einsum("bhts,bshv->bthv", w / w.sum(-1, keepdims=True), np.concatenate([value, v], 1))
     np.testing.assert_allclose(o, expected, atol=1e-5)
     with pytest.raises(ConfigError, match=r"key_dims is 9 but the key dim is 4"):
         get("k_bias").init_params(
@@ -135,16 +147,14 @@ def test_fixed_value_and_learnable_dims_of_the_k_bias():
 
 def test_v_bias_is_softmax_plus_a_constant():
     q, k, v = qkv()
-    bias = jnp.arange(8.0).reshape(2, 4)
-    o = jaxattn.attend("v_bias", q, k, v, params={"v": bias})
-    np.testing.assert_allclose(o, jaxattn.attend("softmax", q, k, v) + bias, atol=1e-6)
+    bias = np.arange(8, dtype=np.float32).reshape(2, 4)
+    o = attend("v_bias", q, k, v, params={"v": bias})
+    np.testing.assert_allclose(o, attend("softmax", q, k, v) + bias, atol=1e-6)
 
 
 def test_scaled_rows_equal_a_scaled_output():
     q, k, v = qkv()
-    np.testing.assert_allclose(
-        jaxattn.attend("softmax", q, k, v, row_sum=0.05), 0.05 * jaxattn.attend("softmax", q, k, v), atol=1e-7
-    )
+    np.testing.assert_allclose(attend("softmax", q, k, v, row_sum=0.05), 0.05 * attend("softmax", q, k, v), atol=1e-7)
 
 
 def test_normalised_sigmoid_rows_sum_to_one():
@@ -155,22 +165,20 @@ def test_normalised_sigmoid_rows_sum_to_one():
 @pytest.mark.parametrize("name", ["sigmoid", "elu", "identity"])
 def test_unnormalised_attention_is_additive_over_keys(name):
     q, k, v = qkv(12)
-    full = jaxattn.attend(name, q, k, v, causal=False)
+    full = attend(name, q, k, v, causal=False)
     for cut in (1, 5, 11):
-        ids = jnp.arange(12)[None]
-        part = lambda a, b, ids=ids: jaxattn.attend(
-            name, q, k[:, a:b], v[:, a:b], causal=False, kv_positions=ids[:, a:b]
-        )
+        ids = np.arange(12, dtype=np.int32)[None]
+        part = lambda a, b, ids=ids: attend(name, q, k[:, a:b], v[:, a:b], causal=False, kv_positions=ids[:, a:b])
         np.testing.assert_allclose(part(0, cut) + part(cut, 12), full, atol=1e-5)
-    normal = jaxattn.attend("softmax", q, k, v, causal=False)
-    one = jaxattn.attend("softmax", q, k[:, :5], v[:, :5], causal=False)
+    normal = attend("softmax", q, k, v, causal=False)
+    one = attend("softmax", q, k[:, :5], v[:, :5], causal=False)
     assert not np.allclose(one, normal, atol=1e-2)
 
 
 def test_sigmoid_with_zero_queries_has_the_bias_as_weight():
     n = 16
     _, k, _ = qkv(n)
-    a = rows("sigmoid", jnp.zeros_like(k), k, train_len=n).values[0, 0]
+    a = rows("sigmoid", np.zeros_like(k), k, train_len=n).values[0, 0]
     np.testing.assert_allclose(a[np.tril_indices(n)], 1 / (1 + n), rtol=1e-5)
     np.testing.assert_allclose(a[-1].sum(), n / (n + 1), rtol=1e-5)
 
@@ -180,28 +188,29 @@ def test_sigmoid_is_not_shift_invariant_and_needs_the_full_alibi_distance():
     full = Alibi(alibi_slopes(2))
     keys_only = lambda i, j: full.slopes[None, :, None, None] * j[:, None, None, :]
     for name, equal in (("softmax", True), ("sigmoid", False)):
-        a = jaxattn.attend(name, q, k, v, bias=full)
-        b = jaxattn.attend(name, q, k, v, bias=keys_only)
+        a, b = (jax.jit(partial(jaxattn.attend, name, bias=bias))(q, k, v) for bias in (full, keys_only))
         assert np.allclose(a, b, atol=1e-5) == equal
 
 
 def test_sigmoid_gradient_is_p_times_one_minus_p():
     q, k, v = qkv()
-    do = jax.random.normal(jax.random.key(5), v.shape)
-    dq, dk, dv = jax.grad(lambda *x: jnp.sum(jaxattn.attend("sigmoid", *x) * do), argnums=(0, 1, 2))(q, k, v)
+    do = normal(5, v.shape)
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(jaxattn.attend("sigmoid", *x) * do), argnums=(0, 1, 2)))
+    dq, dk, dv = gradients(q, k, v)
     p = rows("sigmoid", q, k).values
-    ds = p * (1 - p) * jnp.einsum("bthv,bshv->bhts", do, v) / 2
-    np.testing.assert_allclose(dv, jnp.einsum("bhts,bthv->bshv", p, do), atol=1e-5)
-    np.testing.assert_allclose(dq, jnp.einsum("bhts,bshd->bthd", ds, k), atol=1e-5)
-    np.testing.assert_allclose(dk, jnp.einsum("bhts,bthd->bshd", ds, q), atol=1e-5)
+    ds = p * (1 - p) * np.einsum("bthv,bshv->bhts", do, v) / 2
+    np.testing.assert_allclose(dv, np.einsum("bhts,bthv->bshv", p, do), atol=1e-5)
+    np.testing.assert_allclose(dq, np.einsum("bhts,bshd->bthd", ds, k), atol=1e-5)
+    np.testing.assert_allclose(dk, np.einsum("bhts,bthd->bshd", ds, q), atol=1e-5)
 
 
 def test_relu_divides_by_the_visible_keys_only():
-    q, k, v = jnp.ones((1, 6, 1, 4)), jnp.ones((1, 6, 1, 4)), jnp.ones((1, 6, 1, 4))
-    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    a = jaxattn.attend("relu", q, k, v, segment_ids=segments)
+    q, k, v = np.ones((3, 1, 6, 1, 4), np.float32)
+    segments = np.int32([[1, 1, 1, 2, 2, 0]])
+    a = attend("relu", q, k, v, segment_ids=segments)
     np.testing.assert_allclose(a[0, :, 0, 0], [2, 2, 2, 2, 2, 0], atol=1e-6)
-    windowed = get("relu").weights(q, k, self_visibility(1, 6, window=2), Call(get("relu").spec())).values[0, 0]
+    vis = self_visibility(1, 6, window=2)
+    windowed = jax.device_get(run(get("relu"), "weights", get("relu").spec(), q, k, vis)).values[0, 0]
     np.testing.assert_allclose(windowed[4], [0, 0, 0, 1, 1, 0], atol=1e-6)
 
 
@@ -219,7 +228,7 @@ def test_relu_divides_by_the_visible_keys_only():
 )
 def test_impossible_options_are_refused_by_name(name, spec, message):
     mechanism = get(name)
-    q, k, v = qkv()
+    q, k, v = map(jnp.asarray, qkv())
     vis = self_visibility(1, 9)
     with pytest.raises(ConfigError, match=message):
         mechanism.forward(q, k, v, vis, Call(mechanism.make_spec(**spec)))

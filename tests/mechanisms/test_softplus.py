@@ -20,7 +20,8 @@ from pallas_kernels.softplus import xla as backend
 from pallas_kernels.softplus.reference import dense_rows, softplus, softplus_reference
 from pallas_kernels.softplus.xla import softplus_xla
 from tests import decoding
-from tests.conformance.cases import close, inputs, packed
+from tests.conformance.cases import close, inputs, normal, packed, seen
+from tests.mechanisms import programs
 
 LSSA = Spec(reweight=False)
 
@@ -47,13 +48,13 @@ def two_stages(q, k, *, p=None, exempt=3):
 
 
 def rows(q, k, spec, **call):
-    vis = self_visibility(*q.shape[:2])
-    return np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, Call(spec, **call)).values)
+    vis = seen(batch=q.shape[0], length=q.shape[1])
+    return np.asarray(programs.run(MECHANISM, "weights", spec, q, k, vis, **call).values)
 
 
-def forward(q, k, v, spec, vis=None, **call):
-    vis = self_visibility(*q.shape[:2]) if vis is None else vis
-    return MECHANISM.forward(*(jnp.asarray(x) for x in (q, k, v)), vis, Call(spec, **call))
+def forward(q, k, v, spec, vis=None):
+    vis = seen(batch=q.shape[0], length=q.shape[1]) if vis is None else vis
+    return np.asarray(programs.run(MECHANISM, "forward", spec, q, k, v, vis))
 
 
 @pytest.mark.parametrize("p", [None, 1.0, 2.5, 3.0, 15.0])
@@ -71,8 +72,8 @@ def test_collapsed_form_is_the_two_stage_definition(p):
 
 def test_hand_worked_row():
     """D = 4 and four keys: s = log(4)² cos, so that φ = log(1 + 4^(log 4 · cos)) for cos = 1, -1, 0, 0."""
-    q = jnp.array([3.0, 0, 0, 0]).reshape(1, 1, 1, 4).repeat(4, 1)
-    k = jnp.array([[2.0, 0, 0, 0], [-5, 0, 0, 0], [0, 1, 0, 0], [0, 0, 7, 0]])[None, :, None]
+    q = np.float32([3, 0, 0, 0]).reshape(1, 1, 1, 4).repeat(4, 1)
+    k = np.float32([[2.0, 0, 0, 0], [-5, 0, 0, 0], [0, 1, 0, 0], [0, 0, 7, 0]])[None, :, None]
     phi = np.log1p(np.exp(np.log(4) ** 2 * np.array([1.0, -1, 0, 0])))
     np.testing.assert_allclose(rows(q, k, LSSA)[0, 0, 3], phi / phi.sum(), atol=1e-6)
     # the mean, 0.911, clips all but the first key; with exempt = 4 nothing is clipped
@@ -128,28 +129,28 @@ def test_exp_in_place_of_softplus_is_softmax_of_the_scores(monkeypatch):
     q, k, _ = qkv(50)
     monkeypatch.setattr("pallas_kernels.softplus.reference.softplus", jnp.exp)
     vis = self_visibility(1, 50)
-    a, s = dense_rows(unit(jnp.asarray(q)), unit(jnp.asarray(k)), vis, **options(Call(LSSA), 16))
-    s = jnp.where(jnp.tril(jnp.ones((50, 50), bool)), s, -jnp.inf)
-    np.testing.assert_allclose(a, jax.nn.softmax(s), atol=1e-6)
+    a, s = jax.jit(lambda q, k: dense_rows(unit(q), unit(k), vis, **options(Call(LSSA), 16)))(q, k)
+    w = np.where(np.tri(50, dtype=bool), np.exp(s), 0)
+    np.testing.assert_allclose(a, w / w.sum(-1, keepdims=True), atol=1e-6)
 
 
 def decoded(q, k, v, spec, pieces):
     state = decoding.init_state(MECHANISM, spec, q, k, v, 70)
-    outputs, at, positions = [], 0, default_positions(1, q.shape[1])
+    step = jax.jit(lambda state, *x: decoding.step(MECHANISM, spec, state, *x))
+    outputs, at, positions = [], 0, np.asarray(default_positions(1, q.shape[1]))
     for n in pieces:
-        cut = lambda x, a=at, n=n: jnp.asarray(x[:, a : a + n])
-        ones = jnp.ones((1, n), jnp.int32)
-        o, state = decoding.step(MECHANISM, spec, state, *map(cut, (q, k, v, positions)), ones)
-        outputs.append(o)
+        cut = [x[:, at : at + n] for x in (q, k, v, positions)]
+        o, state = step(state, *cut, np.ones((1, n), np.int32))
+        outputs.append(np.asarray(o))
         at += n
     np.testing.assert_allclose(np.linalg.norm(state.keys[:, :at], axis=-1), 1, atol=1e-6)
-    return jnp.concatenate(outputs, axis=1)
+    return np.concatenate(outputs, axis=1)
 
 
 @pytest.mark.parametrize("spec", [LSSA, Spec(p=3.0), Spec()], ids=str)
 def test_decoding_with_a_cache_is_the_forward(spec, monkeypatch):
     q, k, v = qkv(64)
-    pieces = [31, 8, 8, 8, 8, 1]
+    pieces = [31, 1, 1, 31]
     full = forward(q, k, v, spec)
     np.testing.assert_allclose(decoded(q, k, v, spec, pieces), full, atol=1e-5)
     # The planted bug: N counted from the start of the piece that is decoded.
@@ -168,7 +169,7 @@ def test_row_length_restarts_per_document_and_skips_padding():
     q, k, _ = qkv(40)
     positions, segments = packed([17, 12], 40, batch=1)
     vis = self_visibility(1, 40, positions=positions, segment_ids=segments)
-    a = np.asarray(MECHANISM.weights(jnp.asarray(q), jnp.asarray(k), vis, Call(Spec())).values)
+    a = np.asarray(programs.run(MECHANISM, "weights", Spec(), q, k, vis).values)
     np.testing.assert_allclose(a[..., :17, :17], two_stages(q[:, :17], k[:, :17], p=15), atol=2e-5)
     np.testing.assert_allclose(a[..., 17:29, 17:29], two_stages(q[:, 17:29], k[:, 17:29], p=15), atol=2e-5)
     assert not np.any(a[..., 29:, :])
@@ -180,38 +181,43 @@ def test_uniform_rows_keep_their_lssa_weights(run, monkeypatch):
     """One token repeated without positions: every φ is its row's mean."""
     monkeypatch.setattr(backend, "MAX_GROUPS", 1)
     length = 1500  # across key chunks, where sums round
-    one = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
-    q = k = jnp.broadcast_to(one, (1, length, 1, 8))
-    v = jax.random.normal(jax.random.key(1), (1, length, 1, 2))
-    vis, call = self_visibility(1, length), options(Call(Spec()), 8)
-    loss = lambda q, k, v, out: out(run(unit(q), unit(k), v, vis, **call))
-    o = loss(q, k, v, lambda o: o)
-    np.testing.assert_allclose(o, jnp.cumsum(v, 1) / jnp.arange(1, length + 1)[:, None, None], atol=1e-4)
-    grads = jax.jit(jax.grad(lambda *x: loss(*x, lambda o: jnp.sum(jnp.sin(o))), argnums=(0, 1, 2)))(q, k, v)
+    one = normal(0, (1, 1, 1, 8))
+    q = k = np.broadcast_to(one, (1, length, 1, 8))
+    v = normal(1, (1, length, 1, 2))
+    vis, call = seen(batch=1, length=length), options(Call(Spec()), 8)
+
+    def loss(q, k, v):
+        o = run(unit(q), unit(k), v, vis, **call)
+        return jnp.sum(jnp.sin(o)), o
+
+    (_, o), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    np.testing.assert_allclose(o, np.cumsum(v, 1) / np.arange(1, length + 1)[:, None, None], atol=1e-4)
     assert all(np.all(np.isfinite(g)) for g in grads)
     assert np.any(grads[2])
 
 
 def test_zero_vectors_have_finite_gradients():
-    q, k, v = (jnp.asarray(x) for x in qkv(12))
-    q, k = q.at[:, 5].set(0), k.at[:, 7].set(0)
-    grads = jax.grad(lambda *x: jnp.sum(jnp.sin(forward(*x, Spec()))), argnums=(0, 1, 2))(q, k, v)
+    q, k, v = qkv(12)
+    q[:, 5], k[:, 7], vis = 0, 0, self_visibility(1, 12)
+    loss = lambda *x: jnp.sum(jnp.sin(MECHANISM.forward(*x, vis, Call(Spec()))))
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     assert all(np.all(np.isfinite(g)) for g in grads)
 
 
 def test_fifteenth_powers_of_long_rows_do_not_overflow(monkeypatch):
-    """One key along every query and all others against it: A·N is near N = 8192, and 8192^15 is no f32."""
+    """One key along every query and all others against it: A·N is near N = 2048, and 2048^15 is no f32."""
     monkeypatch.setattr(backend, "MAX_GROUPS", 2)  # compiles in a quarter of the time
-    length, dim = 8192, 4
+    length, dim = 2048, 4
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, length, 1, dim)).astype(np.float32) * 0.1 + np.float32([1, 0, 0, 0])
     k, v = -q[:, ::-1].copy(), rng.standard_normal((1, length, 1, 2)).astype(np.float32)
     k[:, 0] = [[1, 0, 0, 0]]
-    run = lambda *x: jnp.sum(forward(*x, Spec()) * v)
-    value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*map(jnp.asarray, (q, k, v)))
+    vis = self_visibility(1, length)
+    run = lambda *x: jnp.sum(MECHANISM.forward(*x, vis, Call(Spec())) * v)
+    value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(q, k, v)
     assert all(np.all(np.isfinite(x)) for x in (value, *grads))
-    last = self_visibility(1, length).rows(length - 1, 1)
-    a = np.asarray(MECHANISM.weights(jnp.asarray(q[:, -1:]), jnp.asarray(k), last, Call(LSSA)).values)[0, 0, 0]
+    last = jax.jit(lambda: vis.rows(length - 1, 1))()
+    a = np.asarray(programs.run(MECHANISM, "weights", LSSA, q[:, -1:], k, last).values)[0, 0, 0]
     with np.errstate(over="ignore"):
         assert np.isinf(np.maximum(a * np.float32(length) - 1, 0) ** np.float32(15)).any(), "the literal form overflows"
     np.testing.assert_allclose(forward(q[:, -1:], k, v, Spec(), last)[0, 0], v[0, 0], atol=1e-6)
@@ -226,7 +232,7 @@ def test_many_blocks_and_chunks_equal_the_reference(spec, aligned, monkeypatch):
     positions, segments = packed([200, 1, 90], 301, batch=1)
     vis = self_visibility(1, 301, positions=positions, segment_ids=segments)
     vis = vis if aligned else dataclasses.replace(vis, aligned=None)
-    table = jax.random.normal(jax.random.key(4), (32, 2))
+    table = normal(4, (32, 2))
 
     def run(fn, **blocks):
         def loss(q, k, v, table):
@@ -244,15 +250,16 @@ def test_gradient_is_the_slope():
     """f64 central differences of the forward, the mean's own gradient included."""
     q, k, v = qkv(20, dim=4, dtype=np.float64)
     with jax.enable_x64(True):
-        loss = jax.jit(lambda *x: jnp.sum(jnp.sin(forward(*x, Spec(p=3.0), bias=Alibi(alibi_slopes(2))))))
-        x = tuple(jnp.asarray(a) for a in (q, k, v))
-        grads = jax.grad(loss, argnums=(0, 1, 2))(*x)
+        call, vis = Call(Spec(p=3.0), bias=Alibi(alibi_slopes(2))), self_visibility(1, 20)
+        scalar = lambda *x: jnp.sum(jnp.sin(MECHANISM.forward(*x, vis, call)))
+        loss, x = jax.jit(scalar), (q, k, v)
+        grads = jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))(*x)
         rng = np.random.default_rng(1)
         for _ in range(3):
             turn = [rng.standard_normal(a.shape) for a in x]
             at = lambda h, turn=turn: float(loss(*(a + h * t for a, t in zip(x, turn, strict=True))))
             slope = (at(1e-6) - at(-1e-6)) / 2e-6
-            along = sum(float(jnp.sum(g * t)) for g, t in zip(grads, turn, strict=True))
+            along = sum(float(np.sum(np.asarray(g) * t)) for g, t in zip(grads, turn, strict=True))
             assert abs(slope - along) < 1e-6 * max(1.0, abs(slope))
 
 
@@ -292,5 +299,5 @@ def test_a_named_backend_never_falls_back():
 
 def test_the_slope_of_softplus_is_the_sigmoid_at_zero_too():
     """Scores are exactly 0 where a projection starts at zero; JAX's maximum and abs disagree about the side there."""
-    s = jnp.array([-50.0, -1e-6, 0.0, 1e-6, 50.0])
-    np.testing.assert_allclose(jax.vmap(jax.grad(softplus))(s), jax.nn.sigmoid(s), rtol=1e-6)
+    s = np.float32([-50, -1e-6, 0, 1e-6, 50])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(softplus)))(s), 1 / (1 + np.exp(-s)), rtol=1e-6)

@@ -11,6 +11,7 @@ import math
 import optparse
 import pdb
 import tarfile
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +28,17 @@ from jaxattn.models.transnormer import tnl
 from jaxattn.nn import Decoder, stack_layers, unstack_layers
 from jaxattn.nn.attention import Attention, layer_state
 from jaxattn.nn.stream import Stream
-from tests.conformance.cases import close, inputs
+from tests.conformance.cases import arrays, close, inputs, normal
+from tests.conformance.model import params_of
+from tests.mechanisms.programs import apply, decode, run, start
 
-TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 19)
+TOKENS = np.random.default_rng(1).integers(0, 19, (2, 24)).astype(np.int32)
 
 
 def model(text="transnormer", **fields):
     """A small TNL with parameters away from their small start, so that every one of them shows."""
     cfg = dataclasses.replace(tnl("tiny"), vocab_size=19, d_model=16, d_ff=24, num_heads=4, mixers=(text,), **fields)
-    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), TOKENS)["params"]
-    return cfg, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-
-
-def logits(cfg, params, tokens=TOKENS):
-    return jax.jit(lambda p, t: Decoder(cfg).apply({"params": p}, t))(params, tokens)
+    return cfg, params_of(cfg)
 
 
 def state(spec, depth=(0, 2), *, batch=2, heads=4, key_dim=16, value_dim=16):
@@ -62,17 +60,17 @@ def state(spec, depth=(0, 2), *, batch=2, heads=4, key_dim=16, value_dim=16):
 
 def test_lrpe_is_a_cosine_of_the_distance():
     """Card 2: shifting all positions by 1000 changes nothing, and the scores are those of the formula in f64."""
-    q, k, _ = inputs(40, heads=4, kv_heads=4, dim=8)
+    q, k, _ = arrays(40, heads=4, kv_heads=4, dim=8)
     params = {"theta": initial_theta(4, 8)}
     at = lambda shift: self_visibility(2, 40, positions=default_positions(2, 40) + shift)
-    scores = lambda shift: TNL.weights(q, k, at(shift), Call(Spec(), params)).scores
+    scores = lambda shift: np.asarray(run(TNL, "weights", Spec(), q, k, at(shift), params=params).scores)
     t = np.arange(40)
     silu = lambda x: np.asarray(x, np.float64) / (1 + np.exp(-np.asarray(x, np.float64)))
     angle = np.asarray(params["theta"], np.float64)[:, None, None] * (t[:, None] - t)[..., None]  # [H, T, S, D]
     expected = np.einsum("bthd,bshd,htsd->bhts", silu(q), silu(k), np.cos(angle))
     close(scores(0), expected, rtol=1e-5)
     np.testing.assert_allclose(scores(1000), scores(0), atol=1e-4 * np.abs(expected).max())
-    assert not np.allclose(TNL.weights(q, k, at(0), Call(Spec(lrpe="none"))).scores, expected, atol=0.1)
+    assert not np.allclose(run(TNL, "weights", Spec(lrpe="none"), q, k, at(0)).scores, expected, atol=0.1)
 
 
 def test_theta_starts_at_the_paper_s_values():
@@ -85,13 +83,14 @@ def test_theta_starts_at_the_paper_s_values():
 
 def test_a_row_by_hand():
     """One head of one channel, θ = π/2, layer 0 of the paper's slopes (head 0 keeps all): cos 0, 0, -1."""
-    x = jnp.full((1, 3, 1, 1), 2.0)
+    x = np.full((1, 3, 1, 1), 2, np.float32)
     a = 2 / (1 + np.exp(-2.0))
-    params = {"theta": jnp.full((1, 1), np.pi / 2)}
-    w = TNL.weights(x, x, self_visibility(1, 3), Call(Spec(slopes="paper"), params)).values
+    params = {"theta": np.full((1, 1), np.pi / 2, np.float32)}
+    rows = lambda spec, **call: np.asarray(run(TNL, "weights", spec, x, x, self_visibility(1, 3), **call).values)
+    w = rows(Spec(slopes="paper"), params=params)
     expected = a * a * np.array([[1, 0, 0], [0, 1, 0], [-1, 0, 1]])
     np.testing.assert_allclose(w[0, 0], expected, atol=1e-5)
-    w = TNL.weights(x, x, self_visibility(1, 3), Call(Spec(lrpe="none"), depth=(0, 3))).values  # s = 2^-8 · 1.00001
+    w = rows(Spec(lrpe="none"), depth=(0, 3))  # s = 2^-8 · 1.00001
     fade = np.exp(-(2.0**-8) * 1.00001)
     np.testing.assert_allclose(w[0, 0, 2], a * a * np.array([fade**2, fade, 1]), rtol=1e-5)
 
@@ -99,11 +98,11 @@ def test_a_row_by_hand():
 def test_lrpe_acts_in_the_layers_it_is_asked_for():
     q, k, v = inputs(12)
     params, vis = {"theta": initial_theta(4, 16)}, self_visibility(2, 12)
-    run = lambda lrpe, layer: TNL.forward(q, k, v, vis, Call(Spec(lrpe=lrpe), params, depth=(layer, 3)))
-    np.testing.assert_array_equal(run("first", 0), run("all", 0))
-    np.testing.assert_array_equal(run("first", 2), run("none", 2))
+    of = lambda lrpe, layer: run(TNL, "forward", Spec(lrpe=lrpe), q, k, v, vis, params=params, depth=(layer, 3))
+    np.testing.assert_array_equal(of("first", 0), of("all", 0))
+    np.testing.assert_array_equal(of("first", 2), of("none", 2))
     for layer in (0, 2):
-        assert not np.allclose(run("all", layer), run("none", layer), atol=1e-2)
+        assert not np.allclose(of("all", layer), of("none", layer), atol=1e-2)
     width = lambda lrpe, layer: state(Spec(lrpe=lrpe), (layer, 3)).S.shape[2]
     assert [width("first", layer) for layer in (0, 1, 2, None)] == [32, 16, 16, 32]
     assert [width("all", layer) for layer in (0, 2, None)] == [32] * 3
@@ -119,9 +118,10 @@ def test_a_traced_layer_gives_the_static_layer_s_answer(lrpe):
         o = TNL.forward(q, k, v, vis, Call(spec, params, depth=(layer, 3)))
         return jnp.sum(jnp.sin(o)), o
 
-    traced = jax.jit(jax.grad(loss, has_aux=True))
+    gradient = jax.grad(loss, has_aux=True)
+    traced, static = jax.jit(gradient), jax.jit(gradient, static_argnums=1)
     for layer in (0, 2):
-        (grad, o), (expected_grad, expected) = traced(params, layer), jax.grad(loss, has_aux=True)(params, layer)
+        (grad, o), (expected_grad, expected) = traced(params, layer), static(params, layer)
         close(o, expected, rtol=1e-6)
         close(grad["theta"], expected_grad["theta"], rtol=1e-4)
         assert np.any(grad["theta"]) == (lrpe == "all" or layer == 0)
@@ -131,21 +131,21 @@ def test_values_are_activated_only_where_asked():
     q, k, v = inputs(12)
     vis, off = self_visibility(2, 12), Spec(lrpe="none")
     on = dataclasses.replace(off, v_act="silu")
-    for run in (TNL.forward, TNL.reference):
-        close(run(q, k, v, vis, Call(on)), run(q, k, jax.nn.silu(v), vis, Call(off)))
-        assert not np.allclose(run(q, k, v, vis, Call(on)), run(q, k, v, vis, Call(off)), atol=0.1)
+    for which in ("forward", "reference"):
+        active = run(TNL, which, on, q, k, v, vis)
+        close(active, run(TNL, which, off, q, k, jax.nn.silu(v), vis))
+        assert not np.allclose(active, run(TNL, which, off, q, k, v, vis), atol=0.1)
 
 
 @pytest.mark.parametrize("layer", [0, 7])
 def test_the_state_of_16k_tokens_is_finite_and_that_of_the_f64_recurrence(layer):
     """Card 3: 32 heads; the fastest forgets within a few tokens, the slowest of the last layer hardly at all."""
     length, heads, spec = 16_384, 32, Spec(lrpe="none")
-    q, k, v = inputs(length, batch=1, heads=heads, kv_heads=heads, dim=4, value_dim=4)
-    q, k = jnp.abs(q), jnp.abs(k)  # sums that grow, the hard case for rounding
+    q, k, v = arrays(length, batch=1, heads=heads, kv_heads=heads, dim=4, value_dim=4)
+    q, k = np.abs(q), np.abs(k)  # sums that grow, the hard case for rounding
     places = default_positions(1, length), jnp.ones((1, length), jnp.int32)
-    step = jax.jit(lambda s, *x: TNL.step(s, *x, Call(spec, depth=(layer, 8))))
-    start = state(spec, batch=1, heads=heads, key_dim=4, value_dim=4)
-    o, held = step(start, q, k, v, *places)
+    new = state(spec, batch=1, heads=heads, key_dim=4, value_dim=4)
+    o, held = run(TNL, "step", spec, new, q, k, v, *places, depth=(layer, 8))
     rates = np.asarray(log_decay(spec, heads, (layer, 8)), np.float64)
     k64, v64 = np.asarray(k, np.float64)[0], np.asarray(v, np.float64)[0]
     outer = (k64 / (1 + np.exp(-k64)))[..., :, None] * v64[..., None, :]
@@ -153,7 +153,7 @@ def test_the_state_of_16k_tokens_is_finite_and_that_of_the_f64_recurrence(layer)
     for added in outer:
         expected = fade * expected + added
     assert np.all(np.isfinite(o))
-    assert np.abs(np.asarray(held.S[0]) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(np.asarray(held.S)[0] - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_the_naive_factors_overflow_where_the_recurrence_does_not():
@@ -164,8 +164,10 @@ def test_the_naive_factors_overflow_where_the_recurrence_does_not():
     with np.errstate(over="ignore"):
         factors = np.exp(rate * np.arange(200, dtype=np.float32))
     assert (np.isfinite(factors[105]), np.isfinite(factors[106])) == (True, False)
-    call = (q, k, v, self_visibility(1, 200))
-    close(TNL.forward(*call, Call(spec, depth=(0, 8))), TNL.reference(*call, Call(spec, depth=(0, 8))), rtol=1e-5)
+    ours, theirs = (
+        run(TNL, which, spec, q, k, v, self_visibility(1, 200), depth=(0, 8)) for which in ("forward", "reference")
+    )
+    close(ours, theirs, rtol=1e-5)
 
 
 # Norm and gate
@@ -178,14 +180,14 @@ def surround(spec, *, d_model=12, heads=3, value_dim=4):
 
 
 def test_the_norm_is_over_all_heads_together():
-    o = jax.random.normal(jax.random.key(2), (2, 5, 3, 4)) * jnp.array([1.0, 10.0, 100.0])[:, None]
-    x = jax.random.normal(jax.random.key(3), (2, 5, 12))
+    o = normal(2, (2, 5, 3, 4)) * np.float32([1, 10, 100])[:, None]
+    x = normal(3, (2, 5, 12))
     flat = np.asarray(o, np.float64).reshape(2, 5, 12)
     expected = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-6)
     spec = Spec(gate="none")
     assert surround(spec) == {}
-    close(finish(o, x, spec=spec, params={}), expected.reshape(o.shape))
-    per_head = np.asarray(o) / np.sqrt((np.asarray(o) ** 2).mean(-1, keepdims=True))
+    close(jax.jit(partial(finish, spec=spec, params={}))(o, x), expected.reshape(o.shape))
+    per_head = o / np.sqrt((o**2).mean(-1, keepdims=True))
     assert np.abs(per_head - expected.reshape(o.shape)).max() > 1
 
 
@@ -196,7 +198,7 @@ def test_shapes_and_start_of_the_gates():
     low = {"gate_a": (12, 4), "gate_b": (4, 12), "norm_scale": (12,), "norm_bias": (12,)}
     assert shapes(gate="low_rank", norm="layernorm") == low
     gate = surround(Spec(), d_model=300, heads=16, value_dim=16)["gate"]
-    assert 0.0195 < float(jnp.std(gate)) < 0.0205
+    assert 0.0195 < np.std(gate) < 0.0205
 
 
 # The whole decoder in NumPy, f64
@@ -269,31 +271,19 @@ def text_of(spec):
 def test_the_decoder_is_its_numpy_copy(spec):
     """Card 4, to 1e-5 of the largest logit."""
     cfg, params = model(text_of(spec))
-    close(logits(cfg, params), numpy_logits(cfg, params, spec), rtol=1e-5)
+    close(apply(cfg, params, TOKENS), numpy_logits(cfg, params, spec), rtol=1e-5)
 
 
 # Prefill, decoding, scanning
-
-
-def decode(cfg, params, pieces, shift=0):
-    start = lambda: Decoder(cfg).apply({"params": params}, 2, 24, method="start")
-    step = jax.jit(lambda *x: Decoder(cfg).apply({"params": params}, *x, method="step"))
-    states, at, out = start(), 0, []
-    for n in pieces:
-        positions = jnp.arange(at, at + n)[None].repeat(2, 0) + (shift if at else 0)
-        o, states = step(states, TOKENS[:, at : at + n], positions)
-        out.append(o)
-        at += n
-    return jnp.concatenate(out, axis=1)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_logits_of_prefill_and_steps_equal_the_forward_pass(scan):
     """Card 1, through layer 0 with LRPE; a wrong t shows at once."""
     cfg, params = model(scan_layers=scan)
-    expected = logits(cfg, params)
-    np.testing.assert_allclose(decode(cfg, params, [12] + [1] * 12), expected, atol=1e-4)
-    wrong = decode(cfg, params, [12, 12], shift=3)
+    expected = np.asarray(apply(cfg, params, TOKENS))
+    np.testing.assert_allclose(decode(cfg, params, TOKENS, [12] + [1] * 12), expected, atol=1e-4)
+    wrong = decode(cfg, params, TOKENS, [12, 12], shift=3)
     np.testing.assert_allclose(wrong[:, :12], expected[:, :12], atol=1e-4)
     assert np.abs(wrong[:, 12:] - expected[:, 12:]).max() > 1e-2
 
@@ -302,16 +292,15 @@ def test_the_scanned_model_is_the_unrolled_one():
     """LRPE in layer 0 alone although no layer knows its number; wide states there, narrow ones unrolled."""
     cfg, params = model(scan_layers=True, num_layers=3)
     flat_cfg, flat = dataclasses.replace(cfg, scan_layers=False), unstack_layers(params, cfg)
-    loss = lambda c: lambda p: jnp.sum(jnp.sin(Decoder(c).apply({"params": p}, TOKENS)))
+    loss = lambda c: lambda p: jnp.sum(jnp.sin(apply(c, p, TOKENS)))
     value, grad = jax.jit(jax.value_and_grad(loss(cfg)))(params)
     flat_value, flat_grad = jax.jit(jax.value_and_grad(loss(flat_cfg)))(flat)
     np.testing.assert_allclose(value, flat_value, rtol=1e-5)
     jax.tree.map(lambda a, b: close(a, b, rtol=2e-4), grad, stack_layers(flat_grad, cfg))
     theta = np.asarray(grad["layers"]["layer_0"]["attn"]["mechanism"]["theta"])
     assert [bool(np.any(layer)) for layer in theta] == [True, False, False]
-    widths = lambda c: [
-        s.S.shape[-2:] for s in Decoder(c).apply({"params": flat if c is flat_cfg else params}, 2, 9, method="start")
-    ]
+    shapes = lambda c, p: jax.eval_shape(lambda p: start(c, p, 2, 9), p)
+    widths = lambda c: [s.S.shape[-2:] for s in shapes(c, flat if c is flat_cfg else params)]
     assert widths(flat_cfg) == [(8, 4), (4, 4), (4, 4)]
     assert widths(cfg) == [(8, 4)]
 
@@ -373,7 +362,7 @@ def test_the_sigmoid_gated_layer_equals_minimax_in_transformers(layer):
         theirs.norm.weight.uniform_(0.5, 1.5)  # not the ones it starts with
         x = torch.randn(2, length, width)
         expected, state = theirs.eval()(x, None, None)
-    array = lambda weight: jnp.asarray(weight.detach().numpy())
+    array = lambda weight: weight.detach().numpy()
     qkv = array(theirs.qkv_proj.weight).T.reshape(width, heads, 3, dim)
     kernel = lambda w: {"kernel": w.reshape(width, width)}
     params = {name: kernel(qkv[:, :, i]) for i, name in enumerate("qkv")} | {
@@ -383,12 +372,13 @@ def test_the_sigmoid_gated_layer_equals_minimax_in_transformers(layer):
     text = "transnormer(slopes='minimax', lrpe='none', v_act='silu', gate='sigmoid', norm='rmsnorm')"
     cfg = dataclasses.replace(tnl("tiny"), d_model=width, num_heads=heads, num_layers=4, mixers=(text,))
     layer_module = Attention(cfg, layer)
-    run = jax.jit(lambda x, at, before: layer_module.apply({"params": params}, x, Stream(at, at * 0 + 1), before))
-    x, at = array(x), default_positions(2, length)
-    close(run(x, at, None)[0], expected.numpy(), rtol=1e-5)
-    first, _, half = run(x[:, :20], at[:, :20], layer_state(cfg, layer, 2, 1))
-    second, _, end = run(x[:, 20:], at[:, 20:], half)
-    close(jnp.concatenate([first, second], axis=1), expected.numpy(), rtol=1e-5)
+    step = jax.jit(lambda x, at, before: layer_module.apply({"params": params}, x, Stream(at, at * 0 + 1), before))
+    params = jax.tree.map(jnp.asarray, params)
+    x, at = x.numpy(), np.asarray(default_positions(2, length))
+    close(step(x, at, None)[0], expected.numpy(), rtol=1e-5)
+    first, _, half = step(x[:, :20], at[:, :20], layer_state(cfg, layer, 2, 1))
+    second, _, end = step(x[:, 20:], at[:, 20:], half)
+    close(np.concatenate([first, second], axis=1), expected.numpy(), rtol=1e-5)
     close(end.S, state.numpy(), rtol=1e-5)
 
 
