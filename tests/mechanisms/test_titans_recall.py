@@ -149,6 +149,7 @@ def recall(task, spec, dim, lr, seeds=SEEDS):
 #   no momentum (0.890, 0.863)   (0.904, 0.908)   (0.897, 0.891)   (0.908, 0.907), with θ up to 1: (0.909, 0.913)
 # Seeds 3 to 5, on which nothing was chosen: (0.987, 0.989), (0.951, 0.893), (0.895, 0.901). At 4T the seeds of one
 # memory are never further apart than 0.03.
+@pytest.mark.slow  # what goes wrong in the memory shows in tests/kernels/test_neural_memory.py in a second
 def test_without_forgetting_or_momentum_recall_is_worse_at_four_times_the_trained_length():
     part = partial(Spec, depth=1, chunk=6, max_lr=0.5)  # at θ = 0.5 one token rewrites the answer to its key
     trained, longer = recall(OWN_DIRECTION, part(), 16, lr=0.3)
@@ -167,6 +168,7 @@ def test_without_forgetting_or_momentum_recall_is_worse_at_four_times_the_traine
 #   linear      (0.825, 0.800)   (0.896, 0.843)   (0.904, 0.882)   (0.910, 0.902), with θ up to 1: (0.906, 0.882)
 #   no momentum (0.875, 0.800)   (0.880, 0.775)   (0.876, 0.710)   with θ up to 0.4: (0.877, 0.766)
 # Seeds 3 to 5: (0.985, 0.931), (0.894, 0.885), (0.866, 0.797).
+@pytest.mark.slow  # what goes wrong in the memory shows in tests/kernels/test_neural_memory.py in a second
 def test_two_layers_recall_spelled_keys_better_than_a_linear_memory_of_the_same_size():
     deep = partial(Spec, depth=2, width=4, chunk=6, max_lr=0.2)
     linear = Spec(depth=1, chunk=6, max_lr=0.5)
