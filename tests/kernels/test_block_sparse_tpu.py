@@ -14,10 +14,10 @@ from pallas_kernels.block_sparse.lists import Lists
 from pallas_kernels.block_sparse.plan import unfit
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, normal, packed
-from tests.kernels import test_block_sparse as plain
+from tests.kernels import block_sparse_cases as plain
+from tests.kernels.block_sparse_cases import SOFTMAX, draw_bias, draw_lists, ids
 from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
-from tests.kernels.test_block_sparse import SOFTMAX, draw_bias, draw_lists, ids
 
 SLOW = ("exp-sum", "sigmoid-none", "elu1-sum", "relu-sum_plus_one")  # their formulas are those of others here
 MEMBERS = [pytest.param(s, marks=pytest.mark.slow if ids(s) in SLOW else ()) for s in plain.SCORES]

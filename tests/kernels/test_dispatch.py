@@ -1,5 +1,6 @@
 """Choosing a backend, what is recorded of it, the support table and tuned block sizes."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -74,9 +75,14 @@ def test_kernels_are_possible_on_their_platform_and_in_a_simulator():
         assert may_be_kernel()
 
 
-@pytest.fixture(scope="module")
-def entries():
+@functools.cache
+def supported():
     return pallas_kernels.support()
+
+
+@pytest.fixture
+def entries():
+    return supported()
 
 
 @pytest.mark.xdist_group("support")

@@ -23,6 +23,7 @@ from pallas_kernels.flash.reference import NEVER, flash_reference
 from pallas_kernels.flash.tiles import certain, reachable
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.flash_cases import near
 from tests.kernels.late import delay
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
@@ -52,13 +53,6 @@ def check(arrays, vis, score=SOFTMAX, mode="plain", rtol=2e-2, **options):
     jax.tree.map(lambda a, b: near(a, b, rtol), o, expected)
     jax.tree.map(lambda a, b: near(a, b, rtol), ours, theirs)
     return o
-
-
-def near(actual, expected, rtol=2e-2):
-    """Of the same type and equal up to `rtol` of the largest magnitude; what cancels may leave 1e-7."""
-    assert actual.dtype == expected.dtype
-    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
-    np.testing.assert_allclose(actual, expected, atol=rtol * float(np.abs(expected).max()) + 1e-7, rtol=0)
 
 
 def numbers(length, **shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,21 +84,22 @@ RULES = {
 
 @pytest.mark.parametrize(("rules", "sinks"), RULES.values(), ids=list(RULES))
 def test_every_rule_of_visibility(rules, sinks):
-    segments = packed([80, 21], 110)[1]
-    segments = segments.at[1].set(jnp.where(jnp.arange(110) < 4, 0, 1))  # row 1: padding in front
-    vis = self_visibility(2, 110, segment_ids=segments, **rules).prepend_global(sinks)
+    segments = np.array(packed([80, 21], 110)[1])
+    segments[1] = np.arange(110) >= 4  # row 1: padding in front
+    vis = self_visibility(2, 110, segment_ids=jnp.asarray(segments), **rules).prepend_global(sinks)
     check(inputs(110, heads=2, kv_heads=1, dim=8, value_dim=8, keys=110 + sinks), vis, block_q=16, block_k=24)
 
 
 def test_queries_that_continue_a_cache():
     """Other lengths of queries and keys, positions that start late, cells not yet written."""
     q, k, v = inputs(5, heads=2, kv_heads=1, dim=8, value_dim=8, keys=70)
-    written = jnp.arange(70) < jnp.array([[40], [66]])
+    written = np.arange(70) < np.array([[40], [66]])
+    whole = lambda x: jnp.asarray(x, jnp.int32)
     vis = Visibility(
-        q_positions=jnp.array([[35], [61]]) + jnp.arange(5),
-        k_positions=jnp.tile(jnp.arange(70), (2, 1)),
-        q_segments=jnp.ones((2, 5), jnp.int32),
-        k_segments=written.astype(jnp.int32),
+        q_positions=whole(np.array([[35], [61]]) + np.arange(5)),
+        k_positions=whole(np.tile(np.arange(70), (2, 1))),
+        q_segments=whole(np.ones((2, 5))),
+        k_segments=whole(written),
         window=30,
     )
     check((q, k, v), vis, block_q=4, block_k=16)
@@ -119,9 +121,9 @@ def test_biases_that_are_arithmetic_on_distances(score, bias):
 def test_bfloat16_keeps_sums_in_float32():
     arrays = inputs(200, batch=1, heads=2, kv_heads=1, dim=32, value_dim=32, dtype=jnp.bfloat16)
     check(arrays, self_visibility(1, 200), rtol=2e-2)
-    ones = tuple(jnp.ones_like(x) for x in arrays)
+    ones, vis = [np.ones(x.shape, x.dtype) for x in arrays], self_visibility(1, 200, causal=False)
     with interpreted():  # 200 equal weights: a running mass in bf16 would stop at 256 · 2^-8 steps
-        o = flash_tpu(*ones, self_visibility(1, 200, causal=False), Score("relu", "none"), scale=1 / 32, block_k=16)
+        o = jax.jit(lambda *x: flash_tpu(*x, vis, Score("relu", "none"), scale=1 / 32, block_k=16))(*ones)
     np.testing.assert_array_equal(np.asarray(o, np.float32), 200.0)
 
 
@@ -138,29 +140,34 @@ def test_tiles_nobody_sees_are_not_computed():
     """NaN in their keys and values would reach the output as 0 · NaN."""
     q, k, v = inputs(96, batch=1, heads=1, kv_heads=1, dim=8, value_dim=8)
     vis = self_visibility(1, 96, window=20)
+
+    def spoil(x, where):
+        x = np.array(x)
+        x[:, where] = np.nan
+        return x
+
     with interpreted():
-        spoil = lambda x, where: x.at[:, where].set(jnp.nan)
         call = jax.jit(lambda k, v: flash_tpu(q, k, v, vis, SOFTMAX, scale=1.0, block_q=16, block_k=16))
-        run = lambda where: call(spoil(k, where), spoil(v, where))
+        run = lambda where: np.asarray(call(spoil(k, where), spoil(v, where)))
         after, before, needed = run(slice(64, 96)), run(slice(0, 16)), run(slice(48, 49))
     assert np.isfinite(after[:, :64]).all(), "above the diagonal"
     assert np.isfinite(before[:, 48:]).all(), "out of the window"
     assert np.isnan(needed[:, 48:64]).all()
 
 
-def table(vis, block_q, block_k):
-    """The kernel's tiles [B, I, J]: those it visits, those it does not mask."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def tiles_of(vis, block_q, block_k):
     tiles = reachable(vis, block_q, block_k)
-    flat = spans(tiles, certain(vis, block_q, block_k))
-    entries = Spans(np.moveaxis(np.asarray(flat).reshape(*tiles.shape[:2], Spans.SIZE), -1, 0)[..., None], 0)
+    return tiles, spans(tiles, certain(vis, block_q, block_k)), visible(vis)
+
+
+def tables(vis, block_q, block_k):
+    """Tiles [B, I, J]: with a visible pair, with no other pair; those the kernel visits, those it does not mask."""
+    tiles, flat, see = jax.device_get(tiles_of(vis, block_q, block_k))
+    entries = Spans(np.moveaxis(flat.reshape(*tiles.shape[:2], Spans.SIZE), -1, 0)[..., None], 0)
     j = np.arange(tiles.shape[2])
-    return entries.holds(j), entries.whole(j)
-
-
-def needed(vis, block_q, block_k):
-    see = np.asarray(visible(vis))
-    tiles = see.reshape(see.shape[0], see.shape[1] // block_q, block_q, -1, block_k)
-    return tiles.any((2, 4)), tiles.all((2, 4))
+    cut = see.reshape(see.shape[0], see.shape[1] // block_q, block_q, -1, block_k)
+    return (cut.any((2, 4)), cut.all((2, 4))), (entries.holds(j), entries.whole(j))
 
 
 @pytest.mark.parametrize("window", [None, 1, 10])
@@ -172,7 +179,7 @@ def test_visited_tiles_hold_all_that_is_visible(causal, window):
         pos, seg = (jnp.asarray(draw.integers(low, 6 + 20 * (low == 0), (2, 48)), jnp.int32) for low in (0, -1))
         vis = Visibility(pos, pos, seg, seg, causal=causal, window=window)
         for blocks in ((8, 4), (2, 1)):
-            (some, every), (visited, unmasked) = needed(vis, *blocks), table(vis, *blocks)
+            (some, every), (visited, unmasked) = tables(vis, *blocks)
             assert not (some & ~visited).any()
             assert not (unmasked & ~every).any()
 
@@ -183,9 +190,9 @@ def test_visited_tiles_hold_all_that_is_visible(causal, window):
 def test_visited_tiles_are_only_those_needed(window, sinks):
     positions, segments = packed([64, 1, 31], 104, batch=1)
     for vis in (self_visibility(1, 104, window=window), self_visibility(1, 104, positions=positions, window=window)):
-        vis = dataclasses.replace(vis, q_segments=segments, k_segments=segments).prepend_global(sinks)
-        some, every = needed(vis, 8, 8)
-        visited, unmasked = table(vis, 8, 8)
+        vis = dataclasses.replace(vis, q_segments=segments, k_segments=segments)
+        vis = jax.jit(lambda vis: vis.prepend_global(sinks))(vis)
+        (some, every), (visited, unmasked) = tables(vis, 8, 8)
         np.testing.assert_array_equal(visited, some)
         np.testing.assert_array_equal(unmasked[..., sinks // 8 :], every[..., sinks // 8 :])
 
@@ -215,7 +222,7 @@ def test_a_named_backend_says_why_it_cannot_run():
             call(bias=RelativeBias(jnp.zeros((65, 2))))
         with pytest.raises(NotImplementedError, match="q is float16"):
             call(q.astype(jnp.float16))
-        close(call(), call(backend="reference"))
+        close(jax.jit(call)(q), jax.jit(lambda q: call(q, backend="reference"))(q))
 
 
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +14,13 @@ from jaxattn.errors import ConfigError
 from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.neural_memory import MemoryState, empty_memory, memory_rows, mlp
 from pallas_kernels.neural_memory import neural_memory as unchecked
+from tests.kernels.neural_memory_cases import RATES, setting
 
 neural_memory = jax.jit(unchecked, static_argnames=("chunk", "read_after_write", "tangents", "backend"))
-RATES = ("eta", "theta", "alpha")
 # Three documents a row, padding in front, between and behind.
 SEGMENTS = np.zeros((2, 45), np.int32)
 SEGMENTS[0, 3:20], SEGMENTS[0, 20:22], SEGMENTS[0, 24:44] = 1, 2, 3
 SEGMENTS[1, :30], SEGMENTS[1, 30], SEGMENTS[1, 33:] = 4, 5, 6
-
-
-def setting(length=45, *, batch=2, heads=2, dim=4, value_dim=3, depth=2, width=6, dtype=jnp.float32, seed=0):
-    """(q, k, v) with unit q and k, and the rates and M_0 as keyword arguments."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.standard_normal(shape)
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    q, k = (unit(normal(batch, length, heads, dim)) for _ in range(2))
-    rates = {r: m / (1 + np.exp(-normal(batch, length, heads))) for r, m in zip(RATES, (1, 0.1, 0.2), strict=True)}
-    widths = [dim, *[width] * (depth - 1), value_dim]
-    start = tuple(normal(heads, i, o) / i**0.5 for i, o in pairwise(widths))
-    values = (q, k, normal(batch, length, heads, value_dim)), {**rates, "start": start}
-    return jax.tree.map(lambda x: x.astype(dtype), values)
 
 
 def worst(a, b):

@@ -14,9 +14,8 @@ from pallas_kernels.neural_memory import neural_memory
 from pallas_kernels.neural_memory.gpu_plan import FINAL, FIRST, FLAGS, GROUP, LAST, SLOT, TILE, layout, visits
 from pallas_kernels.shapes import ODD
 from tests.kernels.late import delay
+from tests.kernels.neural_memory_cases import RATES, SEGMENTS, inside, placed
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
-from tests.kernels.test_neural_memory import RATES, setting
-from tests.kernels.test_neural_memory_tpu import SEGMENTS, inside
 
 skip_module_without_gpus()
 
@@ -26,7 +25,7 @@ NAMES = ("y", "M", "S", "frozen", *(f"d_{n}" for n in ("q", "k", "v", *RATES, "s
 
 def rounded(length, **sizes):
     """`setting` with one matrix a head, its tokens in bfloat16."""
-    x, rest = setting(length, **{"depth": 1, **sizes})
+    x, rest = placed(length, **{"depth": 1, **sizes})
     return tuple(a.astype(jnp.bfloat16) for a in x), rest
 
 

@@ -11,28 +11,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compiling_for, interpreted
-from pallas_kernels.neural_memory import IMPLEMENTATIONS, MemoryState, neural_memory
+from pallas_kernels.neural_memory import IMPLEMENTATIONS, neural_memory
 from pallas_kernels.neural_memory.tpu import neural_memory_tpu
 from pallas_kernels.neural_memory.tpu_plan import layout
 from pallas_kernels.neural_memory.tpu_tile import products
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, normal
+from tests.kernels.neural_memory_cases import RATES, SEGMENTS, inside, placed
 from tests.kernels.simulators import without_races
-from tests.kernels.test_neural_memory import RATES, setting
-
-# A document that goes on from the state, of 17 tokens, one of 1, one of 19; padding in front, between and behind.
-# Segment 2 is empty, and a new document begins with the row in row 1.
-SEGMENTS = np.zeros((2, 43), np.int32)
-SEGMENTS[0, 2:19], SEGMENTS[0, 19], SEGMENTS[0, 22:41] = 1, 3, 4
-SEGMENTS[1, :26], SEGMENTS[1, 28:30], SEGMENTS[1, 30:] = 5, 6, 7
-
-
-def inside(start, batch, segment=1) -> MemoryState:
-    """A state in the middle of a chunk: weights, momentum and frozen weights of its own."""
-    noise = lambda seed, w: jnp.asarray(0.3 * normal(seed + w.size, (batch, *w.shape)))
-    M, S, frozen = (tuple(f * w + noise(s, w) for w in start) for s, f in ((1, 1.0), (2, 0.0), (3, 1.0)))
-    count = jnp.arange(3, 3 + batch, dtype=jnp.int32)
-    return MemoryState(M, S, frozen, count, jnp.full((batch,), segment, jnp.int32))
 
 
 def both(x, rest, state, backend, how="plain", **options):
@@ -74,7 +60,7 @@ def test_odd_lengths_and_widths(shape, dtype):
     """One matrix a head; chunks below, at and above a tile's largest size."""
     heads = 1 if shape.length == 1000 else shape.heads  # the reference keeps three matrices a token and head
     sizes = {"batch": shape.batch, "heads": heads, "dim": shape.dim, "value_dim": shape.value_dim}
-    x, rest = setting(shape.length, depth=1, **sizes)
+    x, rest = placed(shape.length, depth=1, **sizes)
     chunk = {1: 16, 63: 16, 100: 30, 257: 150, 1000: 64}[shape.length]
     y = check(tuple(a.astype(dtype) for a in x), rest, rtol=5e-5 if dtype == jnp.float32 else 2e-2, chunk=chunk)
     assert y.any()
@@ -86,7 +72,7 @@ def test_odd_lengths_and_widths(shape, dtype):
 )
 def test_packed_documents_behind_a_state(depth, chunk, read_after_write):
     """A state in mid-chunk; documents that begin in one tile, boundaries inside tiles, chunks of several tiles."""
-    x, rest = setting(43, depth=depth)
+    x, rest = placed(43, depth=depth)
     state = inside(rest["start"], 2)
     segments = jnp.asarray(SEGMENTS)
     y = check(x, rest, state, segments=segments, chunk=chunk, read_after_write=read_after_write)
@@ -97,14 +83,14 @@ def test_packed_documents_behind_a_state(depth, chunk, read_after_write):
 @pytest.mark.parametrize("shape", ODD[:4], ids=lambda s: s.name)
 def test_two_layers_at_odd_lengths_and_widths(shape):
     sizes = {"batch": 1, "heads": shape.kv_heads, "dim": shape.dim, "value_dim": shape.value_dim}
-    x, rest = setting(shape.length, depth=2, width=2 * shape.dim, **sizes)
+    x, rest = placed(shape.length, depth=2, width=2 * shape.dim, **sizes)
     check(x, rest, inside(rest["start"], 1), rtol=5e-5, chunk=16)
 
 
 @pytest.mark.usefixtures("small")
 def test_rates_of_exactly_zero_and_one():
     """All eight corners in turn, in both directions of the loss."""
-    x, rest = setting(24, depth=1)
+    x, rest = placed(24, depth=1)
     corner = jnp.arange(24)[None, :, None] + jnp.arange(2)[:, None, None] * 3 + jnp.arange(2)
     rates = {r: (corner // 2**i % 2).astype(jnp.float32) * (0.05 if r == "theta" else 1) for i, r in enumerate(RATES)}
     check(x, {**rest, **rates}, inside(rest["start"], 2), chunk=12)
@@ -112,7 +98,7 @@ def test_rates_of_exactly_zero_and_one():
 
 @pytest.mark.usefixtures("small")
 def test_nan_in_padding_reaches_nobody():
-    x, rest = setting(43, depth=2)
+    x, rest = placed(43, depth=2)
     segments = jnp.asarray(SEGMENTS)
     spoil = lambda a: jnp.where((segments == 0).reshape(2, 43, *[1] * (a.ndim - 2)), jnp.nan, a)
     bad = {**rest, **{r: spoil(rest[r]) for r in RATES}}
@@ -124,7 +110,7 @@ def test_nan_in_padding_reaches_nobody():
 
 @pytest.mark.usefixtures("small")
 def test_pieces_with_a_carried_state_equal_one_call():
-    x, rest = setting(43, depth=1)
+    x, rest = placed(43, depth=1)
     rates = {r: rest[r] for r in RATES}
     call = partial(neural_memory, start=rest["start"], chunk=7, backend="tpu")
     segments = jnp.asarray(SEGMENTS)
@@ -143,7 +129,7 @@ def test_pieces_with_a_carried_state_equal_one_call():
 
 @pytest.mark.usefixtures("small")
 def test_no_races_and_nothing_uninitialised_is_read():
-    x, rest = setting(20, batch=1, heads=2, depth=2)
+    x, rest = placed(20, batch=1, heads=2, depth=2)
     segments = jnp.asarray(np.repeat([[0, 1, 2, 0]], [1, 13, 4, 2], axis=1))
     with without_races("tpu") as simulator:
         check(x, rest, inside(rest["start"], 1), how=simulator, segments=segments, chunk=8)
@@ -166,7 +152,7 @@ def test_products_of_neighbours_and_their_gradient():
 
 @pytest.mark.usefixtures("small")
 def test_vmap_and_remat_change_nothing():
-    x, rest = setting(16, batch=3, heads=1, depth=1)
+    x, rest = placed(16, batch=3, heads=1, depth=1)
     call = lambda *x: neural_memory(*x, **rates_of(x), start=rest["start"], chunk=8, backend="tpu")[0]
     rates_of = lambda x: {r: jnp.full(x[0].shape[:3], f) for r, f in zip(RATES, (0.6, 0.05, 0.1), strict=True)}
     loss = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1, 2)))
@@ -178,7 +164,7 @@ def test_vmap_and_remat_change_nothing():
 
 
 def test_a_named_backend_says_why_it_cannot_run():
-    (q, k, v), rest = setting(8, depth=1)
+    (q, k, v), rest = placed(8, depth=1)
     call = lambda q=q, **more: neural_memory(q, k, v, **{**rest, **more}, backend="tpu")
     with pytest.raises(NotImplementedError, match=r"computes on 'cpu'.*compiling_for"):
         call()
@@ -200,7 +186,7 @@ def test_a_named_backend_says_why_it_cannot_run():
 
 
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
-    (q, k, v), rest = setting(8, depth=2)
+    (q, k, v), rest = placed(8, depth=2)
     text = lambda q=q, **more: str(jax.make_jaxpr(lambda q: neural_memory(q, k, v, **{**rest, **more}))(q))
     assert "pallas_call" not in text()
     with compiling_for("tpu"):

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import compiling_for, recording
 from pallas_kernels._cpu import missing
 from pallas_kernels.paged_decode import paged_decode
-from tests.kernels.test_paged_decode import Case
+from tests.kernels.paged_decode_cases import Case
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 

@@ -19,8 +19,8 @@ from pallas_kernels.paged_decode import paged_decode
 from pallas_kernels.paged_decode.gpu import parts, unfit
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close
+from tests.kernels.paged_decode_cases import CASES, TURNED, Case, check, normal
 from tests.kernels.simulators import needs_costs, simulator, skip_module_without_gpus, without_races
-from tests.kernels.test_paged_decode import CASES, TURNED, Case, check, normal
 
 skip_module_without_gpus()
 

@@ -13,8 +13,8 @@ from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.linear_scan.xla import linear_scan_xla
 from pallas_kernels.prefix_softmax import empty, gpu, prefix_softmax, segment_runs
 from pallas_kernels.shapes import ODD
+from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, near, packs, recurrence
 from tests.kernels.simulators import needs_gpus
-from tests.kernels.test_prefix_softmax_tpu import SMALL, both, inputs, near, packs, recurrence
 
 PACKED = dict(segments=packs(), initial_segment=jnp.array([1, 9, 2]))
 PACKED_SHAPE = dataclasses.replace(SMALL, batch=3)

@@ -13,23 +13,12 @@ from jaxattn.masks import default_positions, self_visibility
 from jaxattn.mechanisms import Call
 from jaxattn.mechanisms.aaren import MECHANISM as AAREN
 from pallas_kernels import compiling_for, interpreted, recording
-from pallas_kernels.prefix_softmax import Partial, empty, prefix_softmax, segment_runs
+from pallas_kernels.prefix_softmax import empty, prefix_softmax, segment_runs
 from pallas_kernels.prefix_softmax.tpu import WIDEST, prefix_softmax_tpu
 from pallas_kernels.shapes import Shape
 from tests.kernels.odd import in_both_dtypes
+from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, near, packs, recurrence
 from tests.kernels.simulators import without_races
-
-SMALL = Shape("small", batch=2, length=75, heads=3, kv_heads=3, dim=1, value_dim=5)
-
-
-def inputs(shape=SMALL, dtype=jnp.float32, spread=3.0, seed=0):
-    """Scores, values, and the m, u, w of a few tokens before them."""
-    rng = np.random.default_rng(seed)
-    batch, length, heads, v_dim = shape.batch, shape.length, shape.heads, shape.value_dim
-    draw = lambda *dims, by=1.0: jnp.asarray(by * rng.normal(size=dims), jnp.float32)
-    s, v = draw(batch, length, heads, by=spread), draw(batch, length, heads, v_dim).astype(dtype)
-    u = jnp.asarray(rng.uniform(0.5, 3.0, size=(batch, heads)), jnp.float32)
-    return s, v, draw(batch, heads, by=spread), u, draw(batch, heads, v_dim)
 
 
 def kernel(chunk=None, mode="plain"):
@@ -40,35 +29,6 @@ def kernel(chunk=None, mode="plain"):
             return prefix_softmax_tpu(s, v, *segment_runs(segments, initial_segment), initial, chunk=chunk)
 
     return run
-
-
-def recurrence(s, v, **options):
-    return prefix_softmax(s, v, backend="reference", **options)
-
-
-def both(run, arrays, segments=None, initial_segment=None):
-    """Outputs and all gradients of a loss that weighs every entry differently, of the state behind it too."""
-    segments = jnp.ones(arrays[0].shape[:2], jnp.int32) if segments is None else segments
-
-    def loss(s, v, m, u, w):
-        o, last = run(s, v, segments=segments, initial=Partial(m, u, w), initial_segment=initial_segment)
-        weigh = lambda x, by: jnp.sum(
-            jnp.sin(x.astype(jnp.float32)) * jnp.cos(by * jnp.arange(x.size)).reshape(x.shape)
-        )
-        return weigh(o, 1.0) + weigh(last.u, 0.7) + weigh(last.w, 0.3) + weigh(last.m, 0.9), (o, last)
-
-    return jax.jit(lambda *x: jax.grad(loss, range(5), has_aux=True)(*x)[::-1])(*arrays)
-
-
-def near(ours, theirs, tolerance):
-    """Errors of every array, relative to its largest value."""
-
-    def one(a, b):
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
-
-    jax.tree.map(one, ours, theirs)
 
 
 def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
@@ -83,14 +43,6 @@ def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
 def test_odd_shapes(shape, dtype):
     """Outputs in bfloat16 are rounded before the loss and the row terms see them: "xla" is off by 2e-2 as well."""
     check(inputs(shape, dtype), 4e-2 if dtype == jnp.bfloat16 else 2e-5, chunk=None)
-
-
-def packs(length=75):
-    """Padding in front, between and behind, a document of one token, one (3) without any, and a row of padding."""
-    segments = np.zeros((3, length), np.int32)
-    segments[0, 3:20], segments[0, 25:26], segments[0, 26:60], segments[0, 66:72] = 1, 1, 2, 4
-    segments[1, 40:] = 5
-    return jnp.asarray(segments)
 
 
 @pytest.mark.parametrize("chunk", [8, 16, 128])

@@ -18,6 +18,7 @@ from pallas_kernels.probe import NAMES, probe
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels.odd import in_both_dtypes
+from tests.kernels.probe_cases import draw_bias, slots_of_each_head
 from tests.kernels.simulators import without_races
 
 FAST = ("xla", "tpu")
@@ -29,13 +30,6 @@ def tiles_far_smaller_than_the_sequence(monkeypatch):
     """On a TPU 128 keys, or what the blocks need; in XLA 64."""
     monkeypatch.setattr("pallas_kernels.probe.tpu.BLOCK", 128)
     monkeypatch.setattr("pallas_kernels.probe.xla.CHUNK", 64)
-
-
-def draw_bias(batch, heads, keys, seed=5):
-    """A key bias for `heads` heads; every seventh key of the first one is hidden."""
-    bias = np.array(normal(seed, (batch, heads, keys)))
-    bias[:, 0, 2::7] = NEVER
-    return jnp.asarray(bias)
 
 
 def check(q, k, vis, backend, *, block=16, want=NAMES, rtol=2e-5, scale=0.3, mode="plain", key_bias=None):
@@ -165,20 +159,6 @@ def test_the_first_of_equal_keys_is_the_top_one(backend):
     np.testing.assert_array_equal(stats.top_index, 130)
     close(stats.top_weight, jnp.full((1, 3, 1), 1 / 3), rtol=1e-6)
     check(q, k, vis, backend, scale=30.0, want=("lse", "columns"))
-
-
-def slots_of_each_head():
-    """A cache of 60 slots of which each key head uses others; and a query that finds none of its keys there."""
-    q, k, _ = inputs(5, batch=1, heads=4, kv_heads=2, dim=8, keys=60)
-    empty = np.zeros((2, 60), bool)
-    empty[0, 1::2], empty[1, :40], empty[1, 55:] = True, True, True
-    vis = Visibility(
-        jnp.array([[59, 50, 30, 59, 41]]),
-        jnp.arange(60)[None],
-        jnp.ones((1, 5), jnp.int32),
-        jnp.ones((1, 60), jnp.int32),
-    )
-    return q, k, vis, empty
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

@@ -16,8 +16,8 @@ from pallas_kernels.probe import NAMES, probe
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import inputs, normal, packed
 from tests.kernels.late import delay
+from tests.kernels.probe_cases import draw_bias, slots_of_each_head
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
-from tests.kernels.test_probe import draw_bias, slots_of_each_head
 
 skip_module_without_gpus()
 

@@ -82,6 +82,20 @@ def both(q, k, v, **options) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ the policy
 
 
+def program(spec, site, core):
+    """A step; of the plain core one for all tests."""
+
+    @functools.partial(jax.jit, static_argnums=5)
+    def step(state, q, k, v, live, phase):
+        here = Stream(jnp.zeros(live.shape, jnp.int32), live, phase=phase)
+        return POLICY.step(state, q, k, v, here, spec=spec, site=site, core=core or core_of())[:2]
+
+    return step
+
+
+of_softmax = functools.cache(lambda spec, site: program(spec, site, None))
+
+
 def core_of(name: str = "softmax", params=None, bias=None):
     mechanism = get(name)
     return mechanism.core(Call(mechanism.spec(), params or {}, bias=bias), DIM)
@@ -89,16 +103,10 @@ def core_of(name: str = "softmax", params=None, bias=None):
 
 def run(pieces, *, spec=SPEC, site=SITE, core=None, live=None, q=Q, k=K, v=V, state=None):
     """o [B, T, H, V] and the state behind pieces of these many tokens, single ones as answers."""
-    core = core or core_of()
     live = np.ones(q.shape[:2], np.int32) if live is None else live
     state = POLICY.init(spec, site, batch=len(q), capacity=1) if state is None else state
 
-    @functools.partial(jax.jit, static_argnums=5)
-    def step(state, q, k, v, live, phase):
-        here = Stream(jnp.zeros(live.shape, jnp.int32), live, phase=phase)
-        return POLICY.step(state, q, k, v, here, spec=spec, site=site, core=core)[:2]
-
-    out, at = [], 0
+    step, out, at = of_softmax(spec, site) if core is None else program(spec, site, core), [], 0
     for n in pieces:
         o, state = step(state, *(x[:, at : at + n] for x in (q, k, v, live)), "answer" if n == 1 else "prompt")
         out.append(o)
@@ -213,8 +221,8 @@ def test_zero_sink_is_softmax_with_a_key_and_a_value_of_zeros():
     zero = np.zeros((KV_HEADS, DIM))
     o, _ = run([20, *[1] * 30], core=core_of("softmax_off_by_one"))
     np.testing.assert_allclose(o, both(Q, K, V, null=zero), atol=1e-5)
-    q, k, v = map(jnp.asarray, (Q, K, V))
-    off = get("softmax_off_by_one").forward(q, k, v, self_visibility(2, LENGTH), Call(None))
+    forward = get("softmax_off_by_one").forward
+    off = jax.jit(lambda q, k, v: forward(q, k, v, self_visibility(2, LENGTH), Call(None)))(Q, K, V)
     np.testing.assert_allclose(off, both(Q, K, V, sinks=0, recent=LENGTH, rope=None, null=zero), atol=1e-6)
 
 
@@ -250,7 +258,7 @@ TOKENS = np.random.default_rng(0).integers(0, 31, (2, 40)).astype(np.int32)
 
 @functools.cache
 def variables(model: ModelConfig):
-    return Decoder(model).init(jax.random.key(1), jnp.zeros((1, 3), jnp.int32))
+    return jax.jit(Decoder(model).init)(jax.random.key(1), jnp.zeros((1, 3), jnp.int32))
 
 
 def under(policy: str, **more) -> ModelConfig:
@@ -271,7 +279,7 @@ def test_up_to_its_budget_a_model_is_dense_and_then_goes_on(mixer):
 
 def test_learned_tokens_in_front_are_the_first_sinks():
     model = under("streaming(sinks=3, recent=5)", mixers=("sink_token(tokens=2)",))
-    states = Decoder(model).apply(variables(model), 2, 64, method="start")
+    states = jax.jit(lambda v: Decoder(model).apply(v, 2, 64, method="start"))(variables(model))
     at = np.tile(np.arange(20, dtype=np.int32), (2, 1))
     _, states = _one_by_one(model, variables(model), states, TOKENS[:, :20], at, np.ones_like(at))
     assert states[0].sinks.segments.tolist() == [[GLOBAL, GLOBAL, 1]] * 2
@@ -287,7 +295,7 @@ def test_generation_goes_on_beyond_the_context_in_constant_memory():
     assert made.tokens.shape == (2, 100)
     text = np.concatenate([prompt, made.tokens], axis=1)
     out = hidden_one_by_one(model, variables(BASE), text[:, :-1])
-    logits = Decoder(model).apply(variables(BASE), out, method="logits")
+    logits = jax.jit(lambda v, out: Decoder(model).apply(v, out, method="logits"))(variables(BASE), out)
     np.testing.assert_array_equal(np.argmax(logits, -1)[:, 9:], made.tokens)
     size = lambda room: jax.eval_shape(lambda: Decoder(model).apply(variables(BASE), 1, room, method="start"))
     assert size(64) == size(10**6)
