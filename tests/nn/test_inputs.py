@@ -188,8 +188,7 @@ def test_params_without_their_name_and_a_model_that_is_not_scanned():
 
 def test_more_tokens_than_learned_positions():
     cfg = dataclasses.replace(CFG, position="learned", max_positions=5)
-    params = Decoder(cfg).init(jax.random.key(0), TOKENS[:, :3])["params"]
-    call = functools.partial(apply, cfg=cfg, params=params)
+    call = functools.partial(apply, cfg=cfg)
     refused(call, "position 5 is not among the 5 learned ones")
     refused(lambda: call(tokens=TOKENS[:, :2], positions=PLACES[:, 4:]), "position 5 is not among")
     assert call(tokens=TOKENS[:, :2], positions=PLACES[:, 3:5]).shape == (2, 2, 17)

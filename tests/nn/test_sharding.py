@@ -22,7 +22,7 @@ model = ModelConfig(vocab_size=11, num_layers=2, d_model=16, num_heads=2, num_kv
                     position="alibi", mixers=("softmax(window=9)", "sink_token"), scan_layers=True)
 tokens = jax.random.randint(jax.random.key(1), (rows, 20), 0, 11)
 segments = jnp.where(jnp.arange(20) < jnp.arange(5, 5 + rows)[:, None], 1, 2)
-params = Decoder(dataclasses.replace(model, backend="xla")).init(jax.random.key(0), tokens)["params"]
+params = jax.jit(Decoder(dataclasses.replace(model, backend="xla")).init)(jax.random.key(0), tokens)["params"]
 
 def loss(params, tokens, segments):
     logits = Decoder(model).apply({"params": params}, tokens, None, segments)
