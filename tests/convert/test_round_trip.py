@@ -149,7 +149,7 @@ def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
 
     model = _model(num_kv_heads=2)
     cfg = RunConfig(model=model)
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     (tmp_path / "run").mkdir()
     write_json_atomic(tmp_path / "run" / "config.json", cfg.to_dict())
     with Checkpoints(tmp_path / "run" / "checkpoints", config=cfg.to_dict()) as checkpoints:
@@ -159,4 +159,4 @@ def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
     ids = np.arange(20, dtype=np.int32)[None]
     with torch.no_grad():
         theirs = oracle(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(Decoder(model).apply({"params": params}, jnp.asarray(ids)), theirs, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(Decoder(model).apply)({"params": params}, jnp.asarray(ids)), theirs, atol=1e-5)
