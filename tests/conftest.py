@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's and BLAS's threads wait for each other by burning CPU
 if sys.version_info >= (3, 12):  # where JAX simulates GPUs: a simulated warpgroup holds one of JAX's threads
     os.environ.setdefault("NPROC", "8")
 CACHE = Path(os.environ.get("JAXATTN_TEST_CACHE", Path(tempfile.gettempdir()) / f"jaxattn-tests-{os.getuid()}"))

@@ -25,8 +25,8 @@ TRIGGERS = (3, 4)
 def model(*mixers: str, **fields):
     shape = {"vocab_size": 13, "num_layers": len(mixers), "d_model": 16, "num_heads": 2}
     cfg = ModelConfig(**shape, mixers=mixers, **fields)
-    tokens = np.asarray(jax.random.randint(jax.random.key(1), (5, 24), 0, 13))
-    params = Decoder(cfg).init(jax.random.key(0), jnp.asarray(tokens))["params"]
+    tokens = np.random.default_rng(1).integers(0, 13, (5, 24)).astype(np.int32)
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), jnp.asarray(tokens))["params"]
     return cfg, params, tokens
 
 
@@ -53,8 +53,17 @@ class Dense:
         return np.mean(found, axis=0), np.std(found, axis=0)
 
 
-def dense(layer, window: int = 10**6) -> Dense:
-    rows = layer.weights()
+def seen(cfg, params, tokens):
+    """Logits, and of every layer the rows of its weights."""
+    run = jax.jit(lambda params, tokens: _seen(look(cfg, params, tokens)))
+    return run(params, jnp.asarray(tokens))
+
+
+def _seen(view):
+    return view.logits, [layer.weights() for layer in view.attention]
+
+
+def dense(rows, window: int = 10**6) -> Dense:
     return Dense(np.asarray(rows.values, np.float64), np.asarray(rows.scores, np.float64), window)
 
 
@@ -68,9 +77,9 @@ def test_every_number_is_its_definition_whatever_the_parts(monkeypatch, at_once)
     trigger = np.isin(tokens, TRIGGERS)
     later = np.broadcast_to(np.arange(24) > 0, tokens.shape)
     assert len({int(row.sum()) for row in trigger}) > 1  # else parts could not differ
-    view = look(cfg, params, jnp.asarray(tokens))
+    logits, layers = seen(cfg, params, tokens)
     for i, window in enumerate((10**6, 9)):
-        by_hand = dense(view.attention[i], window)
+        by_hand = dense(layers[i], window)
         kinds = {"": later | True, "_nontrigger": ~trigger & later, "_trigger": trigger & later}
         for kind, queries in kinds.items():
             for suffix in ("", "_raw"):
@@ -83,7 +92,7 @@ def test_every_number_is_its_definition_whatever_the_parts(monkeypatch, at_once)
     np.testing.assert_allclose(out["rows_no_distribution"], [[100, 100], [0, 0]], atol=5)
     assert out["first_token_weight"][0] != out["first_token_weight_raw"][0]
     np.testing.assert_allclose(out["first_token_weight"][1], out["first_token_weight_raw"][1], atol=1e-6)
-    logits = np.asarray(view.logits, np.float64)
+    logits = np.asarray(logits, np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.roll(tokens, -1, 1)[..., None], -1)[..., 0]
     for name, queries in (("risk_backcopy", trigger & later), ("risk_bigram", ~trigger & later)):
         assert out[name] == pytest.approx(losses[:, :-1][queries[:, :-1]].mean(), abs=1e-5)
@@ -95,7 +104,7 @@ def test_nearly_empty_rows_are_counted():
     for length, expected in ((10**9, 100.0), (10**3, 0.0)):
         cfg, params, tokens = model(f"sigmoid(train_len={length})")
         out = summarise(make_measure(cfg)(params, tokens), epsilon=0.3)
-        rows = np.asarray(look(cfg, params, jnp.asarray(tokens)).attention[0].weights().values, np.float64).sum(-1)
+        rows = np.asarray(seen(cfg, params, tokens)[1][0].values, np.float64).sum(-1)
         assert (rows < NEARLY_EMPTY).mean() * 100 == expected
         assert out["rows_nearly_empty"] == [[expected] * 2]
         assert out["rows_no_distribution"] == [[100.0] * 2]

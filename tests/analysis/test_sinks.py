@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evals.definitions import SHARE_EPS
 from evals.measure import BigramTask, make_measure, summarise
 from jaxattn.analysis import alpha_of, column_means, look, probes, proxy_weights, sink_rate
 from jaxattn.models import ModelConfig
@@ -20,8 +21,8 @@ CAUSAL = jnp.tril(jnp.ones((1, 64, 64), bool))
 def model(**fields):
     """A small decoder and its parameters (non-zero everywhere)."""
     cfg = ModelConfig(**({"vocab_size": 13, "num_layers": 2, "d_model": 16, "num_heads": 2} | fields))
-    tokens = jax.random.randint(jax.random.key(1), (3, 40), 0, 13)
-    params = Decoder(cfg).init(jax.random.key(0), tokens)["params"]
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 13, (3, 40)), jnp.int32)
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
     return cfg, params, tokens
 
 
@@ -73,14 +74,20 @@ def test_proxy_rows_are_absolute_shares():
 @pytest.mark.parametrize("attn", ["softmax", "sigmoid", "k_bias", "sink_token", "softmax_off_by_one", "relu"])
 def test_blockwise_alpha_equals_the_dense_definition(attn):
     cfg, params, tokens = model(mixers=(attn,))
-    for layer in look(cfg, params, tokens).attention:
-        rows = layer.weights()
-        dense = proxy_weights(rows.values)
+
+    @jax.jit
+    def found(params, tokens):
+        layers = look(cfg, params, tokens).attention
+        return [(layer.weights(), alpha_of(layer, block=10_000), alpha_of(layer, block=7)) for layer in layers]
+
+    for rows, whole, blockwise in found(params, tokens):
+        dense = np.asarray(rows.values, np.float64)
+        dense = np.abs(dense) / (np.abs(dense).sum(-1, keepdims=True) + SHARE_EPS)
         queries, columns = dense.shape[2:]
         lower = np.tril(np.ones((queries, columns)), rows.slots).astype(bool)
-        expected = np.asarray(dense).sum(2) / lower.sum(0)
-        np.testing.assert_allclose(alpha_of(layer, block=10_000), expected, rtol=2e-5, atol=1e-7)
-        np.testing.assert_allclose(alpha_of(layer, block=7), expected, rtol=2e-5, atol=1e-7)
+        expected = dense.sum(2) / lower.sum(0)
+        np.testing.assert_allclose(whole, expected, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(blockwise, expected, rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.optimised
@@ -142,7 +149,9 @@ def test_looking_does_not_change_the_logits():
     for fields in ({}, {"scan_layers": True, "remat": True}, {"mixers": ("sink_token",)}):
         cfg, params, tokens = model(**fields)
         np.testing.assert_allclose(
-            look(cfg, params, tokens).logits, Decoder(cfg).apply({"params": params}, tokens), atol=1e-5
+            jax.jit(lambda p, x, cfg=cfg: look(cfg, p, x).logits)(params, tokens),
+            jax.jit(Decoder(cfg).apply)({"params": params}, tokens),
+            atol=1e-5,
         )
 
 

@@ -68,14 +68,15 @@ class Case:
 
     def op_by_op(self, q, k, v):
         """The forward as a caller without `jax.jit` gets it."""
-        return self._run("forward", q, k, v, None, self.params_for(q, k, v))
+        return self.compute("forward", q, k, v, None, self.params_for(q, k, v))
 
     @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="backend")
     def _compiled(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
         TRACES[self, which] += 1
-        return self._run(which, q, k, v, vis, params, **options)
+        return self.compute(which, q, k, v, vis, params, **options)
 
-    def _run(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
+    def compute(self, which: str, q, k, v, vis: Visibility | None, params: Any, **options):
+        """What `forward`, `reference` or `rebuilt` give, traced into the caller's program."""
         vis = self_visibility(*q.shape[:2]) if vis is None else vis
         q, v = self.gained(q, v, vis, params)
         call = Call(self.spec, params or {}, **options)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +24,49 @@ STARTS = [0, SHORTER, SHORTER + 1]
 def equals_oracle(case: Case, q, k, v, vis: Visibility | None = None, *, rtol: float = 2e-5, **options) -> jax.Array:
     """The forward is the reference, and what the analysis weights say it is."""
     o = case.forward(q, k, v, vis, **options)
-    reference, rebuilt, rows = case.rebuilt(q, k, v, vis, **options)
+    _agree(o, case.rebuilt(q, k, v, vis, **options), rtol)
+    return o
+
+
+def _agree(o, oracle, rtol: float = 2e-5) -> None:
+    reference, rebuilt, rows = oracle
     assert np.all(np.isfinite(reference))
     close(o, reference, rtol=rtol)
     if rebuilt is not None:
         close(rebuilt, o, rtol=rtol)
     assert np.all(np.isfinite(rows.scores))
-    return o
+
+
+class Examined(NamedTuple):
+    """All of a case on one input by one program; gradients are those with respect to q, k, v and the parameters."""
+
+    oracle: tuple[Any, Any, RowWeights]  # as of `Case.rebuilt`
+    ours: Any
+    theirs: Any
+
+
+def examined(case: Case, q, k, v, vis) -> Examined:
+    return jax.device_get(_examined(case, q, k, v, vis, case.params_for(q, k, v)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(run, q, k, v, vis, params):
-    """Value and all gradients of a scalar that weighs every output differently."""
-
-    def scalar(q, k, v, params):
-        o = run(q, k, v, vis, params).astype(jnp.float32)
+def _examined(case: Case, q, k, v, vis, params) -> Examined:
+    def scalar(o):
+        """That weighs every output differently."""
+        o = o.astype(jnp.float32)
         size = jax.lax.stop_gradient(jnp.maximum(1.0, jnp.mean(jnp.abs(o))))  # the slope of sin at 100 is chance
         return jnp.sum(jnp.sin(o / size) * normal(3, o.shape))
 
-    return jax.value_and_grad(scalar, argnums=(0, 1, 2, 3))(q, k, v, params)
+    def forward(q, k, v, params):
+        return scalar(case.compute("forward", q, k, v, vis, params))
+
+    def oracle(q, k, v, params):
+        found = case.compute("rebuilt", q, k, v, vis, params)
+        return scalar(found[0]), found
+
+    ours = jax.grad(forward, argnums=(0, 1, 2, 3))(q, k, v, params)
+    theirs, found = jax.grad(oracle, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, params)
+    return Examined(found, ours, theirs)
 
 
 def values_and_gradients(case: Case, q, k, v) -> None:
@@ -49,13 +74,11 @@ def values_and_gradients(case: Case, q, k, v) -> None:
     length = q.shape[1]
     positions, segments = packed([length // 3 + 1, length // 2], length)
     vis = seen(positions[:1].repeat(len(q), 0), segments[:1].repeat(len(q), 0), batch=len(q), length=length)
-    o = equals_oracle(case, q, k, v, vis)
+    o, found = case.forward(q, k, v, vis), examined(case, q, k, v, vis)
+    _agree(o, found.oracle)
     assert o.shape == (*q.shape[:3], v.shape[3])
     assert o.dtype == v.dtype
-    params = case.params_for(q, k, v)
-    ours = gradients(case.forward, q, k, v, vis, params)[1]
-    theirs = gradients(case.reference, q, k, v, vis, params)[1]
-    jax.tree.map(lambda a, b: close(a, b, rtol=2e-4), ours, theirs)
+    jax.tree.map(lambda a, b: close(a, b, rtol=2e-4), found.ours, found.theirs)
 
 
 # --- who sees whom: one program, many inputs
@@ -156,13 +179,14 @@ def weights_rebuild_the_forward_pass(case: Case) -> None:
     positions, segments = (np.array(x) for x in packed(DOCUMENTS, LENGTH, batch=3))
     positions[2], segments[2] = np.arange(LENGTH), 1
     vis = seen(positions, segments)
-    o = equals_oracle(case, q, k, v, vis)
-    rows = jax.tree.map(np.asarray, case.rebuilt(q, k, v, vis)[2])
-    real = np.asarray(rows.values[..., rows.slots :])
+    o, oracle = case.forward(q, k, v, vis), examined(case, q, k, v, vis).oracle
+    _agree(o, oracle)
+    rows = oracle[2]
+    real = rows.values[..., rows.slots :]
     assert real.shape == (3, 6, LENGTH, LENGTH)
     assert rows.scores.shape == rows.values.shape
     assert not np.any(np.where(np.asarray(visible(vis))[:, None], 0, real)), "weight on a token that is not seen"
-    assert not np.any(np.asarray(rows.values)[:2, :, sum(DOCUMENTS) :]), "a row of padding has weights"
+    assert not np.any(rows.values[:2, :, sum(DOCUMENTS) :]), "a row of padding has weights"
     assert bool(case.mechanism.slots) >= bool(rows.slots), "say in `slots` what the constant slots are"
     some = _some_rows(case, q, k, v, vis, params, 47)
     assert some.slots == rows.slots
@@ -188,34 +212,31 @@ def _weights_say_what_they_show(case: Case, q, k, v, vis: Visibility, o, real) -
 def fully_masked_rows_are_zero_with_finite_gradients(case: Case) -> None:
     q, k, v = standard()
     vis = seen(None, replaced(np.zeros((3, LENGTH)), np.s_[0, 5:], 1))
-    params = case.params_for(q, k, v)
-    reference, _, rows = case.rebuilt(q, k, v, vis, params)
-    for run, o in ((case.forward, case.forward(q, k, v, vis, params)), (case.reference, reference)):
-        o = np.asarray(o)
+    (reference, _, rows), *gradients = examined(case, q, k, v, vis)
+    for o, grads in zip((np.asarray(case.forward(q, k, v, vis)), reference), gradients, strict=True):
         assert not np.any(o[1])
         assert not np.any(o[0, :5])
         assert np.all(np.isfinite(o))
-        grads = gradients(run, q, k, v, vis, params)[1]
         assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
-        assert not np.any(np.asarray(grads[0])[1]), "queries that see nothing have no gradient"
+        assert not np.any(grads[0][1]), "queries that see nothing have no gradient"
     assert np.all(np.isfinite(rows.values))
-    assert not np.any(np.asarray(rows.values)[1])
+    assert not np.any(rows.values[1])
 
 
 def extreme_logits_stay_finite_and_equal_reference(case: Case, size: float) -> None:
     q, k, v = standard()
     q, k = np.ones_like(q), np.full_like(k, size / q.shape[3] ** 0.5)  # scores of `size`, and one of twice that
     k[:, 3] *= 2
-    equals_oracle(case, q, k, v, seen(), rtol=1e-4)
-    grads = gradients(case.forward, q, k, v, seen(), case.params_for(q, k, v))[1]
-    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    found = examined(case, q, k, v, seen())
+    _agree(case.forward(q, k, v, seen()), found.oracle, 1e-4)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(found.ours))
 
 
 def bf16_is_as_close_as_bf16_can_be(case: Case) -> None:
     q, k, v = (x.astype(jnp.bfloat16) for x in standard())
     o = case.forward(q, k, v, seen())
     assert o.dtype == jnp.bfloat16
-    exact = case.rebuilt(*(x.astype(np.float32) for x in (q, k, v)), seen())[0]
+    exact = examined(case, *(x.astype(np.float32) for x in (q, k, v)), seen()).oracle[0]
     if case.mechanism.name == "kernel_mlp":  # two more bf16 products before the scores
         close(o, exact, rtol=6e-2)
     else:

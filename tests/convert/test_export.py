@@ -215,7 +215,7 @@ def save_run(folder, cfg, scale=None):
     from jaxattn.runs.checkpoint import Checkpoints
     from jaxattn.runs.rundir import write_json_atomic
 
-    params = Decoder(cfg.model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(cfg.model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     if scale is not None:
         params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(scale)
     folder.mkdir()
@@ -247,7 +247,9 @@ def test_a_run_of_text_is_opened_by_transformers_as_it_is(tmp_path):
     with torch.no_grad():
         theirs = oracle(ids).logits.numpy()
     np.testing.assert_allclose(
-        Decoder(loaded.model).apply({"params": loaded.params}, jnp.asarray(ids.numpy(), jnp.int32)), theirs, atol=1e-4
+        jax.jit(Decoder(loaded.model).apply)({"params": loaded.params}, jnp.asarray(ids.numpy(), jnp.int32)),
+        theirs,
+        atol=1e-4,
     )
     assert tokenizer.eos_token_id == oracle.generation_config.eos_token_id == 256
     assert (tokenizer.bos_token_id, oracle.generation_config.bos_token_id, oracle.config.bos_token_id) == (None,) * 3

@@ -14,6 +14,7 @@ from jaxattn.errors import UserError
 from jaxattn.models import ModelConfig
 from jaxattn.rope import RopeScaling
 from tests.convert.families import FAMILIES, build
+from tests.in_process import called
 
 torch = pytest.importorskip("torch", reason="the oracle")
 
@@ -71,12 +72,8 @@ def test_a_configuration_written_by_us_is_read_as_the_same_model(name, tmp_path)
         assert getattr(theirs, field) == raw[field], field
 
 
-def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path, monkeypatch):
+def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path):
     """Also after the folder was moved: its tokenizer is found inside it."""
-    import subprocess
-    import sys
-
-    from evals import sinks
     from jaxattn.open_tokenizer import byte_tokenizer
     from jaxattn.runs.load import read_config
 
@@ -85,17 +82,14 @@ def test_the_sink_study_of_a_converted_checkpoint_leaves_a_report(tmp_path, monk
     convert(str(tmp_path / "hf"), tmp_path / "made")
     (tmp_path / "made").rename(tmp_path / "moved")
     assert read_config(tmp_path / "moved").data.tokenizer == str(tmp_path / "moved" / "hf" / "tokenizer.json")
-    done = subprocess.run(
-        [sys.executable, "-m", "evals.sinks", str(tmp_path / "moved")], capture_output=True, text=True
-    )
+    done = called("evals.sinks", tmp_path / "moved")
     assert done.returncode == 0, done.stderr
     assert "Sink_1" in done.stdout
     report = (tmp_path / "moved" / "report.html").read_text()
     assert report.count("<img") >= 4
     (tmp_path / "moved" / "report.html").unlink()
     for words in (["--step=0"], ["--sequences=4"]):  # other numbers than those of the folder
-        monkeypatch.setattr(sys, "argv", ["sinks", str(tmp_path / "moved"), *words])
-        assert sinks.main() == 0
+        assert called("evals.sinks", tmp_path / "moved", *words).returncode == 0
     assert not (tmp_path / "moved" / "report.html").exists()
 
 
@@ -149,7 +143,7 @@ def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
 
     model = _model(num_kv_heads=2)
     cfg = RunConfig(model=model)
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     (tmp_path / "run").mkdir()
     write_json_atomic(tmp_path / "run" / "config.json", cfg.to_dict())
     with Checkpoints(tmp_path / "run" / "checkpoints", config=cfg.to_dict()) as checkpoints:
@@ -159,4 +153,4 @@ def test_a_run_of_our_own_is_exported_and_computes_the_same(tmp_path):
     ids = np.arange(20, dtype=np.int32)[None]
     with torch.no_grad():
         theirs = oracle(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(Decoder(model).apply({"params": params}, jnp.asarray(ids)), theirs, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(Decoder(model).apply)({"params": params}, jnp.asarray(ids)), theirs, atol=1e-5)

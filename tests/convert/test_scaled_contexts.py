@@ -99,9 +99,9 @@ def test_padding_behind_a_text_does_not_make_it_longer():
     model = ModelConfig(vocab_size=97, num_layers=1, d_model=32, num_heads=4, rope_base=100.0, rope_scaling=scaling)
     ids = jnp.arange(24)[None] % 97
     live = (jnp.arange(24) < 12).astype(jnp.int32)[None]
-    params = Decoder(model).init(jax.random.key(0), ids)
-    padded = Decoder(model).apply(params, ids, None, live)
-    alone = Decoder(model).apply(params, ids[:, :12])
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), ids)
+    padded = jax.jit(Decoder(model).apply)(params, ids, None, live)
+    alone = jax.jit(Decoder(model).apply)(params, ids[:, :12])
     np.testing.assert_allclose(padded[:, :12], alone, atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_a_row_is_scaled_by_its_own_length(kind):
     scaling = RopeScaling(kind, 4.0, original_length=8, **more)
     model = ModelConfig(vocab_size=97, num_layers=1, d_model=32, num_heads=4, rope_base=100.0, rope_scaling=scaling)
     tokens, lengths = np.arange(48, dtype=np.int32).reshape(2, 24), np.array([24, 6])
-    params = Decoder(model).init(jax.random.key(0), jnp.asarray(tokens))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.asarray(tokens))["params"]
     together = hidden_of(model, {"params": params}, tokens, lengths)
     made = jaxattn.generate(model, params, tokens, lengths=lengths, max_new_tokens=6).tokens
     for row, n in enumerate(lengths):

@@ -25,7 +25,8 @@ from tests.train.helpers import rows
 from train.finetune import main as finetune
 
 torch = pytest.importorskip("torch", reason="the oracle")
-pytestmark = [pytest.mark.smollm2, pytest.mark.optimised]  # 135 million weights: running costs more than compiling
+pytestmark = [pytest.mark.smollm2]
+LONG = [pytest.mark.slow, pytest.mark.optimised]  # where running costs more than compiling
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -67,26 +68,29 @@ def loaded(smol):
     return load(smol[2])
 
 
+def padded(texts):
+    """int32 [n, longest], zeros behind each."""
+    longest = max(map(len, texts))
+    return np.array([[*text, *[0] * (longest - len(text))] for text in texts], np.int32)
+
+
 def test_logits_of_twenty_prompts_equal_transformers(smol, loaded):
-    oracle = smol[0]
+    """All in one batch with padding behind them, whose segment is 0."""
+    texts = [loaded.encode(prompt) for prompt in PROMPTS]
+    ids, here = padded(texts), padded([[1] * len(text) for text in texts])
+    at = np.arange(ids.shape[1], dtype=np.int32)[None].repeat(len(ids), 0)
     run = jax.jit(lambda params, *x: Decoder(loaded.model).apply({"params": params}, *x))
-    worst, longest = 0.0, max(len(loaded.encode(p)) for p in PROMPTS)
-    for prompt in PROMPTS:
-        ids = np.asarray(loaded.encode(prompt), np.int32)[None]
-        n = ids.shape[1]
-        pad = longest - n  # one shape; the segment of padding is 0
-        padded = np.pad(ids, ((0, 0), (0, pad)))
-        segments, at = (np.arange(n + pad) < n).astype(np.int32)[None], np.arange(n + pad, dtype=np.int32)[None]
-        ours = np.asarray(run(loaded.params, *map(jnp.asarray, (padded, at, segments))))[0, :n]
-        with torch.no_grad():
-            theirs = oracle(torch.tensor(ids, dtype=torch.long)).logits[0].numpy()
-        worst = max(worst, float(np.abs(ours - theirs).max()))
-        np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1), err_msg=prompt)
-    assert worst < 1e-3
+    ours = np.asarray(run(loaded.params, ids, at, here))
+    with torch.no_grad():
+        theirs = smol[0](torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(here)).logits.numpy()
+    for prompt, text, mine, other in zip(PROMPTS, texts, ours, theirs, strict=True):
+        n = len(text)
+        np.testing.assert_array_equal(mine[:n].argmax(-1), other[:n].argmax(-1), err_msg=prompt)
+        assert np.abs(mine[:n] - other[:n]).max() < 1e-3, prompt
 
 
 @pytest.mark.parametrize(
-    ("prompts", "count"), [(PROMPTS[:4], 12), pytest.param(PROMPTS, 64, marks=pytest.mark.slow)], ids=["few", "all"]
+    ("prompts", "count"), [(PROMPTS[:4], 12), pytest.param(PROMPTS, 64, marks=LONG)], ids=["few", "all"]
 )
 def test_greedy_tokens_equal_transformers_for_prompts_alone_and_together(prompts, count, smol, loaded):
     oracle = smol[0]
@@ -173,6 +177,7 @@ def test_the_server_s_engine_answers_together_as_alone(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_lora_fine_tuning_starts_from_it_learns_and_exports(smol, tmp_path):
     """Twelve steps on one document: the loss falls far, and the merged export loads in transformers."""
     text = tmp_path / "document.jsonl"
@@ -233,6 +238,7 @@ def test_text_of_odd_prompts_equals_transformers(smol, loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_two_hundred_answers_and_where_they_end_equal_transformers(smol, loaded):
     """Greedy, in batches, up to any of the ends that the file names."""
     oracle, theirs, _ = smol

@@ -21,6 +21,7 @@ from jaxattn.runs.checkpoint import Checkpoints
 from jaxattn.runs.load import load_params, read_config
 from tests.convert.families import build
 from tests.generate import checkpoints
+from tests.in_process import called
 
 pytest.importorskip("torch", reason="the oracle")
 
@@ -83,7 +84,7 @@ def test_the_command_ends_with_zero_when_equal(twin):
     command = [sys.executable, "-m", "convert.verify", *map(str, twin)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([*command, "--prompt", "x"], capture_output=True, text=True)
+    done = called("convert.verify", *twin, "--prompt", "x")
     assert done.returncode == 2
     assert "needs a tokenizer" in done.stderr
 

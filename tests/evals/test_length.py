@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,16 +46,14 @@ def test_windows_hold_every_target_once():
 
 def test_losses_are_those_of_each_window_alone(trained_run):
     trained = open_trained(trained_run)
-    text = np.random.default_rng(1).integers(0, 256, (3, 49)).astype(np.int32)
+    text, log_p = np.random.default_rng(1).integers(0, 256, (3, 49)).astype(np.int32), log_p_of(trained)
     rows = length.loss_by_length(trained, text, [8, 48])
     for row in rows:
         size, losses = row["length"], []
         for sequence in text:
             for start in range(0, 48, size):
                 window = sequence[start : start + size + 1]
-                logits = Decoder(trained.model).apply({"params": trained.params}, jnp.asarray(window[None, :-1]))
-                logp = np.asarray(jax.nn.log_softmax(logits))[0]
-                losses.append(-logp[np.arange(size), window[1:]])
+                losses.append(-log_p(window[None, :-1])[0, np.arange(size), window[1:]])
         mean = np.mean(losses, axis=0)
         assert row["windows"] == len(losses)
         assert row["loss"] == pytest.approx(mean.mean(), abs=1e-5)
@@ -65,10 +62,15 @@ def test_losses_are_those_of_each_window_alone(trained_run):
     assert rows[0]["positions"] == list(range(8))
 
 
+def log_p_of(trained):
+    """Logarithms of the probabilities [B, T, N] behind tokens [B, T]."""
+    run = jax.jit(lambda params, x: jax.nn.log_softmax(Decoder(trained.model).apply({"params": params}, x)))
+    return lambda tokens: np.asarray(run(trained.params, tokens))
+
+
 def mean_of(trained, text, size) -> np.ndarray:
     windows = length.cut_windows(text, size)
-    logits = np.asarray(Decoder(trained.model).apply({"params": trained.params}, jnp.asarray(windows[:, :-1])))
-    logp = np.asarray(jax.nn.log_softmax(logits))
+    logp = log_p_of(trained)(windows[:, :-1])
     return -np.take_along_axis(logp, windows[:, 1:, None], axis=-1)[..., 0].mean(0)
 
 

@@ -20,6 +20,7 @@ import pytest
 from evals.definitions import MEASURED
 from evals.report import write_report
 from tests.evals.run_folders import LAYERS, make_run, write
+from tests.in_process import called
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -242,13 +243,13 @@ def test_command_line(tmp_path: Path) -> None:
     done = command(run)
     assert (done.returncode, done.stdout.strip()) == (0, str(run / "report.html")), done.stderr
     assert len(list((run / "plots").glob("*.png"))) == 10
-    missing = command(tmp_path / "nowhere")
+    missing = called("evals.report", tmp_path / "nowhere")
     assert missing.returncode == 2
     assert re.fullmatch(r"error: .*nowhere is not a run directory: it does not exist.*\.\n", missing.stderr)
-    unwritable = command(run, "--out", run / "config.json" / "x" / "r.html")
+    unwritable = called("evals.report", run, "--out", run / "config.json" / "x" / "r.html")
     assert unwritable.returncode == 2
     assert re.fullmatch(r"error: the report cannot be written to .*: Not a directory; .*\.\n", unwritable.stderr)
-    assert "2 runs are compared but --out is not given" in command(run, run).stderr
+    assert "2 runs are compared but --out is not given" in called("evals.report", run, run).stderr
 
 
 def test_the_report_itself_needs_no_jax() -> None:

@@ -24,7 +24,7 @@ def byte_run(folder: Path, attn: str = "softmax") -> Path:
     cfg = RunConfig(
         attn=attn, model=model, data=DataConfig(source=str(text), tokenizer="bytes", context=16, val_fraction=0.0)
     )
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     run.mkdir()
     write_json_atomic(run / "config.json", cfg.to_dict())
     with Checkpoints(run / "checkpoints", config=cfg.to_dict()) as checkpoints:

@@ -81,9 +81,10 @@ def test_retrieving_attention_reads_prompts_of_any_length():
     cfg = cfg.with_attention("landmark(block=15, retrieve=2, context=128)")
     prompts = np.random.default_rng(2).integers(0, 17, (2, 200)).astype(np.int32)
     step = jax.jit(functools.partial(Decoder(cfg).apply, method="step"))
+    start = jax.jit(lambda: Decoder(cfg).apply({"params": params}, 1, 256, method="start"))
 
     def greedy(prompt, count):
-        states, made = Decoder(cfg).apply({"params": params}, 1, 256, method="start"), []
+        states, made = start(), []
         for at in range(0, len(prompt), 75):
             part = prompt[None, at : at + 75]
             logits, states = step({"params": params}, states, part, at + np.arange(part.shape[1])[None])

@@ -33,7 +33,7 @@ def step_by_step(cfg, params, tokens, room):
     """Logits [T, N] of tokens fed one at a time into a cache with this much room, inside jit."""
     apply = lambda method, *args: Decoder(cfg).apply({"params": params}, *args, method=method)
     step = jax.jit(lambda states, token, at: apply("step", states, token, at))
-    states, found = apply("start", 1, room), []
+    states, found = jax.jit(lambda: apply("start", 1, room))(), []
     for t in range(tokens.shape[1]):
         logits, states = step(states, tokens[:, t : t + 1], jnp.full((1, 1), t))
         found.append(logits[0, 0])
@@ -57,10 +57,10 @@ def test_a_full_cache_is_refused_outside_jit_and_poisons_inside(mixer):
 def test_a_window_forgets_the_sink_as_the_mask_of_one_pass_does():
     cfg, params = build("softmax(window=5)")
     stepped = step_by_step(cfg, params, TOKENS, room=24)
-    whole = Decoder(cfg).apply({"params": params}, TOKENS)[0]
+    whole = jax.jit(Decoder(cfg).apply)({"params": params}, TOKENS)[0]
     np.testing.assert_allclose(stepped, whole, atol=1e-5)
     changed = TOKENS.at[0, 0].set((TOKENS[0, 0] + 1) % 17)  # two layers of 5 see back 8
-    after = Decoder(cfg).apply({"params": params}, changed)[0]
+    after = jax.jit(Decoder(cfg).apply)({"params": params}, changed)[0]
     np.testing.assert_array_equal(after[9:], whole[9:])
     assert not np.array_equal(after[8], whole[8])
 

@@ -12,6 +12,7 @@ from jaxattn.errors import Corrupt, UserError
 from jaxattn.open_tokenizer import byte_tokenizer
 from jaxattn.text import TextStream, load
 from tests.generate.helpers import byte_run
+from tests.in_process import called
 
 
 def pieces(text: str, stop=()):
@@ -91,7 +92,7 @@ def test_the_command_continues_a_text_and_refuses_bad_input(run, tmp_path):
         ((str(run), "--prompt", "x", "--system", "y"), "there is no --chat"),
         ((str(tmp_path / "none"), "--prompt", "x"), "holds no run"),
     ):
-        done = command(*args)
+        done = called("jaxattn.generate", *args)
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.generate.helpers import byte_run
+from tests.in_process import called
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +84,6 @@ def test_what_it_cannot_do_is_one_sentence(tmp_path):
             ((str(tmp_path), "--max-body=0"), "--max-body is 0"),
             ((str(run), "--port=0", "--context=0"), "context is 0"),
         ):
-            process = start(*words)
-            _, err = process.communicate(timeout=60)
-            assert process.returncode == 2, err
-            assert expected in err.strip().splitlines()[-1], err
+            done = called("jaxattn.serve", *words)
+            assert done.returncode == 2, done.stderr
+            assert expected in done.stderr.strip().splitlines()[-1], done.stderr

@@ -108,10 +108,12 @@ def test_a_landmark_model_without_landmarks_is_softmax() -> None:
     cfg = h.tiny(Path("x"), attn="landmark(block=16)", model={"vocab_size": 60}).resolved().model
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 60)
     soft = cfg.with_attention("softmax")
-    shared = Decoder(soft).init(jax.random.key(0), tokens)["params"]
-    params = Decoder(cfg).init(jax.random.key(0), tokens)["params"] | shared
+    shared = jax.jit(Decoder(soft).init)(jax.random.key(0), tokens)["params"]
+    params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"] | shared
     np.testing.assert_allclose(
-        Decoder(cfg).apply({"params": params}, tokens), Decoder(soft).apply({"params": shared}, tokens), atol=1e-5
+        jax.jit(Decoder(cfg).apply)({"params": params}, tokens),
+        jax.jit(Decoder(soft).apply)({"params": shared}, tokens),
+        atol=1e-5,
     )
     assert "softmax attention" in get("landmark").advice(get("landmark").make_spec(block=16), 16)
 

@@ -58,7 +58,7 @@ def test_a_run_prints_its_backends_once_at_the_start(tmp_path, capsys):
 
 def test_decoding_says_who_multiplies_single_rows():
     model = ModelConfig(vocab_size=8, num_layers=1, d_model=8)
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     line = of_decoding(dataclasses.replace(model, backend="xla"), params)
     assert line == "backends: flash xla (named); products of single rows xla (the backend xla was named)"
     assert of_decoding(model, params).startswith("backends: flash ")

@@ -26,7 +26,6 @@ MECHANISMS = ("softmax", "sigmoid", "k_bias")
 PROMPT, LENGTH, LEFT, VOCAB = 24, 40, 4, 19
 BASE = {
     "vocab_size": VOCAB,
-    "num_layers": 4,
     "d_model": 24,
     "num_heads": 4,
     "num_kv_heads": 2,
@@ -34,6 +33,7 @@ BASE = {
     "d_ff": 32,
     "mlps": ("gelu",),
 }
+DEEP = ("tidal", "zero_tuning")  # whose options name layers: four, every other policy does the same in both of two
 TRACES: collections.Counter[tuple[ModelConfig, str]] = collections.Counter()
 
 
@@ -46,10 +46,14 @@ class Case:
     def __str__(self) -> str:
         return f"{text_of(self.policy, self.spec)}-{self.mechanism}"
 
+    @property
+    def layers(self) -> int:
+        return 4 if self.policy.name in DEEP else 2
+
     def config(self, spec: Any = None, **fields: Any) -> ModelConfig:
         """The model under this policy."""
         text = text_of(self.policy, self.spec if spec is None else spec)
-        return ModelConfig(**(BASE | {"mixers": (self.mechanism,), "policy": text} | fields))
+        return ModelConfig(**(BASE | {"num_layers": self.layers, "mixers": (self.mechanism,), "policy": text} | fields))
 
     def unlimited(self) -> ModelConfig:
         return self.config(self.policy.unlimited(self.spec, LENGTH))
@@ -114,9 +118,9 @@ def answers(cfg: ModelConfig) -> np.ndarray:
 
 
 @functools.cache
-def dense(mechanism: str, **fields: Any) -> np.ndarray:
+def dense(mechanism: str, layers: int, **fields: Any) -> np.ndarray:
     """Logits of the same batch by the model's forward pass."""
-    cfg = ModelConfig(**(BASE | {"mixers": (mechanism,)} | fields))
+    cfg = ModelConfig(**(BASE | {"num_layers": layers, "mixers": (mechanism,)} | fields))
     run = jax.jit(lambda params, *x: Decoder(cfg).apply({"params": params}, *x))
     return np.asarray(run(params_of(cfg), *texts()))
 

@@ -38,13 +38,13 @@ def close(found, expected, tolerance=EXACT):
 def test_an_unlimited_budget_is_dense_attention(case):
     """Wraps have no budget: `unlimited` gives the options that change nothing."""
     own = texts()[2] > 0
-    close(answers(case.unlimited())[own], dense(case.mechanism)[own])
+    close(answers(case.unlimited())[own], dense(case.mechanism, case.layers)[own])
 
 
 @pytest.mark.parametrize("case", grouped([c for c in CASES if c.policy.name != "dense"]))
 def test_a_small_budget_is_not(case):
     """What lies outside of it is lost, so that the question above means something."""
-    found, whole = answers(case.config())[0, PROMPT:], dense(case.mechanism)[0, PROMPT:]
+    found, whole = answers(case.config())[0, PROMPT:], dense(case.mechanism, case.layers)[0, PROMPT:]
     assert np.isfinite(found).all()
     assert np.abs(found - whole).max() > 1e-3
 
@@ -54,7 +54,7 @@ def test_padding_on_the_left_changes_nothing(case):
     """The padded row is a prompt of fewer tokens, so its answer begins earlier in the text: asked of one as short."""
     padded = answers(case.config())[1, LEFT:]
     tokens, positions, segments = texts()
-    shorter = tuple(x[:1, : LENGTH - LEFT] for x in (tokens, positions, segments))
+    shorter = tuple(x[[0, 0, 0], : LENGTH - LEFT] for x in (tokens, positions, segments))  # as many rows: one program
     alone, _ = decode(case.config(), shorter, (PROMPT - LEFT,))
     close(padded, alone[0])
 
@@ -87,7 +87,7 @@ def test_pieces_of_a_prompt_equal_one_call_or_are_refused(case):
         with pytest.raises(ConfigError, match="in one piece"):
             check_piece(cfg, 7)
         return
-    found, _ = decode(cfg, pieces=(7, 1, PROMPT - 8))
+    found, _ = decode(cfg, pieces=(LEFT - 1, 1, PROMPT - LEFT))  # the last as long as the prompt without padding
     own = texts()[2] > 0
     close(found[own], answers(cfg)[own])
 
@@ -100,7 +100,7 @@ def test_a_window_of_the_layer_is_honoured_or_refused(case):
         return
     spec = case.policy.unlimited(case.spec, LENGTH)
     own = texts()[2] > 0
-    close(answers(case.config(spec, mixers=(windowed,)))[own], dense(windowed)[own])
+    close(answers(case.config(spec, mixers=(windowed,)))[own], dense(windowed, case.layers)[own])
 
 
 @pytest.mark.parametrize("position", ["alibi", "nope"])
@@ -111,7 +111,7 @@ def test_other_position_encodings_are_honoured_or_refused(case, position):
         return
     spec = case.policy.unlimited(case.spec, LENGTH)
     own = texts()[2] > 0
-    close(answers(case.config(spec, position=position))[own], dense("softmax", position=position)[own])
+    close(answers(case.config(spec, position=position))[own], dense("softmax", case.layers, position=position)[own])
 
 
 @pytest.mark.parametrize("mixer", ["softplus", "sink_token", "landmark(block=3)", "lightning"])
@@ -124,7 +124,7 @@ def test_mechanisms_it_cannot_serve_are_refused_by_name(case, mixer):
             return
         spec = case.policy.unlimited(case.spec, LENGTH + 1)  # a learned token takes a place, too
         own, tolerance = texts()[2] > 0, 1e-4 if mixer == "softplus" else EXACT  # whose weights are fifteenth powers
-        close(answers(case.config(spec, mixers=(mixer,)))[own], dense(mixer)[own], tolerance)
+        close(answers(case.config(spec, mixers=(mixer,)))[own], dense(mixer, case.layers)[own], tolerance)
     else:
         assert case.policy.name in sentence
         assert mixer.split("(")[0] in sentence

@@ -57,9 +57,9 @@ def score(monkeypatch, *words: str) -> None:
 def test_accuracy_is_the_share_of_right_argmaxes():
     """Against the definition on full logits, with rows of different numbers of scored positions."""
     model = ModelConfig(vocab_size=32, num_layers=1, d_model=16)
-    params = Decoder(model).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     (batch,) = batches(make_task("mqar", {"pairs": [1, 3], "vocab": 32}), 16, 40, 0)
-    logits = np.asarray(Decoder(model).apply({"params": params}, jnp.asarray(batch["tokens"])))
+    logits = np.asarray(jax.jit(Decoder(model).apply)({"params": params}, jnp.asarray(batch["tokens"])))
     predicted, mask = logits.argmax(-1), batch["loss_mask"]
     batch["targets"][::3] = predicted[::3]  # an untrained model is never right by itself
     right = predicted == batch["targets"]
@@ -79,9 +79,9 @@ def test_scored_places():
 def test_accuracy_in_chunks_is_that_of_one_pass():
     """The decode path (prefill by chunks, ragged at the end) predicts what the whole forward pass predicts."""
     model = ModelConfig(vocab_size=64, num_layers=2, d_model=32, num_heads=2, mixers=("softmax(window=9)", "linear"))
-    params = Decoder(model).init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(Decoder(model).init)(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
     (batch,) = batches(make_task("copy", {}), 22, 6, 0)
-    logits = np.asarray(Decoder(model).apply({"params": params}, jnp.asarray(batch["tokens"])))
+    logits = np.asarray(jax.jit(Decoder(model).apply)({"params": params}, jnp.asarray(batch["tokens"])))
     batch["targets"] = np.where(np.arange(6)[:, None] % 2, logits.argmax(-1), batch["targets"])
     whole = make_hits(model)(params, batch)
     assert 0.3 < whole.mean() < 0.8
@@ -154,7 +154,7 @@ def test_attention_options_without_parameters_are_swapped(passkey, monkeypatch, 
     narrow = open_trained(passkey, "conv(width=3), softmax(window=1)")
     assert narrow.model.mixer(1).window == 1
     tokens = jnp.arange(16)[None] % 20
-    apply = lambda t: np.asarray(Decoder(t.model).apply({"params": t.params}, tokens))
+    apply = lambda t: np.asarray(jax.jit(Decoder(t.model).apply)({"params": t.params}, tokens))
     assert np.abs(apply(trained) - apply(narrow)).max() > 1e-3
     score(monkeypatch, str(passkey), "--attn=conv(width=3), softmax(window=1)", "--sequences=3")
 
