@@ -123,11 +123,11 @@ def streaming(data: dict[str, Any]) -> str:
 
     first, *others = (statistics.mean(x) for x in zip(*ours["by window"], strict=True))
     return (
-        f"SmolLM2-135M reads {tokens}k tokens, 4 × its context, one by one through 4 sinks and 252 recent keys: no 2k "
-        f"of them lose more than {max(others) - first:.2f} nats against the first 2k; without sinks {beside('0 + 256')} "
-        f"the perplexity, dense at twice the context {beside('dense')}; {span([row['times'] for row in rates], 1)} × "
-        f"the tokens/s of a rebuilt window of {min(row['cache'] for row in rates)} to "
-        f"{max(row['cache'] for row in rates)} keys"
+        f"SmolLM2-135M reads {tokens}k tokens, 4 × its context, one by one through 4 sinks and 252 recent keys: no "
+        f"2k of them lose more than {max(others) - first:.2f} nats against the first 2k; without sinks "
+        f"{beside('0 + 256')} the perplexity, dense at twice the context {beside('dense')}; "
+        f"{span([row['times'] for row in rates], 1)} × the tokens/s of a rebuilt window of "
+        f"{min(row['cache'] for row in rates)} to {max(row['cache'] for row in rates)} keys"
     )
 
 
