@@ -26,6 +26,7 @@ MECHANISMS = ("softmax", "sigmoid", "k_bias")
 PROMPT, LENGTH, LEFT, VOCAB = 24, 40, 4, 19
 BASE = {
     "vocab_size": VOCAB,
+    "num_layers": 4,
     "d_model": 24,
     "num_heads": 4,
     "num_kv_heads": 2,
