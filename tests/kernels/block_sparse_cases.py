@@ -6,29 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Score
 from pallas_kernels.block_sparse import block_sparse
 from pallas_kernels.flash.reference import NEVER
 from tests.conformance.cases import close, normal
-
-SOFTMAX = Score()
-
-
-SCORES = [
-    SOFTMAX,
-    Score("exp", "sum", row_sum=3.0, logit_bias=0.5),
-    Score("exp", "sum_plus_one"),
-    Score("exp", "p_norm", p=0.5),
-    Score("sigmoid", "none", logit_bias=-2.0),
-    Score("sigmoid", "p_norm", p=2.0),
-    Score("elu1", "sum"),
-    Score("relu", "count"),
-    Score("relu", "sum_plus_one"),
-    Score("identity", "clipped_sum"),
-]
-
-
-ids = lambda s: f"{s.activation}-{s.normaliser}"
+from tests.kernels.scores import SOFTMAX
 
 
 def draw_lists(batch, lists, queries, keys, block_q, block_k, width=4, seed=0):

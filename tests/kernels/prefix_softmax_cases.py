@@ -40,17 +40,6 @@ def both(run, arrays, segments=None, initial_segment=None):
     return jax.jit(lambda *x: jax.grad(loss, range(5), has_aux=True)(*x)[::-1])(*arrays)
 
 
-def near(ours, theirs, tolerance):
-    """Errors of every array, relative to its largest value."""
-
-    def one(a, b):
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
-
-    jax.tree.map(one, ours, theirs)
-
-
 def packs(length=75):
     """Padding in front, between and behind, a document of one token, one (3) without any, and a row of padding."""
     segments = np.zeros((3, length), np.int32)

@@ -19,8 +19,9 @@ from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER, flash_reference
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, normal, packed
-from tests.kernels.block_sparse_cases import SCORES, SOFTMAX, both, check, draw_bias, draw_lists, ids
+from tests.kernels.block_sparse_cases import both, check, draw_bias, draw_lists
 from tests.kernels.odd import in_both_dtypes
+from tests.kernels.scores import SCORES, SOFTMAX, ids
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

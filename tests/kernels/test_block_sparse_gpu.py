@@ -20,9 +20,10 @@ from pallas_kernels.block_sparse.reference import listed
 from pallas_kernels.flash.reference import NEVER
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, normal, packed
-from tests.kernels.block_sparse_cases import SOFTMAX, draw_bias, draw_lists, ids
-from tests.kernels.flash_cases import near
+from tests.kernels.block_sparse_cases import draw_bias, draw_lists
 from tests.kernels.late import delay
+from tests.kernels.near import near
+from tests.kernels.scores import SOFTMAX, ids
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
 skip_module_without_gpus()

@@ -15,12 +15,13 @@ from pallas_kernels.block_sparse.plan import unfit
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, normal, packed
 from tests.kernels import block_sparse_cases as plain
-from tests.kernels.block_sparse_cases import SOFTMAX, draw_bias, draw_lists, ids
+from tests.kernels.block_sparse_cases import draw_bias, draw_lists
 from tests.kernels.odd import in_both_dtypes
+from tests.kernels.scores import SCORES, SOFTMAX, ids
 from tests.kernels.simulators import without_races
 
 SLOW = ("exp-sum", "sigmoid-none", "elu1-sum", "relu-sum_plus_one")  # their formulas are those of others here
-MEMBERS = [pytest.param(s, marks=pytest.mark.slow if ids(s) in SLOW else ()) for s in plain.SCORES]
+MEMBERS = [pytest.param(s, marks=pytest.mark.slow if ids(s) in SLOW else ()) for s in SCORES]
 
 
 def check(arrays, vis, score=SOFTMAX, rtol=2e-5, mode="plain", **options):

@@ -16,18 +16,7 @@ from pallas_kernels.flash import xla
 from pallas_kernels.flash.reference import flash_reference
 from pallas_kernels.flash.xla import flash_xla
 from tests.conformance.cases import close, inputs, packed
-
-SCORES = [
-    Score(),
-    Score("exp", "sum_plus_one"),
-    Score("exp", "p_norm", p=0.5),
-    Score("sigmoid", "none", logit_bias=-2.0),
-    Score("sigmoid", "p_norm", p=2.0),
-    Score("elu1", "sum"),
-    Score("relu", "count"),
-    Score("identity", "clipped_sum"),
-]
-ids = lambda s: f"{s.activation}-{s.normaliser}"
+from tests.kernels.scores import SCORES, ids
 
 
 @pytest.mark.parametrize(

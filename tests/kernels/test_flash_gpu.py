@@ -23,8 +23,8 @@ from pallas_kernels.flash.reference import NEVER, flash_reference
 from pallas_kernels.flash.tiles import certain, reachable
 from pallas_kernels.shapes import ODD
 from tests.conformance.cases import close, inputs, packed
-from tests.kernels.flash_cases import near
 from tests.kernels.late import delay
+from tests.kernels.near import near
 from tests.kernels.simulators import needs_costs, skip_module_without_gpus, without_races
 
 skip_module_without_gpus()

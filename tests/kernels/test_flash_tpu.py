@@ -17,23 +17,8 @@ from pallas_kernels.flash.reference import flash_reference
 from pallas_kernels.flash.tiles import Spans, certain, reachable, spans
 from pallas_kernels.flash.tpu import flash_tpu
 from tests.conformance.cases import close, inputs, packed
+from tests.kernels.scores import SCORES, SOFTMAX, ids
 from tests.kernels.simulators import without_races
-
-SOFTMAX = Score()
-SCORES = [
-    SOFTMAX,
-    Score("exp", "sum", row_sum=3.0, logit_bias=0.5),
-    Score("exp", "sum_plus_one"),
-    Score("exp", "p_norm", p=0.5),
-    Score("sigmoid", "none", logit_bias=-2.0),
-    Score("sigmoid", "p_norm", p=2.0),
-    Score("elu1", "sum"),
-    Score("elu1", "p_norm", p=1.5),
-    Score("relu", "count"),
-    Score("relu", "sum_plus_one"),
-    Score("identity", "clipped_sum"),
-]
-ids = lambda s: f"{s.activation}-{s.normaliser}"
 
 
 def both(fn, arrays, vis, score, **options):

@@ -20,6 +20,7 @@ from pallas_kernels.linear_scan import linear_scan
 from pallas_kernels.linear_scan.features import feature_width, selections, taylor
 from pallas_kernels.linear_scan.tpu import STATES, linear_scan_tpu
 from pallas_kernels.shapes import ODD, Shape
+from tests.kernels.near import all_near
 from tests.kernels.odd import in_both_dtypes
 from tests.kernels.simulators import without_races
 
@@ -76,21 +77,10 @@ def recurrence(*arrays, **options):
     return linear_scan(*arrays, backend="reference", **options)
 
 
-def near(ours, theirs, tolerance):
-    """Errors of every array, relative to its largest value."""
-
-    def one(a, b):
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
-
-    jax.tree.map(one, ours, theirs)
-
-
 def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
     ours = both(kernel(chunk, mode), arrays, **options)
     exact = tuple(x if x is None else x.astype(jnp.float32) for x in arrays)
-    near(ours, both(recurrence, exact, **options), tolerance)
+    all_near(ours, both(recurrence, exact, **options), tolerance)
     assert [x.dtype for x in ours[1]] == [x.dtype for x in arrays if x is not None]
     assert [x.dtype for x in ours[0]] == [arrays[2].dtype, jnp.float32]
     return ours
@@ -125,7 +115,7 @@ def test_packed_rows_and_whatever_padding_holds(decay, taylor):
     options = dict(segments=segments, initial_segment=owner, scale=0.5, taylor=taylor)
     run = gradients(kernel(16), len(arrays), **options)
     ours = run(*arrays)
-    near(ours, both(recurrence, arrays, **options), 1e-4 if taylor else 2e-5)
+    all_near(ours, both(recurrence, arrays, **options), 1e-4 if taylor else 2e-5)
     jax.tree.map(np.testing.assert_array_equal, run(*bad), ours)
     (o, last), (dq, dk, dv, d_state, *_) = ours
     for x in (o, dq, dk, dv):
@@ -155,7 +145,7 @@ def test_no_decay_is_decay_zero():
     q, k, v, state, _ = inputs()
     runs = [both(kernel(16), (q, k, v, state, g)) for g in (None, jnp.zeros(4), jnp.zeros((2, 75, 4)))]
     for out, grads in runs[1:]:
-        near((out, grads[:4]), (runs[0][0], runs[0][1]), 1e-6)
+        all_near((out, grads[:4]), (runs[0][0], runs[0][1]), 1e-6)
 
 
 def test_two_calls_equal_one():
@@ -169,7 +159,7 @@ def test_two_calls_equal_one():
 
     whole, (first, middle) = run(jnp.arange(75), state, owner), run(jnp.arange(50), state, owner)
     second, last = run(jnp.arange(50, 75), middle, jnp.array([2, 5]))
-    near((jnp.concatenate([first, second], 1), last), whole, 1e-5)
+    all_near((jnp.concatenate([first, second], 1), last), whole, 1e-5)
 
 
 @pytest.mark.parametrize(("decay", "taylor"), [("token", None), ("none", "symmetric")])
@@ -196,7 +186,7 @@ def test_every_backend_has_the_features():
     plain = run(*(taylor(x, "symmetric") for x in (q, k)), v, backend="reference")
     with interpreted():
         for backend in ("reference", "xla", "tpu"):
-            near(run(q, k, v, taylor="symmetric", backend=backend), plain, 1e-5)
+            all_near(run(q, k, v, taylor="symmetric", backend=backend), plain, 1e-5)
 
 
 def test_bfloat16_features_and_values_of_another_type():
@@ -217,7 +207,7 @@ def test_mechanisms_through_the_kernel(mechanism):
     loss = lambda f, **options: lambda *x: jnp.sum(jnp.sin(mechanism_of(f, **options)(*x)))
     with interpreted():
         ours = jax.jit(jax.value_and_grad(loss(mechanism.forward, backend="tpu"), (0, 1, 2)))(q, k, v)
-    near(ours, jax.jit(jax.value_and_grad(loss(mechanism.reference), (0, 1, 2)))(q, k, v), 1e-4)
+    all_near(ours, jax.jit(jax.value_and_grad(loss(mechanism.reference), (0, 1, 2)))(q, k, v), 1e-4)
     sizes = dict(batch=2, capacity=60, heads=4, kv_heads=2, key_dim=8, value_dim=6, dtype=jnp.float32)
     state, parts = mechanism.init_state(spec, **sizes, **depth), []
     step = jax.jit(lambda *x: mechanism.step(*x, Call(spec, backend="tpu", **depth)))
@@ -225,7 +215,7 @@ def test_mechanisms_through_the_kernel(mechanism):
         for cut in (slice(0, 41), slice(41, 42), slice(42, 60)):
             part, state = step(state, *(x[:, cut] for x in (q, k, v, default_positions(2, 60), vis.q_segments)))
             parts.append(part)
-    near(jnp.concatenate(parts, 1), jax.jit(mechanism_of(mechanism.reference))(q, k, v), 1e-4)
+    all_near(jnp.concatenate(parts, 1), jax.jit(mechanism_of(mechanism.reference))(q, k, v), 1e-4)
 
 
 def test_based_s_features_never_leave_the_chip():
@@ -266,7 +256,7 @@ def test_vmap_and_remat_change_nothing():
     with interpreted():
         plain = loss(call)(q, k, v, rate)
         for other in (jax.vmap(one), jax.checkpoint(call)):
-            near(loss(other)(q, k, v, rate), plain, 1e-6)
+            all_near(loss(other)(q, k, v, rate), plain, 1e-6)
 
 
 def test_a_named_backend_says_why_it_cannot_run():
@@ -282,7 +272,7 @@ def test_a_named_backend_says_why_it_cannot_run():
         wide = lambda heads: jax.ShapeDtypeStruct((1, 128, heads, 512), jnp.float32)
         with pytest.raises(NotImplementedError, match=rf"2 \+ 6 states of 512 x 512 .* there is room for {STATES}"):
             jax.eval_shape(call, wide(2), wide(1), wide(1))
-        near(call(q, k, v, chunk=128), linear_scan(q, k, v, backend="reference"), 1e-5)
+        all_near(call(q, k, v, chunk=128), linear_scan(q, k, v, backend="reference"), 1e-5)
 
 
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():

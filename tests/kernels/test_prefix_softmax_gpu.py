@@ -13,7 +13,8 @@ from pallas_kernels import compiling_for, interpreted
 from pallas_kernels.linear_scan.xla import linear_scan_xla
 from pallas_kernels.prefix_softmax import empty, gpu, prefix_softmax, segment_runs
 from pallas_kernels.shapes import ODD
-from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, near, packs, recurrence
+from tests.kernels.near import all_near
+from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, packs, recurrence
 from tests.kernels.simulators import needs_gpus
 
 PACKED = dict(segments=packs(), initial_segment=jnp.array([1, 9, 2]))
@@ -27,7 +28,7 @@ def run(s, v, *, segments, initial, initial_segment):
 def check(arrays, tolerance, **options):
     ours = both(run, arrays, **options)
     expected = both(recurrence, [x.astype(jnp.float32) for x in arrays], **options)
-    near(ours, expected, tolerance)
+    all_near(ours, expected, tolerance)
     assert [x.dtype for x in ours[1]] == [x.dtype for x in arrays]
     return ours
 

@@ -16,8 +16,9 @@ from pallas_kernels import compiling_for, interpreted, recording
 from pallas_kernels.prefix_softmax import empty, prefix_softmax, segment_runs
 from pallas_kernels.prefix_softmax.tpu import WIDEST, prefix_softmax_tpu
 from pallas_kernels.shapes import Shape
+from tests.kernels.near import all_near
 from tests.kernels.odd import in_both_dtypes
-from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, near, packs, recurrence
+from tests.kernels.prefix_softmax_cases import SMALL, both, inputs, packs, recurrence
 from tests.kernels.simulators import without_races
 
 
@@ -33,7 +34,7 @@ def kernel(chunk=None, mode="plain"):
 
 def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
     ours = both(kernel(chunk, mode), arrays, **options)
-    near(ours, both(recurrence, [x.astype(jnp.float32) for x in arrays], **options), tolerance)
+    all_near(ours, both(recurrence, [x.astype(jnp.float32) for x in arrays], **options), tolerance)
     assert [x.dtype for x in ours[1]] == [x.dtype for x in arrays]
     assert ours[0][0].dtype == arrays[1].dtype
     return ours
@@ -93,7 +94,7 @@ def test_two_calls_equal_one():
     whole = run(s, v, segments, start, owner)
     first, middle = run(s[:, :50], v[:, :50], segments[:, :50], start, owner)
     second, last = run(s[:, 50:], v[:, 50:], segments[:, 50:], middle, jnp.array([2, 5]))
-    near((jnp.concatenate([first, second], 1), last), whole, 1e-5)
+    all_near((jnp.concatenate([first, second], 1), last), whole, 1e-5)
 
 
 def test_no_races_and_nothing_uninitialised_is_read():
@@ -112,7 +113,7 @@ def test_the_mechanism_through_the_kernel():
     loss = lambda f, **options: lambda k, v, params: jnp.sum(jnp.sin(f(q, k, v, vis, Call(spec, params, **options))))
     with interpreted():
         ours = jax.jit(jax.value_and_grad(loss(AAREN.forward, backend="tpu"), (0, 1, 2)))(k, v, params)
-    near(ours, jax.jit(jax.value_and_grad(loss(AAREN.reference), (0, 1, 2)))(k, v, params), 1e-4)
+    all_near(ours, jax.jit(jax.value_and_grad(loss(AAREN.reference), (0, 1, 2)))(k, v, params), 1e-4)
     sizes = dict(batch=2, capacity=60, heads=4, kv_heads=2, key_dim=8, value_dim=6, dtype=jnp.float32)
     state, parts = AAREN.init_state(spec, **sizes), []
     step = jax.jit(lambda *x: AAREN.step(*x, Call(spec, params, backend="tpu")))
@@ -121,7 +122,7 @@ def test_the_mechanism_through_the_kernel():
             part, state = step(state, *(x[:, cut] for x in (q, k, v, default_positions(2, 60), vis.q_segments)))
             parts.append(part)
     expected = AAREN.reference(q, k, v, vis, Call(spec, params))
-    near(jnp.concatenate(parts, 1), expected, 1e-4)
+    all_near(jnp.concatenate(parts, 1), expected, 1e-4)
 
 
 def test_vmap_and_remat_change_nothing():
@@ -138,7 +139,7 @@ def test_vmap_and_remat_change_nothing():
     with interpreted():
         plain = loss(call)(s, v)
         for other in (jax.vmap(one), jax.checkpoint(call)):
-            near(loss(other)(s, v), plain, 1e-6)
+            all_near(loss(other)(s, v), plain, 1e-6)
 
 
 def test_a_named_backend_says_why_it_cannot_run():
@@ -155,7 +156,7 @@ def test_a_named_backend_says_why_it_cannot_run():
             call(s, v, chunk=64)
         with pytest.raises(NotImplementedError, match=rf"room for {WIDEST} numbers .* v has {WIDEST + 1}"):
             jax.eval_shape(call, s, jax.ShapeDtypeStruct((2, 75, 3, WIDEST + 1), jnp.float32))
-        near(call(s, v, chunk=128), prefix_softmax(s, v, backend="reference"), 1e-5)
+        all_near(call(s, v, chunk=128), prefix_softmax(s, v, backend="reference"), 1e-5)
 
 
 def test_auto_takes_the_kernel_only_where_it_is_compiled_and_fits():
