@@ -203,6 +203,7 @@ def hidden_one_by_one(
     *,
     prefill: int = 0,
     show: Callable[[Iterable[int]], Iterable[int]] = iter,
+    look: Callable[[Any], None] = lambda states: None,
 ) -> Array:
     """Hidden vectors [B, T, E] of rows [B, T] as decoding makes them: the first `prefill` tokens as a prompt, in the
     model's own pieces, and the rest one by one as an answer.
@@ -210,6 +211,7 @@ def hidden_one_by_one(
     Args:
       lengths: [B], the tokens of a row that count, T each without it; the vectors of the others mean nothing.
       show: what the loop's numbers pass through, such as a progress bar.
+      look: gets the decode states behind the last token.
 
     Raises:
       ConfigError: a prompt longer than a row.
@@ -237,6 +239,7 @@ def hidden_one_by_one(
         positions = np.minimum(at, count[:, None] - 1)
         out, states = _one_by_one(model, variables, states, *map(jnp.asarray, (cut, positions, live)))
         found.append(out[:, : width - start])
+    look(states)
     return jnp.concatenate(found, axis=1)
 
 
