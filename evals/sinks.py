@@ -188,7 +188,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from evals.write_result import write_result
-    from jaxattn.head_tables import read_head_tables, with_head_tables
+    from jaxattn.head_tables import read_head_tables, settled, with_head_tables
     from jaxattn.runs.load import load_params, read_config
 
     cfg = read_config(args.run_dir)
@@ -206,10 +206,11 @@ def main() -> int:
         )
     cfg = dataclasses.replace(cfg, model=model)
     params, step = load_params(args.run_dir, cfg, args.step)
+    tables = {} if args.heads is None else read_head_tables(args.heads, model)
     if args.policy is not None:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, policy=args.policy))
-    if args.heads is not None:
-        params = with_head_tables(cfg.model, params, read_head_tables(args.heads, cfg.model))
+        policy = settled(args.policy, tables, model.kv_heads)
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, policy=policy))
+    params = with_head_tables(cfg.model, params, tables) if tables else params
     result = evaluate(cfg, source, params, step, args.text)
     print(table(result), flush=True)
     if args.json:

@@ -2,7 +2,8 @@
 
     heads.json      {"zero_tuning": [[1.0, 2.0, ...], ...], ...}      [layers, heads] each
 
-They are variables of the model (`jaxattn.nn.attention.HEADS`), so one compiled program serves every table.
+They are variables of the model (`jaxattn.nn.attention.HEADS`), so one compiled program serves every table; what decides
+how much is held becomes an option of the policy (`settled`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxattn.errors import ConfigError, DataError, shown
 from jaxattn.json_text import read_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.attention import HEADS
+from jaxattn.policies import resolve, text_of
 
 REMEDY = "name a file of head tables that were made with this model"
 
@@ -42,6 +44,20 @@ def read_head_tables(path: Path, model: ModelConfig) -> dict[str, np.ndarray]:
             )
         tables[name] = table
     return tables
+
+
+def settled(policy: str, tables: Mapping[str, np.ndarray], kv_heads: int) -> str:
+    """The text of policies, their options filled in where these tables [L, H] decide about sizes.
+
+    Raises:
+      ConfigError: of `jaxattn.policies.resolve`.
+    """
+    parts = [(own, spec, own.settle) for own, spec in resolve(policy).parts]
+    if not any(settle for _, _, settle in parts):
+        return policy
+    return ", ".join(
+        text_of(own, settle(spec, dict(tables), kv_heads) if settle else spec) for own, spec, settle in parts
+    )
 
 
 def with_head_tables(model: ModelConfig, params: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class Core:
       All of these may be left out. statistic: what `join` needs, None with stats=False.
     join(parts, q, vis) -> o: the output from (o, statistic) over disjoint sets of keys, with the mechanism's constant
       slots and output term; q behind `queries`, as dense attention rotates it.
+    merge(parts) -> (o, statistic): over the keys of all parts, still without slots and output term.
+    some(heads) -> attend for these query heads alone, whose key heads lie in the same order; see `of`.
     scale: of q·k.
     alone: whether one part needs no statistic.
     activation: what makes weights of scores, as `pallas_kernels.Score` names it; "" where it is no such thing.
@@ -156,6 +158,17 @@ class Core:
     scale: float
     alone: bool = True
     activation: str = ""
+    merge: Callable[..., tuple[Array, Array | None]] = lambda parts: parts[0]
+    some: Callable[[tuple[int, ...]], Callable[..., tuple[Array, Array | None]]] | None = None
+
+    def of(self, heads: tuple[int, ...]) -> Callable[..., tuple[Array, Array | None]]:
+        """`attend` for some of the query heads, as they lie in q."""
+        return self.attend if self.some is None else self.some(heads)
+
+    def around(self, make: Callable[..., Callable[..., tuple[Array, Array | None]]]) -> Core:
+        """The core with `make(attend, heads)` in the place of `attend`; heads: those that it serves, None: all."""
+        some = lambda heads: make(self.of(heads), heads)
+        return dataclasses.replace(self, attend=make(self.attend, None), some=some)
 
     def whole(self, q: Array, k: Array, v: Array, vis: Any, **how: Any) -> Float[Array, "B T H V"]:
         """The output over one set of keys, `how` as in `attend`."""

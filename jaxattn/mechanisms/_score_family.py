@@ -139,6 +139,7 @@ def score_family(
             scale=scale,
             alone=slots is None and not hidden,
             activation=member.activation,
+            merge=lambda parts: merge(parts, part),
         )
 
     def flops(spec: Any, *, batch: int, queries: int, keys: int, heads: int, key_dim: int, value_dim: int) -> float:

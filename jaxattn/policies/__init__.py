@@ -43,8 +43,10 @@ POLICIES: Registry[Policy] = Registry(
     attribute="POLICY",
     places={
         "dense": "dense",
+        "duo": "duo",
         "h2o": "h2o",
         "minference": "minference",
+        "razor": "razor",
         "streaming": "streaming_llm",
         "tidal": "tidal_decode",
         "zero_tuning": "zero_tuning",

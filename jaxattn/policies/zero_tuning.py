@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,25 +75,30 @@ def wrap(core: Core, *, spec: Spec, site: Site, heads: dict[str, Array]) -> Core
             "does not take; use a softmax or sigmoid model."
         )
 
-    def attend(
-        q: Array,
-        k: Array,
-        v: Array,
-        vis: Visibility,
-        *,
-        key_bias: Array | None = None,
-        places: Array | None = None,
-        folded: bool = False,
-        **how: Any,
-    ) -> tuple[Array, Array | None]:
-        own_places = jnp.where(vis.k_segments != PADDING, vis.k_positions, -1)[:, None]
-        first = (own_places if places is None else places) == 0  # [B, 1 or K or H, S]
-        gamma = jnp.tile(log_gamma, q.shape[0] // len(log_gamma))[:, None, None] if folded else log_gamma[:, None]
-        own = joined(jnp.where(first, 1.0, 0.0), gamma, jnp.multiply, heads=q.shape[2])
-        key_bias = own if key_bias is None else joined(key_bias, own, jnp.add, heads=q.shape[2])
-        return core.attend(q, k, v, vis, key_bias=key_bias, places=places, folded=folded, **how)
+    def make(attend: Callable[..., Any], some: tuple[int, ...] | None) -> Callable[..., Any]:
+        own_gamma = log_gamma if some is None or len(log_gamma) == 1 else log_gamma[jnp.asarray(some)]
 
-    return dataclasses.replace(core, attend=attend)
+        def tuned(
+            q: Array,
+            k: Array,
+            v: Array,
+            vis: Visibility,
+            *,
+            key_bias: Array | None = None,
+            places: Array | None = None,
+            folded: bool = False,
+            **how: Any,
+        ) -> tuple[Array, Array | None]:
+            own_places = jnp.where(vis.k_segments != PADDING, vis.k_positions, -1)[:, None]
+            first = (own_places if places is None else places) == 0  # [B, 1 or K or H, S]
+            gamma = jnp.tile(own_gamma, q.shape[0] // len(own_gamma))[:, None, None] if folded else own_gamma[:, None]
+            own = joined(jnp.where(first, 1.0, 0.0), gamma, jnp.multiply, heads=q.shape[2])
+            key_bias = own if key_bias is None else joined(key_bias, own, jnp.add, heads=q.shape[2])
+            return attend(q, k, v, vis, key_bias=key_bias, places=places, folded=folded, **how)
+
+        return tuned
+
+    return core.around(make)
 
 
 def score_bias(spec: Spec, site: Site, heads: dict[str, Array]) -> PositionBias | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.errors import ConfigError
-from jaxattn.head_tables import read_head_tables, with_head_tables
+from jaxattn.head_tables import read_head_tables, settled, with_head_tables
 from jaxattn.models import ModelConfig, at_context
 from jaxattn.policies.command import Asked
 from jaxattn.runs.config import RunConfig
@@ -57,9 +57,9 @@ def open_trained(folder: str | Path, attn: str | None = None, step: int | None =
             f"--attn={attn!r} has other parameters than the run's {cfg.attn!r}: change only options that own none, "
             "such as window."
         )
-    if asked.policy is not None:
-        model = dataclasses.replace(model, policy=asked.policy)
     tables = {} if asked.heads is None else read_head_tables(asked.heads, model)
+    if asked.policy is not None:
+        model = dataclasses.replace(model, policy=settled(asked.policy, tables, model.kv_heads))
     params, found = load_params(folder, cfg, step)
     params = with_head_tables(model, params, tables) if tables else params
     return Trained(cfg, model, params, found, attn or cfg.attn)
