@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from jaxattn.errors import ConfigError
-from jaxattn.head_tables import settled
+from jaxattn.head_tables import settled, with_head_tables
 from jaxattn.mechanisms import get
 from jaxattn.models import ModelConfig
 from jaxattn.nn.stream import Stream
 from jaxattn.policies import cost, duo, resolve
 from jaxattn.policies.parts import key_heads
+from jaxattn.reader import hidden_one_by_one
+from tests.conformance.model import params_of
 from tests.decoding import core_of, site_of
 from tests.policies.key_heads import DIM, HEADS, KV_HEADS, LEFT, VALUES, arrays, places, run, softmax_over
 
@@ -85,8 +87,9 @@ SMALL = {"vocab_size": 7, "num_layers": 4, "d_model": 16, "num_heads": 4, "num_k
 # ------------------------------------------------------------------------------------------------ gates
 
 
-def twins(gates, qkv, spec=duo.Spec(sinks=3, recent=5, twins=True)):
+def twins(gates, qkv):
     """o [2B, T, H, V] of rows and their twins."""
+    spec = duo.Spec(sinks=3, recent=5, twins=True)
     q, k, v = (jnp.concatenate([x, x]) for x in qkv)
     positions, segments = map(jnp.asarray, places((0,) * len(q), q.shape[1]))
     here = Stream(positions, segments, heads={"duo": gates})
@@ -116,7 +119,7 @@ def test_gates_of_one_are_the_full_stream_and_of_zero_an_a_shape():
 def test_the_slope_of_a_gate_is_its_two_branches_apart():
     """∂o/∂α = o^F - o^stream, and the full branch hands nothing back to queries and keys of its stream."""
     gates = jnp.array([0.2, 0.7, 0.5, 1.0])
-    o, gap, slope = gap_and_slope(gates)
+    o, _, slope = gap_and_slope(gates)
     whole, streamed = np.asarray(o[:2], np.float64), np.asarray(gap_and_slope(jnp.zeros(HEADS))[0][2:], np.float64)
     apart = whole - streamed
     wanted = -2 * (1 - np.asarray(gates)) * np.sum(apart**2, axis=(0, 1, 3)) / apart.size
@@ -133,8 +136,10 @@ def test_the_quantile_is_of_the_whole_model_and_a_key_head_has_its_largest_gate(
     for sparsity, text in ((0.5, "1.1"), (0.25, "1.3"), (0.0, "3.3"), (1.0, "0.0")):
         plan = resolve(settled(f"duo(sparsity={sparsity}, sinks=1)", {"duo": table}, kv_heads=2))
         assert (plan.spec.full, plan.spec.sinks) == (text, 1)
-    assert settled("duo(full='2')", {"duo": table}, 2) == "duo(sparsity=0.5, sinks=64, recent=256, prompt='stream', "\
+    assert (
+        settled("duo(full='2')", {"duo": table}, 2) == "duo(sparsity=0.5, sinks=64, recent=256, prompt='stream', "
         "full='2', twins=False)"
+    )
     assert settled("h2o(heavy=3)", {"duo": table}, 2) == "h2o(heavy=3)"
     equal = resolve(settled("duo", {"duo": np.ones((2, 4))}, 2)).spec.full
     assert equal == "3.0", "of equals the first half"
@@ -165,3 +170,18 @@ def test_twins_need_pairs_and_gates():
     here = Stream(*map(jnp.asarray, places((0,), LENGTH)), heads={"duo": jnp.ones(HEADS)})
     with pytest.raises(ConfigError, match="even batch"):
         duo.step(state, q, k, v, here, spec=spec, site=site, core=core)
+
+
+def test_a_table_of_scores_reaches_the_right_heads_of_each_group():
+    """ZeroTuning with a factor a head, around heads that attend in two groups, as around all at once."""
+    tokens = np.random.default_rng(1).integers(0, 7, (2, 20))
+    table = np.random.default_rng(2).uniform(0.2, 5.0, (2, 4)).astype(np.float32)
+    found, base = [], SMALL | {"num_layers": 2}
+    for policy in ("zero_tuning", "zero_tuning, duo(full='1.2', sinks=2, recent=30)"):
+        model = ModelConfig(**base, policy=policy)
+        variables = with_head_tables(model, params_of(model), {"zero_tuning": table})
+        found.append(np.asarray(hidden_one_by_one(model, variables, tokens, prefill=11)))
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    plain = ModelConfig(**base)
+    bare = np.asarray(hidden_one_by_one(plain, {"params": params_of(plain)}, tokens, prefill=11))
+    assert np.abs(bare - found[0]).max() > 0.01

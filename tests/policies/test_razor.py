@@ -1,4 +1,4 @@
-"""RazorAttention against its rule in NumPy: what is kept, what the compensation token stands for, which heads keep all."""
+"""RazorAttention against its rule in NumPy: what is kept, what stands for the rest, and which heads keep all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.policies.key_heads import HEADS, KV_HEADS, LEFT, VALUES, arrays, plac
 
 LENGTH, PROMPT = 44, 27
 QKV = arrays(LENGTH)
+SMALL = {"vocab_size": 7, "num_layers": 4, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "d_ff": 8}
 LIVE = places((0, LEFT), LENGTH)[1] > 0
 
 
@@ -80,7 +81,7 @@ def test_a_prompt_without_anything_to_drop_is_dense():
 
 
 def test_equal_keys_are_lost_without_loss_but_for_the_count():
-    """All dropped keys are one: their mean weighted by its number is exact, whatever the values; unweighted it is not."""
+    """All dropped keys are one: weighted by its number it is exact, whatever the values; unweighted it is not."""
     q, k, v = (x[:1].copy() for x in arrays(40, seed=3, batch=1))
     k[:, 2:34] = k[:, 2:3]
     spec = razor.Spec(full="0", sinks=2, least=4, part=20.0)
@@ -116,7 +117,15 @@ def test_a_second_piece_of_a_prompt_is_no_number():
 
 def test_what_is_held_is_the_papers_formula():
     """Protected heads N, others sinks + max(least, N/5) and the token itself, and two f32 means."""
-    small = {"vocab_size": 7, "num_layers": 4, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "key_dim": 8, "d_ff": 8}
+    small = {
+        "vocab_size": 7,
+        "num_layers": 4,
+        "d_model": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "key_dim": 8,
+        "d_ff": 8,
+    }
     model = ModelConfig(**small, policy="razor(full='1.0.3.2', least=40)")
     for room, kept in ((100, 40), (1000, 200)):
         for layer, full in enumerate((1, 0, 2, 1)):
@@ -154,6 +163,5 @@ def test_retrieval_heads_are_the_largest_of_the_whole_model_and_their_groups():
     ],
 )
 def test_impossible_options_are_refused_in_one_sentence(text, words):
-    small = {"vocab_size": 7, "num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 8}
     with pytest.raises(ConfigError, match=words):
-        ModelConfig(**small, policy=text)
+        ModelConfig(**SMALL, policy=text)
