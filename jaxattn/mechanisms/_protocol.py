@@ -144,7 +144,7 @@ class Core:
       All of these may be left out. statistic: what `join` needs, None with stats=False.
     join(parts, q, vis) -> o: the output from (o, statistic) over disjoint sets of keys, with the mechanism's constant
       slots and output term; q behind `queries`, as dense attention rotates it.
-    scale: of q·k.
+    scale: of q·k. bias: of the scaled scores, by position.
     alone: whether one part needs no statistic.
     activation: what makes weights of scores, as `pallas_kernels.Score` names it; "" where it is no such thing.
     """
@@ -154,6 +154,7 @@ class Core:
     attend: Callable[..., tuple[Array, Array | None]]
     join: Callable[..., Array]
     scale: float
+    bias: PositionBias | None = None
     alone: bool = True
     activation: str = ""
 
