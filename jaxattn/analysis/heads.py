@@ -99,7 +99,7 @@ def _measured(model: ModelConfig, params: Any, tokens: np.ndarray, what: str, si
     found = _program(model, what, size, variables_of(params), jnp.asarray(tokens))
     shape = (model.num_layers, model.num_heads)
     names = {name for layer in found.values() for name in layer}
-    tables = {name: np.zeros(shape) for name in sorted(names)}
+    tables: dict[str, np.ndarray] = {name: np.zeros(shape) for name in sorted(names)}
     for layer, numbers in found.items():
         for name, x in numbers.items():
             tables[name][layer] = x
@@ -116,7 +116,7 @@ def _program(model: ModelConfig, what: str, size: int, params: Any, tokens: Arra
 
 
 def repeats_of(view: AttentionView, size: int, front: int = 0, block: int = ROW_BLOCK) -> dict[str, Float[Array, "H"]]:
-    """Echo and induction scores of a layer's heads over rows as `repeated` makes them, behind `front` learned tokens."""
+    """Echo and induction scores of a layer's heads over rows of `repeated`, behind `front` learned tokens."""
     slots = view.weights(0, 1).slots
     length = view.queries.shape[1] - front
     places = jnp.arange(length)

@@ -66,8 +66,8 @@ class Retrieval(NamedTuple):
         """
         if not self.counted.any():
             raise DataError(
-                f"none of the {len(self.recall)} answers holds more than {RECALL:.0%} of its needle, so there is nothing "
-                "to see heads copy in; take a model that finds needles, or shorter texts."
+                f"none of the {len(self.recall)} answers holds more than {RECALL:.0%} of its needle, so there is "
+                "nothing to see heads copy in; take a model that finds needles, or shorter texts."
             )
         return getattr(self, form)[self.counted].mean(axis=0)
 

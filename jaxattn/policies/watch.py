@@ -12,7 +12,6 @@ that score-space methods change are not looked at; a head that `mask_heads` make
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,7 +56,7 @@ def step(
     )  # fmt: skip
     found = probe(row, cache.keys.astype(q.dtype), vis, scale=core.scale, want=("top",), key_bias=bias).top_index[:, 0]
     where = jnp.take_along_axis(cache.positions, jnp.maximum(found, 0), axis=1) - site.front
-    top = jnp.where((at >= 0) & (found >= 0), where, state.top)
+    top = jnp.where(found >= 0, where, state.top)  # padding sees nothing
     return o, State(cache, top), carry
 
 

@@ -43,7 +43,7 @@ def scored():
 
 
 def test_the_head_that_copies_scores_one_and_local_sink_and_echo_heads_nothing():
-    """The echo head looks at the token that was consumed, a needle's too: it scores if rows and tokens are misaligned."""
+    """The echo head looks at the token that was consumed, and would score if rows and tokens were misaligned."""
     found = scored()
     assert found.answers == [NEEDLE] * 3
     assert found.recall.tolist() == [1.0] * 3
