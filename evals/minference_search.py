@@ -25,6 +25,7 @@ from evals.text_file import read_text_file
 from jaxattn.analysis.minference_search import Found, search
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError, DataError, writing
+from jaxattn.head_tables import head_file
 from jaxattn.policies.command import Asked
 from jaxattn.policies.minference import PATTERN, PATTERNS, Spec
 from jaxattn.runs.rundir import write_atomic, write_json_atomic
@@ -98,7 +99,7 @@ def main() -> int:
     spec = Spec(init=share(args.init, 32), local=share(args.local, 8), block=args.block)
     found = search(loaded.model, loaded.params, ids, spec, show=_bar)
     with writing(args.out, "choose another --out"):
-        write_json_atomic(args.out, {name: table.tolist() for name, table in found.tables.items()})
+        write_json_atomic(args.out, head_file(found.tables, loaded.params))
         write_atomic(args.out.with_suffix(".png"), plot(found))
     print(json.dumps(summary(found), indent=2))
     return 0

@@ -188,7 +188,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from evals.write_result import write_result
-    from jaxattn.head_tables import read_head_tables, settled, with_head_tables
+    from jaxattn.head_tables import check_made_with, read_head_tables, settled, with_head_tables
     from jaxattn.runs.load import load_params, read_config
 
     cfg = read_config(args.run_dir)
@@ -210,7 +210,9 @@ def main() -> int:
     if args.policy is not None:
         policy = settled(args.policy, tables, model.kv_heads)
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, policy=policy))
-    params = with_head_tables(cfg.model, params, tables) if tables else params
+    if args.heads is not None:
+        check_made_with(args.heads, params)
+        params = with_head_tables(cfg.model, params, tables)
     result = evaluate(cfg, source, params, step, args.text)
     print(table(result), flush=True)
     if args.json:

@@ -150,6 +150,12 @@ def look(
             f"policy {keeping.policy.name} leaves keys out when it decodes, so there is no attention map of it: name a "
             "policy in score space, such as zero_tuning, or none."
         )
+    for policy, _ in keeping.wraps:
+        if policy.score_bias is None:
+            raise ConfigError(
+                f"policy {policy.name} changes what heads do by more than their scores, so there is no attention map "
+                "of it: leave it out to see the heads as they are."
+            )
     variables = variables_of(params)
     params = variables["params"]
     if cfg.scan_layers:
@@ -229,7 +235,7 @@ def _bias(cfg: ModelConfig, layer: int, table: Array | None, variables: dict[str
     heads = variables.get(HEADS, {}).get(f"layer_{layer}", {}).get("attn", {})
     site, parts = cfg.site(layer), [] if own is None else [own]
     for policy, spec in plan.wraps:
-        assert policy.score_bias is not None, "a policy without `step` adds to scores"
+        assert policy.score_bias is not None, "`look` refuses others"
         added = policy.score_bias(spec, site, heads)
         parts += [] if added is None else [added]
     total = lambda q, k: functools.reduce(jnp.add, [part(q, k) for part in parts])

@@ -146,7 +146,7 @@ class Core:
       slots and output term; q behind `queries`, as dense attention rotates it.
     merge(parts) -> (o, statistic): over the keys of all parts, still without slots and output term.
     some(heads) -> attend for these query heads alone, whose key heads lie in the same order; see `of`.
-    scale: of q·k.
+    scale: of q·k. bias: of the scaled scores, by position.
     alone: whether one part needs no statistic.
     activation: what makes weights of scores, as `pallas_kernels.Score` names it; "" where it is no such thing.
     """
@@ -156,6 +156,7 @@ class Core:
     attend: Callable[..., tuple[Array, Array | None]]
     join: Callable[..., Array]
     scale: float
+    bias: PositionBias | None = None
     alone: bool = True
     activation: str = ""
     merge: Callable[..., tuple[Array, Array | None]] = lambda parts: parts[0]

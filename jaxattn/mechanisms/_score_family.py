@@ -137,6 +137,7 @@ def score_family(
             attend=attend,
             join=join,
             scale=scale,
+            bias=call.bias,
             alone=slots is None and not hidden,
             activation=member.activation,
             merge=lambda parts: merge(parts, part),

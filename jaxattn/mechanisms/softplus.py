@@ -91,6 +91,7 @@ def core(call: Call, key_dim: int) -> Core:
         attend=attend,
         join=lambda parts, q, vis: parts[0][0],
         scale=how["scale"],
+        bias=call.bias,
     )
 
 

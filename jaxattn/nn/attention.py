@@ -125,7 +125,7 @@ class Attention(nn.Module):
                 here = dataclasses.replace(call, rates=rates, **shared)
                 if plan is None or not plan.wraps:
                     return mechanism.forward(q, k, v, vis, here)
-                core = self._core(plan, here, heads)
+                core = self._core(plan, here, dataclasses.replace(stream, heads=heads))
                 return core.whole(core.queries(q), core.keys(k), v, vis)
 
             shared = {"params": call.params, "bias": call.bias, "depth": call.depth}
@@ -137,7 +137,7 @@ class Attention(nn.Module):
             return o, stream, state
         here, site, keep = dataclasses.replace(stream, heads=heads), cfg.site(self.layer), plan.policy.step
         assert keep is not None, "a plan has a policy that keeps"
-        core = self._core(plan, call, heads)
+        core = self._core(plan, call, here)
         o, state, carry = keep(state, q, k, v, here, spec=plan.spec, site=site, core=core)
         return o, dataclasses.replace(stream, carry=carry), state
 
@@ -146,12 +146,12 @@ class Attention(nn.Module):
         mechanism = self.cfg.mixer(self.layer).mechanism
         return self.cfg.keeping if mechanism is not None and mechanism.core is not None else None
 
-    def _core(self, plan: Plan, call: Call, heads: dict[str, Array]) -> Core:
-        """The mechanism over keys that the plan keeps, behind its score-space methods."""
+    def _core(self, plan: Plan, call: Call, here: Stream) -> Core:
+        """The mechanism over keys that the plan keeps, behind its methods on scores and heads."""
         mechanism = self.cfg.mixer(self.layer).mechanism
         assert mechanism is not None, "a layer without a mixer has no Attention"
         assert mechanism.core is not None, "a plan keeps the keys of a core"
-        return plan.wrapped(mechanism.core(call, self._dims()["key_dim"]), self.cfg.site(self.layer), heads)
+        return plan.wrapped(mechanism.core(call, self._dims()["key_dim"]), here, self.cfg.site(self.layer))
 
     def _heads(self, plan: Plan | None) -> dict[str, Array]:
         """This layer's rows [H] of the head tables that the plan reads."""

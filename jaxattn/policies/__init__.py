@@ -45,10 +45,12 @@ POLICIES: Registry[Policy] = Registry(
         "dense": "dense",
         "duo": "duo",
         "h2o": "h2o",
+        "mask_heads": "mask_heads",
         "minference": "minference",
         "razor": "razor",
         "streaming": "streaming_llm",
         "tidal": "tidal_decode",
+        "watch": "watch",
         "zero_tuning": "zero_tuning",
     },
 )
@@ -94,11 +96,11 @@ class Plan(NamedTuple):
         """Names of the head tables that are read."""
         return tuple(name for policy, _ in self.parts for name in policy.tables)
 
-    def wrapped(self, core: Core, site: Site, heads: dict[str, Any]) -> Core:
-        """The core with every score-space method around it."""
+    def wrapped(self, core: Core, here: Any, site: Site) -> Core:
+        """The core with every method on scores and heads around it; `here` is the stream of the new tokens."""
         for policy, spec in reversed(self.wraps):
             assert policy.wrap is not None
-            core = policy.wrap(core, spec=spec, site=site, heads=heads)
+            core = policy.wrap(core, here, spec=spec, site=site)
         return core
 
 

@@ -2,7 +2,7 @@
 
     init(spec, site, *, batch, capacity)                  -> state     every leaf has the batch in front
     step(state, q, k, v, here, *, spec, site, core)       -> (o, state, carry)
-    wrap(core, *, spec, site, heads)                      -> core      score-space methods, which go with any policy
+    wrap(core, here, *, spec, site)                       -> core      of scores and heads, goes with any policy
 
 `step` appends T new tokens, chooses, and attends, for prompts and answers alike; `here` is the stream of these tokens
 (`jaxattn.nn.stream`): positions, segments, `phase` ("prompt" or "answer"), `carry` (what layers below left) and `heads`

@@ -65,8 +65,8 @@ def _log_gamma(spec: Spec, site: Site, heads: dict[str, Array]) -> Array | None:
     return jnp.full(1, math.log(spec.gamma)) if table is None else jnp.log(table)
 
 
-def wrap(core: Core, *, spec: Spec, site: Site, heads: dict[str, Array]) -> Core:
-    log_gamma = _log_gamma(spec, site, heads)
+def wrap(core: Core, here: Any, *, spec: Spec, site: Site) -> Core:
+    log_gamma = _log_gamma(spec, site, here.heads)
     if log_gamma is None:
         return core
     if core.activation not in ("exp", "sigmoid"):

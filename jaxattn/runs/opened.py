@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxattn.errors import ConfigError
-from jaxattn.head_tables import read_head_tables, settled, with_head_tables
+from jaxattn.head_tables import check_made_with, read_head_tables, settled, with_head_tables
 from jaxattn.models import ModelConfig, at_context
 from jaxattn.policies.command import Asked
 from jaxattn.runs.config import RunConfig
@@ -61,7 +61,9 @@ def open_trained(folder: str | Path, attn: str | None = None, step: int | None =
     if asked.policy is not None:
         model = dataclasses.replace(model, policy=settled(asked.policy, tables, model.kv_heads))
     params, found = load_params(folder, cfg, step)
-    params = with_head_tables(model, params, tables) if tables else params
+    if asked.heads is not None:
+        check_made_with(asked.heads, params)
+        params = with_head_tables(model, params, tables)
     return Trained(cfg, model, params, found, attn or cfg.attn)
 
 

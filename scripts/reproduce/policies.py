@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evals.needles import DIGITS, NUMBER, frame
 from evals.text_file import read_text_file
 from jaxattn.analysis.capture import look
 from jaxattn.command import run_cli
@@ -56,9 +57,7 @@ POLICIES = {
 CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",), "minference": ("minference by lot",)}
 FIRST, AGAIN, LISTED = 2, 12, 256  # of the recall by layer; SmolLM2's mean is largest for again=12 and 15
 QUERIES = 32
-DIGITS = 5
-ASKED = "What is the special magic number that the text mentions? Answer with the number alone."
-SAID = "The special magic number is {}"
+ASKED, SAID = NUMBER
 PAPER = (
     "H2O: 20 % of the cache keeps accuracy near the full one on OPT and LLaMA, a window alone collapses. TidalDecode, "
     "needles found by Llama-3-8B at 10K with budgets 32 / 64 / 128 / 256 / 512: 88 / 98 / 100 / 100 / 100 %."
@@ -91,9 +90,7 @@ def material(loaded: Loaded, text: str, *, length: int, answer: int, windows: in
     rows = np.stack([ids[start : start + length + 1] for start in starts])
     counts, rng = np.full(count, length + 1), np.random.default_rng(0)
     encode = lambda part: loaded.tokenizer.encode(part, add_special_tokens=False)
-    mark = "HAYSTACK"
-    messages = [{"role": "user", "content": f"{mark}\n\n{ASKED}"}]
-    front, end = map(encode, loaded.render(messages, add_generation_prompt=True).split(mark))
+    front, end = frame(loaded, ASKED, chat=True)
     for n, row in enumerate(rows[windows:]):
         number = "".join(map(str, rng.integers(1, 10, DIGITS)))
         needle, said = encode(f" {SAID.format(number)}."), encode(SAID.format(number))

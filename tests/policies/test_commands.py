@@ -16,7 +16,7 @@ import jaxattn
 from evals import perplexity as perplexity_command
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
-from jaxattn.head_tables import with_head_tables
+from jaxattn.head_tables import check_made_with, head_file, read_head_tables, with_head_tables
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
 from jaxattn.policies import names
@@ -130,6 +130,31 @@ def test_head_tables_reach_prompts_answers_and_the_engine(running, params):  # n
 
 
 # --- commands
+
+
+def test_tables_of_another_model_are_refused_and_of_a_rounded_one_are_read(params, tmp_path):
+    path, tables = tmp_path / "heads.json", {"zero_tuning": np.ones((3, 4), np.float32)}
+    path.write_text(json.dumps(head_file(tables, params)))
+    np.testing.assert_array_equal(read_head_tables(path, MODEL)["zero_tuning"], tables["zero_tuning"])
+    check_made_with(path, params)
+    tuned = jax.tree.map(lambda x: x.astype(jnp.bfloat16) + 0.1 * jnp.std(x), params)
+    check_made_with(path, {"params": tuned})
+    other = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(9).standard_normal(x.shape)), params)
+    with pytest.raises(ConfigError, match=r"heads.json holds head tables of another model, .*: name a file"):
+        check_made_with(path, other)
+    path.write_text('{"model": "mine"}')
+    with pytest.raises(ConfigError, match="of another model"):
+        check_made_with(path, params)
+
+
+def test_a_command_refuses_tables_of_another_model(run, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps({"model": [1.0, -1.0] * 32, "zero_tuning": [[2.0, 2.0]]}))
+    for module, more in ((generate_command, ("--prompt", "x")), (importlib.import_module("evals.sinks"), ())):
+        assert called(module, monkeypatch, run, *more, "--policy", "zero_tuning", "--heads", path) == 2
+        error = capsys.readouterr().err
+        assert "of another model" in error
+        assert error.count("\n") == 1
 
 
 def test_the_report_of_generate_says_what_an_answer_cost(run, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import get as mechanism
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.nn.stream import Stream
 from jaxattn.policies import get, names, resolve, text_of
 from tests.conformance.model import params_of
 from tests.conformance.policies.cases import BASE, LENGTH, PROMPT, decode, small, texts
@@ -35,7 +36,9 @@ def arrays(seed=0, batch=2, length=11, heads=4, kv_heads=2, dim=8):
 def attended(q, k, v, gamma, heads=None, segments=None):
     """The layer's attention under the policy, through its wrapped core."""
     core = core_of(mechanism("softmax"), q.shape[3])
-    core = POLICY.wrap(core, spec=POLICY.spec(gamma=gamma), site=site_of(q, k, v), heads=heads or {})
+    core = POLICY.wrap(
+        core, Stream(None, None, heads=heads or {}), spec=POLICY.spec(gamma=gamma), site=site_of(q, k, v)
+    )
     places = None if segments is None else jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     vis = self_visibility(*q.shape[:2], segment_ids=segments, positions=places)
     return np.asarray(core.whole(core.queries(jnp.asarray(q)), core.keys(jnp.asarray(k)), jnp.asarray(v), vis))
