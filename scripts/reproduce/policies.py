@@ -10,10 +10,11 @@ half as diagonals. A policy of your own takes part by --policy, with {budget} an
 result holds for the same setup are not measured again, so that policies can be added. Exits 1 if an expectation fails,
 at every budget of at most a quarter of the length:
 
-  all                 a lower loss than the same budget chosen by lot, which keeps the first token too
+  all                 a lower loss than the same budget chosen by lot, which keeps the first token too; MInference,
+                      whose budgets are not what it reads, than lots that read as much of the prompt
   tidal               more digits of the numbers than by lot, over all budgets
   h2o                 a lower loss than a window of the same budget
-  all                 at a quarter of the length at most a quarter of the loss that choosing by lot adds to dense
+  all                 at a budget of a quarter of the length within 0.1 nats of dense
   tidal               above the second choosing layer its lists hold more of a layer's own top keys than the first's
 """
 
@@ -55,6 +56,7 @@ POLICIES = {
     "minference by lot": "minference(vertical={half}, slash={half}, sinks=16, near=16, block=16, by='lots')",
 }
 CONTROLS = {"h2o": ("h2o by lot", "window"), "tidal": ("tidal by lot",), "minference": ("minference by lot",)}
+BY_PROMPT = "minference"
 FIRST, AGAIN, LISTED = 2, 12, 256  # of the recall by layer; SmolLM2's mean is largest for again=12 and 15
 QUERIES = 32
 ASKED, SAID = NUMBER
@@ -169,7 +171,9 @@ def expect(rows: list[study.Row], length: int) -> list[study.Expectation]:
     for policy, controls in CONTROLS.items():
         for control in controls:
             budgets = sorted(has(policy) & has(control))
-            if budgets:
+            if policy == BY_PROMPT:
+                out += _at_equal_reading(rows, policy, control, budgets)
+            elif budgets:
                 gaps = [value(control, b, "loss") - value(policy, b, "loss") for b in budgets]
                 found = ", ".join(f"{gap:+.3f} at {b}" for b, gap in zip(budgets, gaps, strict=True))
                 out.append(study.Expectation(f"{policy}: a lower loss than {control}", found, min(gaps) > 0))
@@ -180,14 +184,25 @@ def expect(rows: list[study.Row], length: int) -> list[study.Expectation]:
         found = ", ".join(f"{a:.0%} against {b:.0%} at {n}" for n, a, b in pairs)
         text = "tidal: more of the numbers' digits than by lot, over all budgets"
         out.append(study.Expectation(text, found, sum(ours) > sum(theirs)))
-    for policy, (lots, *_) in CONTROLS.items():
-        most = max(has(policy) & has(lots), default=0)
-        if most and any(row["policy"] == DENSE for row in rows):
-            dense = study.select(rows, "loss", policy=DENSE)[0]
-            ours, theirs = (value(name, most, "loss") - dense for name in (policy, lots))
-            text = f"{policy}: above dense by at most a quarter of what lots are, at a budget of {most}"
-            out.append(study.Expectation(text, f"{ours:+.3f} against {theirs:+.3f}", ours <= theirs / 4))
+    for policy in CONTROLS:
+        if length // 4 in has(policy) and any(row["policy"] == DENSE for row in rows):
+            gap = value(policy, length // 4, "loss") - study.select(rows, "loss", policy=DENSE)[0]
+            text = f"{policy}: within 0.1 nats of dense at a budget of {length // 4}"
+            out.append(study.Expectation(text, f"{gap:+.3f}", gap < 0.1))
     return out
+
+
+def _at_equal_reading(rows: list[study.Row], policy: str, control: str, budgets: list[int]) -> list[study.Expectation]:
+    """Against the control's loss where it reads as much of the prompt, between two of its budgets."""
+    pick = lambda name: sorted((row["prompt"], row["loss"]) for row in rows if row["policy"] == name)
+    theirs = np.array(pick(control))
+    ours = [(read, loss) for read, loss in pick(policy) if budgets and theirs[0, 0] <= read <= theirs[-1, 0]]
+    if not ours:
+        return []
+    gaps = [float(np.interp(read, *theirs.T)) - loss for read, loss in ours]
+    found = ", ".join(f"{gap:+.3f} at {read:.1%}" for (read, _), gap in zip(ours, gaps, strict=True))
+    text = f"{policy}: a lower loss than {control} that reads as much of the prompt"
+    return [study.Expectation(text, found, min(gaps) > 0)]
 
 
 def expect_recall(layers: list[study.Row]) -> list[study.Expectation]:
