@@ -164,7 +164,7 @@ def _twins(q: Array, new: tuple[Array, ...], here: Any, spec: Spec, site: Site, 
         first = upper(rules(segments, site.window)).columns(0, sinks)
         parts.append(core.attend(*upper((q, k[:, :sinks], v[:, :sinks])), first))
     streamed = core.join(parts, upper(q), upper(rules(segments, site.window)))
-    gate = jnp.clip(gates, 0.0, 1.0)[:, None].astype(o.dtype)
+    gate = gates[:, None].astype(o.dtype)
     mixed = gate * jax.lax.stop_gradient(o[:half]) + (1 - gate) * streamed
     return jnp.concatenate([o[:half], mixed])
 
