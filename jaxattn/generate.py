@@ -8,6 +8,7 @@ the function's place when it is imported.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import sys
 import time
@@ -15,10 +16,14 @@ import types
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from jaxattn._generate import generate, state_room
 from jaxattn.backends import of_decoding
 from jaxattn.command import run_cli
 from jaxattn.errors import ConfigError
+from jaxattn.nn.decoding import variables_of
+from jaxattn.nn.stream import TAGS
 from jaxattn.policies.command import add_flags, asked
 from jaxattn.policies.report import line, measured
 from jaxattn.sampling import Sampling
@@ -62,7 +67,12 @@ def main() -> int:
     loaded = loaded.prepared(consume=True)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
+    if args.chat and loaded.model.keeping.tagged:
+        ids, tags = loaded.tagged_chat(messages)
+        variables = variables_of(loaded.params) | {TAGS: {"prompt": np.asarray([tags], np.int32)}}
+        loaded = dataclasses.replace(loaded, params=variables)
+    else:
+        ids = loaded.chat(messages) if args.chat else loaded.encode(args.prompt)
     print(f"[{of_decoding(loaded.model, loaded.params)}]", file=sys.stderr, flush=True)
     if not args.chat:
         print(args.prompt, end="", flush=True)

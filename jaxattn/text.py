@@ -17,6 +17,7 @@ from jaxattn.errors import Corrupt, UserError, shown
 from jaxattn.json_text import optional_object
 from jaxattn.models import ModelConfig
 from jaxattn.nn.decoding import decoding_variables
+from jaxattn.nn.stream import OTHER, USER
 from jaxattn.places import SIDE
 from jaxattn.policies.command import Asked
 from jaxattn.runs.opened import PLAIN, open_trained
@@ -25,6 +26,8 @@ from jaxattn.sampling import Sampling
 from jaxattn.text_stream import TextStream
 from jaxattn.tokenizer import Tokenizer
 from jaxattn.types import Backend
+
+MARK = "\ue000"  # of private use, so that no template has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,37 @@ class Loaded:
         """Token ids of a conversation under the checkpoint's own template, which writes its start token itself."""
         text = self.render(messages, tools=tools, documents=documents, **variables)
         return self.checked(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def tagged_chat(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """`chat`, and what each token is: `USER` where it holds some of what a user wrote, else `OTHER`.
+
+        Raises:
+          UserError: the template does not write a user's message as it is, so that it cannot be found.
+        """
+        text = self.render(messages)
+        marks = [f"{MARK}{n}{MARK}" for n in range(len(messages))]
+        marked = self.render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+        spans, made, rest = [], "", marked
+        for message, mark in zip(messages, marks, strict=True):
+            front, _, rest = rest.partition(mark)
+            content = str(message["content"])
+            content = (
+                content if text.startswith(content, len(made + front)) else content.strip()
+            )  # as many templates do
+            made += front
+            spans += [(len(made), len(made) + len(content))] if message["role"] == "user" else []
+            made += content
+        if made + rest != text:
+            raise UserError(
+                f"the chat template of {self.folder} does not write messages as they are, so that what the user said "
+                "cannot be told apart: use a policy that does not ask for it."
+            )
+        ids = self.checked(self.tokenizer.encode(text, add_special_tokens=False))
+        inside = lambda begin, end: any(begin < stop and end > start for start, stop in spans)
+        tags = [USER if inside(*each) else OTHER for each in self.tokenizer.offsets(text)]
+        if len(tags) != len(ids):
+            raise UserError(f"the tokenizer of {self.folder} does not say which characters its tokens are of.")
+        return ids, tags
 
     def render(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **more: Any) -> str:
         """The text of a conversation under the checkpoint's own template; see `jaxattn.chat.render`."""

@@ -95,6 +95,16 @@ class Tokenizer:
         with guarded("the tokenizer fails on this text", quiet=self._quiet or len(text) > QUIET):
             return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """From which character to which each token of `encode(text, add_special_tokens=False)` goes.
+
+        Raises:
+          UserError, Corrupt: as `encode`.
+        """
+        check_text(text)
+        with guarded("the tokenizer fails on this text", quiet=self._quiet or len(text) > QUIET):
+            return self._inner.encode(text, add_special_tokens=False).offsets
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of several texts, on all cores."""
         for text in texts:

@@ -123,7 +123,7 @@ class Attention(nn.Module):
             def forward(own: Any, shared: Any) -> Array:
                 (q, k, v, vis), rates = own
                 here = dataclasses.replace(call, rates=rates, **shared)
-                if plan is None or not plan.wraps:
+                if plan is None or not plan.wraps or self.is_initializing():
                     return mechanism.forward(q, k, v, vis, here)
                 core = self._core(plan, here, dataclasses.replace(stream, heads=heads))
                 return core.whole(core.queries(q), core.keys(k), v, vis)

@@ -10,6 +10,8 @@ from jaxattn.errors import ConfigError
 from jaxattn.types import Leaf
 
 Phase = Literal["prompt", "answer"]
+TAGS = "tags"  # variables of inference: {"prompt": [B, P]}
+NO_PROMPT, OTHER, USER = 0, 1, 2  # behind a row's prompt; of a prompt: template and system prompt; the user's own words
 
 
 @struct.dataclass
@@ -17,7 +19,7 @@ class Stream:
     """Explicit per-token facts every layer may need; positions do not decrease inside a segment.
 
     `phase` says whether tokens are being read or made, which their number does not. `carry` is what a layer leaves for
-    those above it.
+    those above it. `tags` say what the tokens of a row's prompt are, by position; see `TAGS`.
     """
 
     positions: Leaf  # [B, T]
@@ -27,6 +29,7 @@ class Stream:
     rotary: Leaf = None  # (cos, sin) [B, T, 1, R] of the positions, made once for all layers
     carry: Leaf = None  # {name: array} or None
     heads: Leaf = None  # {name: [H]}, a layer's rows of the head tables
+    tags: Leaf = None  # [B, P], one of the numbers of `TAGS` for every position of a prompt
     causal: bool = struct.field(pytree_node=False, default=True)
     phase: Phase = struct.field(pytree_node=False, default="prompt")
 

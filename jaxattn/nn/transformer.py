@@ -23,7 +23,7 @@ from jaxattn.nn.block import Block
 from jaxattn.nn.insertion import Insertion, insert, insertion_block
 from jaxattn.nn.layers import ROWS, Norm, embedding_init, kernel_init
 from jaxattn.nn.lookup import lookup
-from jaxattn.nn.stream import Edit, Phase, Stream
+from jaxattn.nn.stream import TAGS, Edit, Phase, Stream
 from jaxattn.rope import sinusoid
 from pallas_kernels.linear.gemv import gemv
 
@@ -261,7 +261,8 @@ class Decoder(nn.Module):
             )
             if last >= cfg.max_positions:
                 raise ConfigError(f"position {last} is not among the {cfg.max_positions} learned ones of the model.")
-        return Stream(pos + cfg.prefix_tokens, seg, behind(cfg.prefix_tokens, prefix_len))
+        tags = self.get_variable(TAGS, "prompt") if self.has_variable(TAGS, "prompt") else None
+        return Stream(pos + cfg.prefix_tokens, seg, behind(cfg.prefix_tokens, prefix_len), tags=tags)
 
     def _sink_stream(self, batch: int) -> Stream:
         pos = default_positions(batch, self.cfg.prefix_tokens)

@@ -48,6 +48,7 @@ POLICIES: Registry[Policy] = Registry(
         "mask_heads": "mask_heads",
         "minference": "minference",
         "razor": "razor",
+        "steer": "steer",
         "streaming": "streaming_llm",
         "tidal": "tidal_decode",
         "watch": "watch",
@@ -95,6 +96,11 @@ class Plan(NamedTuple):
     def tables(self) -> tuple[str, ...]:
         """Names of the head tables that are read."""
         return tuple(name for policy, _ in self.parts for name in policy.tables)
+
+    @property
+    def tagged(self) -> bool:
+        """Whether some policy reads what the tokens of a prompt are."""
+        return any(policy.tagged for policy, _ in self.parts)
 
     def wrapped(self, core: Core, here: Any, site: Site) -> Core:
         """The core with every method on scores and heads around it; `here` is the stream of the new tokens."""

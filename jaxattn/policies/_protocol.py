@@ -65,6 +65,7 @@ class Policy:
     read(spec, site, length): keys that a key head reads for a new token behind `length` others, on average.
     score_bias(spec, site, heads): what `wrap` adds to scores, as a `jaxattn.rope.PositionBias`, for attention maps.
     tables: names of the head tables it reads from `here.heads`.
+    tagged: it reads what the tokens of a prompt are (`Stream.tags`).
     settle(spec, tables, kv_heads) -> spec: its options with what head tables say about sizes, which a program has to
       know; tables: all of a file, [L, H] by name. None: it has no such options.
     unfit(spec, site): why it cannot work there, one sentence; "" where it can.
@@ -95,6 +96,7 @@ class Policy:
     reach: Callable[[Any, int], int] = lambda spec, trained: trained
     read: Callable[[Any, Site, int], float] = lambda spec, site, length: float(length)
     tables: tuple[str, ...] = ()
+    tagged: bool = False
     settle: Callable[[Any, dict[str, Any], int], Any] | None = None
     unfit: Callable[[Any, Site], str] = lambda spec, site: ""
     unlimited: Callable[[Any, int], Any] = lambda spec, length: spec

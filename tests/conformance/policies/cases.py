@@ -19,6 +19,7 @@ import pytest
 from jaxattn.errors import ConfigError
 from jaxattn.models import ModelConfig
 from jaxattn.nn import Decoder
+from jaxattn.nn.stream import OTHER, TAGS, USER
 from jaxattn.policies import Policy, get, names, text_of
 from tests.conformance.model import params_of
 
@@ -35,6 +36,7 @@ BASE = {
     "mlps": ("gelu",),
 }
 DEEP = ("tidal", "zero_tuning")  # whose options name layers: four, every other policy does the same in both of two
+TAGGED = np.where((np.arange(PROMPT) % 9 > 1) & (np.arange(PROMPT) % 9 < 7), USER, OTHER)  # turns of a chat
 TRACES: collections.Counter[tuple[ModelConfig, str]] = collections.Counter()
 
 
@@ -95,7 +97,8 @@ def start(cfg: ModelConfig, rows: int, room: int, params: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def step(cfg: ModelConfig, phase: str, params: Any, states: Any, tokens: Any, positions: Any, segments: Any) -> Any:
     TRACES[cfg, phase] += 1
-    return Decoder(cfg).apply({"params": params}, states, tokens, positions, segments, phase, method="step")
+    tags = {TAGS: {"prompt": jnp.broadcast_to(TAGGED, (len(tokens), PROMPT))}} if cfg.keeping.tagged else {}
+    return Decoder(cfg).apply({"params": params} | tags, states, tokens, positions, segments, phase, method="step")
 
 
 def decode(
