@@ -18,15 +18,13 @@ every copy counted, at most once a token of the needle.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from evals.needles import NUMBER, PHRASE, ask, case_of, number, numbers_of, phrase, sentence_ends, vocabulary
 from evals.plots_tables import head_map
+from evals.progress import bar
 from evals.text_file import read_text_file
 from evals.write_result import results_in
 from jaxattn.analysis import heads
@@ -67,15 +65,6 @@ def copied(loaded: Loaded, ids: np.ndarray, *, count: int, lengths: list[int], b
     asked = cases(loaded, ids, count=count, lengths=lengths)
     stop = breaks | set(loaded.stop_tokens)
     return retrieval(loaded.model, loaded.params, asked, stop=stop, new=ANSWER, show=bar("answers"))
-
-
-def bar(name: str):
-    """A progress bar for what takes an iterable of numbers."""
-
-    def show(numbers: Iterable[int]) -> Iterator[int]:
-        yield from track(list(numbers), name, transient=True, console=Console(stderr=True))
-
-    return show
 
 
 def summary(name: str, table: np.ndarray) -> str:
