@@ -132,7 +132,7 @@ def profiles(
         elif name == "sinks":
             tables[name] = _sinks(loaded, ids, rows)
         elif name not in tables:
-            tables |= _repeats(loaded, known.plain, rows, block)
+            tables |= repeats(loaded, known.plain, rows, block)
     tables = {name: table for name, table in tables.items() if name.removesuffix("_count") in wanted}
     return tables | {TABLE: heads.order(tables[wanted[0]])}
 
@@ -150,7 +150,7 @@ def _sinks(loaded: Loaded, ids: np.ndarray, rows: int) -> np.ndarray:
     return heads.sinks(loaded.model, loaded.params, np.asarray(cut, np.int32))
 
 
-def _repeats(loaded: Loaded, plain: list[int], rows: int, block: int | None) -> dict[str, np.ndarray]:
+def repeats(loaded: Loaded, plain: list[int], rows: int, block: int | None) -> dict[str, np.ndarray]:
     """Echo and induction over random tokens."""
     most = (loaded.context - 1) // heads.REPEATS
     if block is not None and not 2 <= block <= min(most, len(plain)):
