@@ -3,8 +3,8 @@
     python -m scripts.reproduce.retrieval_heads CKPT --text FILE [--name NAME] [--tops 5,10,20] [--draws 5]
 
 CKPT is a converted instruct model and FILE a long text, such as SmolLM2-135M-Instruct and essays. Heads are scored by
-what they copy while the model answers with numbers and phrases hidden in parts of the text (arXiv 2404.15574).
-Then other five-digit numbers are hidden, and asked for with the first K heads masked, and with K heads drawn among those
+what they copy while the model answers with numbers and phrases hidden in parts of the text (arXiv 2404.15574). Then
+other five-digit numbers are hidden, and asked for with the first K heads masked, and with K heads drawn among those
 that are no retrieval heads: uniform (queries of 0) or without output, in answers alone behind a prompt that was read
 once with all heads, or in prompts too. What was measured for the same setup is not measured again. Exits 1 if an
 expectation fails:
