@@ -95,12 +95,15 @@ class Needles:
         return read_prompts(model, params, [q.prompt for q in part], room=room)
 
 
-def masks(scores: np.ndarray, *, tops: list[int], draws: int) -> list[tuple[dict[str, Any], Mask]]:
-    """What is masked, and how it is named in a row: nothing, the first K heads, and K drawn ones of low scores."""
+def masks(
+    scores: np.ndarray, *, tops: list[int], draws: int, prompts: bool = True
+) -> list[tuple[dict[str, Any], Mask]]:
+    """What is masked, and how it is named in a row: nothing, the first K heads, and K drawn ones of low scores; with
+    `prompts` the largest K in prompts too."""
     first, low = order(scores), np.flatnonzero(scores.reshape(-1) < THRESHOLD)
     none = {"heads": 0, "which": "none", "draw": 0, "by": "uniform", "phases": "answers"}
     found = [(none, Mask(np.zeros_like(scores, bool), "uniform", "answers"))]
-    hows = [("uniform", "answers"), ("zero", "answers"), ("uniform", "all")]
+    hows = [("uniform", "answers"), ("zero", "answers"), *([("uniform", "all")] if prompts else [])]
     for by, phases in hows:
         for top in tops if phases == "answers" else tops[-1:]:
             named = {"heads": top, "by": by, "phases": phases}
@@ -174,6 +177,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=1024, help="tokens of their texts (default 1024)")
     parser.add_argument("--tops", default="5,10,20", help="how many heads are masked (default 5,10,20)")
     parser.add_argument("--draws", type=int, default=5, help="of random heads (default 5)")
+    parser.add_argument("--answers-alone", action="store_true", help="no masks in prompts, which are then read once")
     parser.add_argument("--out", type=Path, default=study.RESULTS, help="where the table and the plot go")
     args = parser.parse_args()
     for flag in ("cases", "needles", "length", "draws"):
@@ -195,7 +199,7 @@ def main() -> int:
     asked = questions(loaded, ids, length=args.length, depths=depths_of(args.needles), seed=1)
     needles = Needles(loaded.prepared(consume=True), asked)
     rows = study.known_rows(args.out / f"{args.name}.json", setup)
-    for named, mask in masks(scores, tops=tops, draws=args.draws):
+    for named, mask in masks(scores, tops=tops, draws=args.draws, prompts=not args.answers_alone):
         if any(named.items() <= row.items() for row in rows):
             continue
         rows.append({**named, **needles.right(mask)})

@@ -78,8 +78,9 @@ def test_scores_over_blocks_of_rows_are_those_of_the_whole_matrix():
     tokens = heads.repeated(range(19), size=size, rows=2, start=0)
     found = heads.echo_and_induction(cfg, variables, tokens, size)
     n = np.arange(37)
-    for layer, view in enumerate(look(cfg, variables, jnp.asarray(tokens)).attention):
-        a = np.asarray(view.weights().values)[..., 1:]
+    rows = jax.jit(lambda tokens: [v.weights().values for v in look(cfg, variables, tokens).attention])
+    for layer, values in enumerate(rows(jnp.asarray(tokens))):
+        a = np.asarray(values)[..., 1:]
         sums = {"echo": 0.0, "induction": 0.0}
         for m in range(size + 1, 37):
             for occurrence in n[(n > 0) & (n < m) & ((m - n) % size == 0)]:
@@ -136,11 +137,9 @@ def test_heads_are_ordered_by_score_and_of_equals_the_lowest_comes_first():
 
 
 WATCHED = {
-    "rope": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
-    "window": {"mixers": ("softmax(window=9)",)},
-    "alibi": {"position": "alibi", "mixers": ("sigmoid",)},
-    "slots": {"mixers": ("k_bias",)},
-    "front": {"mixers": ("sink_token(tokens=2)",)},
+    "rope and slots": {"rope_scaling": RopeScaling(kind="linear", factor=4.0), "mixers": ("k_bias",)},
+    "alibi and a window": {"position": "alibi", "mixers": ("sigmoid(window=9)",)},
+    "learned tokens": {"mixers": ("sink_token(tokens=2)",)},
     "softplus": {"mixers": ("softplus",)},
 }
 
@@ -247,7 +246,7 @@ BLOCK, LEAD, LEARNING = 12, 4, 2
 def learned():
     """Parameters of a model that was trained to go on with a block of tokens that comes again. Of its second
     layer one head learns: left alone, all of them would copy."""
-    rng, optimizer = np.random.default_rng(0), optax.adam(3e-3)
+    rng, optimizer = np.random.default_rng(0), optax.adam(4e-3)
     params = jax.jit(Decoder(LEARNED).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
     @jax.jit
@@ -266,8 +265,8 @@ def learned():
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
-    for _ in range(250):
-        tokens = rng.integers(4, 40, (64, LEAD + BLOCK)).astype(np.int32)
+    for _ in range(200):
+        tokens = rng.integers(4, 40, (32, LEAD + BLOCK)).astype(np.int32)
         params, state = step(params, state, jnp.asarray(np.concatenate([tokens, tokens[:, LEAD:]], axis=1)))
     return params
 

@@ -98,7 +98,7 @@ def test_a_number_is_hidden_behind_a_sentence_and_prompt_and_answer_fill_the_len
 
 
 def test_of_several_numbers_one_is_asked_for_by_its_word():
-    hidden = [("candle", "11111"), ("apple", "22222"), ("tiger", "33333")]
+    hidden = [("candle", "11111"), ("apple", "22222"), ("tiger", "11111")]
     asked = needles.ask(characters(), IDS, needles.KEYED, hidden, length=700, depth=0.9, ends={ord(".")})
     prompt = "".join(map(chr, asked.prompt))
     places = [prompt.index(f" The special magic number for {key} is {answer}.") for key, answer in hidden]

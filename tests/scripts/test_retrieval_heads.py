@@ -32,6 +32,8 @@ def test_what_is_masked_is_the_first_heads_or_as_many_of_low_scores():
     drawn = [np.flatnonzero(mask.heads).tolist() for named, mask in found if named["which"] == "drawn"]
     assert drawn[0] != drawn[1]
     assert found[0][1].policy == "mask_heads(top=0)"
+    alone = script.masks(SCORES, tops=[3, 6], draws=2, prompts=False)
+    assert [named for named, _ in alone] == [named for named, _ in found if named["phases"] == "answers"]
 
 
 @pytest.mark.parametrize("phases", ["answers", "all"])
