@@ -11,7 +11,8 @@ expectation fails:
 
   the map             1 to 10 % of heads score 0.1 or more (3 to 6 % in the paper's models)
   each K              fewer digits without the first K heads than without any of the draws
-  the largest K       at most half of dense's digits without the first K; without drawn ones at most 10 points less
+  the largest K       at most half of dense's digits without the first K; in answers, where the paper masks, without
+                      drawn ones at most 10 points less (in prompts these may hold what the first heads look for)
   induction           the first 20 heads share more with the first 20 by induction than three times chance
 """
 
@@ -134,6 +135,8 @@ def expect(rows: list[study.Row], profile: dict[str, Any]) -> list[study.Expecta
         first, drawn = pick("first", tops[-1])[0], float(np.mean(pick("drawn", tops[-1])))
         text = f"{where}: without the first {tops[-1]} at most half of dense's digits"
         out.append(study.Expectation(text, f"{first:.0%} of {dense:.0%}", first <= dense / 2))
+        if phases != "answers":
+            continue
         text = f"{where}: without {tops[-1]} drawn ones at most 10 points less than dense, on average"
         out.append(study.Expectation(text, f"{drawn:.0%} against {dense:.0%}", drawn >= dense - 0.1))
     count = min(OVERLAP, scores.size // 4)
