@@ -10,7 +10,7 @@ once with all heads, or in prompts too. What was measured for the same setup is 
 expectation fails:
 
   the map             1 to 10 % of heads score 0.1 or more (3 to 6 % in the paper's models)
-  each K              fewer digits without the first K heads than without any of the draws
+  each K              no more digits without the first K heads than without any of the draws
   the largest K       at most half of dense's digits without the first K; in answers, where the paper masks, without
                       drawn ones at most 10 points less (in prompts these may hold what the first heads look for)
   induction           the first 20 heads share more with the first 20 by induction than three times chance
@@ -130,8 +130,8 @@ def expect(rows: list[study.Row], profile: dict[str, Any]) -> list[study.Expecta
         where = f"{by}, {'in answers' if phases == 'answers' else 'in prompts too'}"
         for top in tops:
             first, drawn = pick("first", top)[0], pick("drawn", top)
-            text = f"{where}: fewer digits without the first {top} heads than without any {top} drawn"
-            out.append(study.Expectation(text, f"{first:.0%} against {min(drawn):.0%} or more", first < min(drawn)))
+            text = f"{where}: no more digits without the first {top} heads than without any {top} drawn"
+            out.append(study.Expectation(text, f"{first:.0%} against {min(drawn):.0%} or more", first <= min(drawn)))
         first, drawn = pick("first", tops[-1])[0], float(np.mean(pick("drawn", tops[-1])))
         text = f"{where}: without the first {tops[-1]} at most half of dense's digits"
         out.append(study.Expectation(text, f"{first:.0%} of {dense:.0%}", first <= dense / 2))
