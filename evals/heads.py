@@ -18,6 +18,7 @@ every copy counted, at most once a token of the needle.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +51,12 @@ def cases(loaded: Loaded, ids: np.ndarray, *, count: int, lengths: list[int], se
       ConfigError, DataError: of `evals.needles.ask`.
     """
     rng, ends, out = np.random.default_rng(seed), sentence_ends(loaded.tokenizer, ids), []
+    apart = next(n for n in range(7, 7 + count) if math.gcd(n, count) == 1)  # depths not in the order of the text
     for n in range(count):
         question, answer = (NUMBER, number(rng)) if n % 2 == 0 else (PHRASE, phrase(rng))
         length = lengths[n // 2 % len(lengths)]
         start = int((len(ids) - length) * n / max(1, count - 1)) if len(ids) > length else 0
-        depth = (n * 7 % count + 0.5) / count  # not in the order of the text
+        depth = (n * apart % count + 0.5) / count
         asked = ask(loaded, ids, question, [("", answer)], length=length, depth=depth, ends=ends, start=start)
         out.append(case_of(loaded.tokenizer, asked))
     return sorted(out, key=lambda case: len(case.prompt))  # rows of a batch are about as long

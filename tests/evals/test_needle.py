@@ -109,6 +109,16 @@ def test_of_several_numbers_one_is_asked_for_by_its_word():
     assert needles.case_of(characters().tokenizer, asked).start > places[0]
 
 
+@pytest.mark.parametrize("count", [1, 7, 14])
+def test_needles_of_a_profile_lie_at_as_many_depths_as_there_are(count):
+    loaded = characters()
+    found = heads_command.cases(loaded, IDS, count=count, lengths=[600])
+    assert len(found) == count
+    assert all(case.start < case.stop <= len(case.prompt) <= 600 for case in found)
+    places = {case.start // (600 // count) for case in found}
+    assert len(places) > count / 2
+
+
 def test_what_does_not_fit_is_refused():
     short = {"depth": 0.5, "ends": ()}
     with pytest.raises(ConfigError, match=r"a length of 100 tokens has no room for a text: .* take \d+; ask for more"):
