@@ -18,15 +18,14 @@ every copy counted, at most once a token of the needle.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+import math
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from evals.needles import NUMBER, PHRASE, ask, case_of, number, numbers_of, phrase, sentence_ends, vocabulary
 from evals.plots_tables import head_map
+from evals.progress import bar
 from evals.text_file import read_text_file
 from evals.write_result import results_in
 from jaxattn.analysis import heads
@@ -52,11 +51,12 @@ def cases(loaded: Loaded, ids: np.ndarray, *, count: int, lengths: list[int], se
       ConfigError, DataError: of `evals.needles.ask`.
     """
     rng, ends, out = np.random.default_rng(seed), sentence_ends(loaded.tokenizer, ids), []
+    apart = next(n for n in range(7, 7 + count) if math.gcd(n, count) == 1)  # depths not in the order of the text
     for n in range(count):
         question, answer = (NUMBER, number(rng)) if n % 2 == 0 else (PHRASE, phrase(rng))
         length = lengths[n // 2 % len(lengths)]
         start = int((len(ids) - length) * n / max(1, count - 1)) if len(ids) > length else 0
-        depth = (n * 7 % count + 0.5) / count  # not in the order of the text
+        depth = (n * apart % count + 0.5) / count
         asked = ask(loaded, ids, question, [("", answer)], length=length, depth=depth, ends=ends, start=start)
         out.append(case_of(loaded.tokenizer, asked))
     return sorted(out, key=lambda case: len(case.prompt))  # rows of a batch are about as long
@@ -67,15 +67,6 @@ def copied(loaded: Loaded, ids: np.ndarray, *, count: int, lengths: list[int], b
     asked = cases(loaded, ids, count=count, lengths=lengths)
     stop = breaks | set(loaded.stop_tokens)
     return retrieval(loaded.model, loaded.params, asked, stop=stop, new=ANSWER, show=bar("answers"))
-
-
-def bar(name: str):
-    """A progress bar for what takes an iterable of numbers."""
-
-    def show(numbers: Iterable[int]) -> Iterator[int]:
-        yield from track(list(numbers), name, transient=True, console=Console(stderr=True))
-
-    return show
 
 
 def summary(name: str, table: np.ndarray) -> str:
@@ -143,7 +134,7 @@ def profiles(
         elif name == "sinks":
             tables[name] = _sinks(loaded, ids, rows)
         elif name not in tables:
-            tables |= _repeats(loaded, known.plain, rows, block)
+            tables |= repeats(loaded, known.plain, rows, block)
     tables = {name: table for name, table in tables.items() if name.removesuffix("_count") in wanted}
     return tables | {TABLE: heads.order(tables[wanted[0]])}
 
@@ -161,7 +152,7 @@ def _sinks(loaded: Loaded, ids: np.ndarray, rows: int) -> np.ndarray:
     return heads.sinks(loaded.model, loaded.params, np.asarray(cut, np.int32))
 
 
-def _repeats(loaded: Loaded, plain: list[int], rows: int, block: int | None) -> dict[str, np.ndarray]:
+def repeats(loaded: Loaded, plain: list[int], rows: int, block: int | None) -> dict[str, np.ndarray]:
     """Echo and induction over random tokens."""
     most = (loaded.context - 1) // heads.REPEATS
     if block is not None and not 2 <= block <= min(most, len(plain)):

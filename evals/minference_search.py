@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
-from rich.console import Console
-from rich.progress import track
 
 from evals.plot_style import figure, heat, in_style, png
+from evals.progress import bar
 from evals.text_file import read_text_file
 from jaxattn.analysis.minference_search import Found, search
 from jaxattn.command import run_cli
@@ -69,10 +67,6 @@ def summary(found: Found) -> dict[str, Any]:
     }
 
 
-def _bar(numbers: Iterable[int]) -> Iterator[int]:
-    yield from track(list(numbers), "layers", transient=True, console=Console(stderr=True))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals.minference_search",
@@ -97,7 +91,7 @@ def main() -> int:
         raise DataError(f"{args.text} has {len(ids)} tokens but --tokens is {args.tokens}: give a longer text.")
     share = lambda given, part: -(-args.tokens // part) if given is None else given
     spec = Spec(init=share(args.init, 32), local=share(args.local, 8), block=args.block)
-    found = search(loaded.model, loaded.params, ids, spec, show=_bar)
+    found = search(loaded.model, loaded.params, ids, spec, show=bar("layers"))
     with writing(args.out, "choose another --out"):
         write_json_atomic(args.out, head_file(found.tables, loaded.params))
         write_atomic(args.out.with_suffix(".png"), plot(found))

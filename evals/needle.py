@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from evals.needles import KEYED, NUMBER, WORDS, Asked, ask, number, numbers_of, right, sentence_ends, vocabulary
 from evals.plots_tables import needle_grid
+from evals.progress import bar
 from evals.text_file import read_text_file
 from evals.write_result import results_in
 from jaxattn.analysis.answers import answer, read_prompts
@@ -108,7 +107,7 @@ def main() -> int:
     stop = vocabulary(loaded).breaks | set(loaded.stop_tokens)
     with results_in(args.out):
         cells: list[dict[str, Any]] = []
-        for length in track(lengths, "lengths", transient=True, console=Console(stderr=True)):
+        for length in bar("lengths")(lengths):
             said = answers(loaded, asked_for[length], stop)
             for row, depth in enumerate(depths):
                 mine = slice(row * args.cases, (row + 1) * args.cases)

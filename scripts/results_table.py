@@ -131,6 +131,20 @@ def streaming(data: dict[str, Any]) -> str:
     )
 
 
+def retrieval(data: dict[str, Any]) -> str:
+    answers = [row for row in data["rows"] if row["phases"] == "answers" and row["by"] == "uniform"]
+    digits = lambda which, heads: [r["digits"] for r in answers if r["which"] == which and r["heads"] == heads]
+    tops = sorted({row["heads"] for row in answers if row["which"] == "first"})
+    first = " and ".join(f"{100 * digits('first', heads)[0]:.0f} %" for heads in (tops[0], tops[-1]))
+    drawn = f"{100 * min(digits('drawn', tops[-1])):.0f} %"
+    return (
+        f"SmolLM2-135M copies by {data['expectations'][0]['found'].replace('%', ' %')} of its heads: with the first "
+        f"{tops[0]} and {tops[-1]} of them masked in its answers it gives back {first} of the digits that are hidden "
+        f"in 1k tokens, with any of 5 × {tops[-1]} drawn ones {drawn} or more, with all "
+        f"{100 * digits('none', 0)[0]:.0f} %"
+    )
+
+
 def train(data: dict[str, Any]) -> str:
     seconds = data["seconds_per_step"]
     ratio = lambda rival: f"{by_round(seconds[rival], seconds[OURS]):.2f}"
@@ -228,6 +242,7 @@ ROWS = (
     Row(f"{STUDIES}/temperature", temperature),
     Row(f"{STUDIES}/constant_speed", speed),
     Row(f"{STUDIES}/streaming", streaming),
+    Row(f"{STUDIES}/retrieval_heads", retrieval),
     Row(f"{BENCHES}/train_cpu", train, ("json JSON",)),
     Row(f"{BENCHES}/infer_cpu", inference, ("json JSON", "png picture")),
     Row(f"{BENCHES}/serve_cpu", serving, ("json JSON",)),

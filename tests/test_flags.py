@@ -21,6 +21,8 @@ COMMANDS = {  # module: words, the flag that is meant
     "evals.tasks": (["run", "--tsk=x"], "--task"),
     "evals.length": (["run", "--lenghts=3"], "--lengths"),
     "evals.perplexity": (["run", "--txt=x"], "--text"),
+    "evals.heads": (["run", "--profle=echo"], "--profile"),
+    "evals.needle": (["run", "--depts=3"], "--depths"),
     "convert.from_hf": (["a", "b", "--dtpe=source"], "--dtype"),
     "jaxattn.generate": (["run", "--promt", "hello"], "--prompt"),
     "jaxattn.serve": (["run", "--prt=1"], "--port"),

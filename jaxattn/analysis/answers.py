@@ -27,14 +27,25 @@ def read_prompts(model: ModelConfig, params: Any, prompts: Sequence[Ids], *, roo
       ConfigError: the model does not know so many positions.
     """
     lengths = np.array([len(ids) for ids in prompts])
-    longest, limit = int(lengths.max()), model.position_limit
-    if limit and longest + room > limit:
-        raise ConfigError(f"a prompt of {longest} tokens and {room} more exceed the model's {limit} positions.")
+    longest = int(lengths.max())
+    check_room(model, longest, room)
     rows = np.zeros((len(prompts), longest), np.int32)
     for row, ids in zip(rows, prompts, strict=True):
         row[: len(ids)] = ids
     keys = jax.random.split(jax.random.key(0), len(prompts))
     return prefill(model, decoding_variables(model, params), rows, lengths, state_room(model, longest, room), keys)
+
+
+def check_room(model: ModelConfig, prompt: int, more: int) -> None:
+    """Refuse a prompt of so many tokens with so many more behind it.
+
+    Raises:
+      ConfigError: the model does not know so many positions.
+    """
+    if (limit := model.position_limit) and prompt + more > limit:
+        raise ConfigError(
+            f"a prompt of {prompt} tokens and {more} more exceed the model's {limit} positions: ask for a shorter one."
+        )
 
 
 def answer(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxattn.analysis.answers import answer, read_prompts
+from jaxattn.analysis.answers import answer, check_room, read_prompts
 from jaxattn.analysis.heads import unrolled
 from jaxattn.errors import DataError
 from jaxattn.models import ModelConfig
@@ -130,6 +130,8 @@ def retrieval(
     """
     model, params = unrolled(dataclasses.replace(model, policy=""), params)
     model = dataclasses.replace(model, policy="watch")
+    for case in cases:
+        check_room(model, len(case.prompt), len(case.said) + new)
     shape = (len(cases), model.num_layers, model.num_heads)
     sets, counts, recall = np.zeros(shape), np.zeros(shape), np.zeros(len(cases))
     answers: list[list[int]] = []

@@ -163,6 +163,14 @@ def write_rows(path: Path, rows: Sequence[Row], **more: Any) -> None:
     write_json_atomic(path, {**more, "rows": list(rows), **where})
 
 
+def known_rows(path: Path, setup: dict[str, Any]) -> list[Row]:
+    """The rows of NAME.json that were measured before with this setup."""
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text("utf-8"))
+    return result["rows"] if result.get("setup") == setup else []
+
+
 def finish(
     name: str,
     out: Path,

@@ -290,7 +290,7 @@ def main() -> int:
     filled = lambda text, n: text.replace("{budget}", str(n)).replace("{half}", str(n // 2))
     todo += [(policy, n, filled((POLICIES | own)[policy], n)) for n in reversed(budgets) for policy in wanted]
     ours = lambda row: filled(POLICIES.get(row["policy"], row["call"]), row["budget"]) == row["call"]
-    rows = [row for row in _known(args.out / f"{name}.json", setup) if ours(row)]  # not of other options
+    rows = [row for row in study.known_rows(args.out / f"{name}.json", setup) if ours(row)]  # not of other options
     for policy, budget, call in todo:
         if any(row["call"] == call for row in rows):
             continue
@@ -317,7 +317,7 @@ def main() -> int:
 
 def _recalled(path: Path, setup: dict[str, Any], checkpoint: Path, data: Measured) -> list[study.Row]:
     """A row for every layer behind `FIRST`, measured once and kept."""
-    if layers := _known(path, setup):
+    if layers := study.known_rows(path, setup):
         return layers
     found = recall(load(checkpoint), data.rows[0, :-1], tokens=LISTED)  # maps are of parameters as trained
     names = f"by layer {FIRST}", f"by layer {AGAIN}"
@@ -325,14 +325,6 @@ def _recalled(path: Path, setup: dict[str, Any], checkpoint: Path, data: Measure
     layers = [{"layer": n, **dict(zip(names, held(n), strict=True))} for n in range(FIRST, len(found))]
     study.write_rows(path, layers, setup=setup, mean_by_again=by_again(found, FIRST))
     return layers
-
-
-def _known(path: Path, setup: dict[str, Any]) -> list[study.Row]:
-    """Rows that were measured before with this setup."""
-    if not path.is_file():
-        return []
-    result = json.loads(path.read_text("utf-8"))
-    return result["rows"] if result.get("setup") == setup else []
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxattn.analysis import heads, look
+from jaxattn.analysis.answers import answer, read_prompts
 from jaxattn.analysis.retrieval import Case, copies, recall_of, retrieval, span_of
 from jaxattn.errors import ConfigError, DataError
 from jaxattn.head_tables import with_head_tables
 from jaxattn.models import ModelConfig
-from jaxattn.nn import stack_layers
+from jaxattn.nn import Decoder, stack_layers
 from jaxattn.policies import watch
 from jaxattn.rope import RopeScaling
 from tests.analysis.planted import ECHO, INDUCTION, MODEL, PREVIOUS, SINK, V, params
@@ -76,8 +78,9 @@ def test_scores_over_blocks_of_rows_are_those_of_the_whole_matrix():
     tokens = heads.repeated(range(19), size=size, rows=2, start=0)
     found = heads.echo_and_induction(cfg, variables, tokens, size)
     n = np.arange(37)
-    for layer, view in enumerate(look(cfg, variables, jnp.asarray(tokens)).attention):
-        a = np.asarray(view.weights().values)[..., 1:]
+    rows = jax.jit(lambda tokens: [v.weights().values for v in look(cfg, variables, tokens).attention])
+    for layer, values in enumerate(rows(jnp.asarray(tokens))):
+        a = np.asarray(values)[..., 1:]
         sums = {"echo": 0.0, "induction": 0.0}
         for m in range(size + 1, 37):
             for occurrence in n[(n > 0) & (n < m) & ((m - n) % size == 0)]:
@@ -105,25 +108,24 @@ def test_the_sink_head_looks_at_the_beginning():
 # --- masks
 
 
-def share(order: np.ndarray, by: str = "uniform") -> float:
-    """Of the needles' tokens, with heads masked in answers."""
-    from jaxattn.analysis.answers import answer, read_prompts
-
-    model = dataclasses.replace(MODEL, policy=f"mask_heads(top=1, by={by}, phases=answers)")
-    variables = with_head_tables(model, params(), {"mask_heads": order})
-    cursor = read_prompts(model, variables, [c.prompt for c in CASES], room=10)
-    found = answer(model, variables, cursor, [c.said for c in CASES], new=8, stop=(STOP,))
-    return float(np.mean([recall_of(c, ids) for c, ids in zip(CASES, found, strict=True)]))
+def answered(model, params, cases, masked, by="uniform") -> float:
+    """Of the needles' tokens, with heads [L, H] masked in answers."""
+    model = dataclasses.replace(model, policy=f"mask_heads(top=1, by={by}, phases=answers)")
+    variables = with_head_tables(model, params, {"mask_heads": np.asarray(masked, np.float32)})
+    cursor = read_prompts(model, variables, [c.prompt for c in cases], room=10)
+    found = answer(model, variables, cursor, [c.said for c in cases], new=8, stop=(STOP,))
+    return float(np.mean([recall_of(c, ids) for c, ids in zip(cases, found, strict=True)]))
 
 
 @pytest.mark.parametrize("by", ["uniform", "zero"])
 def test_without_the_head_that_copies_nothing_is_found_and_without_the_others_everything(by):
     top = np.where(heads.order(scored().mean()) == 1, 1.0, 0.0)
-    assert share(top, by) <= 0.25
+    share = lambda masked: answered(MODEL, params(), CASES, masked, by)
+    assert share(top) <= 0.25
     rest = np.ones((2, 4))
     rest[INDUCTION] = rest[PREVIOUS] = 0  # which copies within a prompt and its answer, but not from the needle
-    assert share(rest, by) == 1.0
-    assert share(np.zeros((2, 4)), by) == 1.0
+    assert share(rest) == 1.0
+    assert share(np.zeros((2, 4))) == 1.0
 
 
 def test_heads_are_ordered_by_score_and_of_equals_the_lowest_comes_first():
@@ -135,11 +137,9 @@ def test_heads_are_ordered_by_score_and_of_equals_the_lowest_comes_first():
 
 
 WATCHED = {
-    "rope": {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
-    "window": {"mixers": ("softmax(window=9)",)},
-    "alibi": {"position": "alibi", "mixers": ("sigmoid",)},
-    "slots": {"mixers": ("k_bias",)},
-    "front": {"mixers": ("sink_token(tokens=2)",)},
+    "rope and slots": {"rope_scaling": RopeScaling(kind="linear", factor=4.0), "mixers": ("k_bias",)},
+    "alibi and a window": {"position": "alibi", "mixers": ("sigmoid(window=9)",)},
+    "learned tokens": {"mixers": ("sink_token(tokens=2)",)},
     "softplus": {"mixers": ("softplus",)},
 }
 
@@ -233,3 +233,55 @@ def test_layers_without_keys_have_zeros():
     own = Case([3, 4, 5, 6, 7], 1, 4, [3])
     found = retrieval(mixed, jax.tree.map(jnp.asarray, params_of(mixed)), [own], new=3)
     assert not found.sets[:, 0].any()
+
+
+# --- a model that learned it
+
+
+LEARNED = ModelConfig(vocab_size=40, num_layers=2, d_model=64, num_heads=4, mlps=("none",), max_positions=64)
+BLOCK, LEAD, LEARNING = 12, 4, 2
+
+
+@functools.cache
+def learned():
+    """Parameters of a model that was trained to go on with a block of tokens that comes again. Of its second
+    layer one head learns: left alone, all of them would copy."""
+    rng, optimizer = np.random.default_rng(0), optax.adam(4e-3)
+    params = jax.jit(Decoder(LEARNED).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+    @jax.jit
+    def step(params, state, tokens):
+        def loss(params):
+            logits = Decoder(LEARNED).apply({"params": params}, tokens[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return jnp.mean(losses[:, LEAD + BLOCK :])
+
+        grads = jax.grad(loss)(params)
+        own = grads["layer_1"]["attn"]
+        for name in "qkvo":
+            per_head = jnp.arange(64) // 16 == LEARNING
+            own[name]["kernel"] *= per_head[:, None] if name == "o" else per_head
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(200):
+        tokens = rng.integers(4, 40, (32, LEAD + BLOCK)).astype(np.int32)
+        params, state = step(params, state, jnp.asarray(np.concatenate([tokens, tokens[:, LEAD:]], axis=1)))
+    return params
+
+
+def test_in_a_trained_model_one_head_copies_and_without_it_nothing_is():
+    rng, own = np.random.default_rng(1), []
+    for _ in range(16):
+        prompt = rng.permutation(np.arange(4, 40))[: LEAD + BLOCK].tolist()
+        own.append(Case(prompt, LEAD + 1, LEAD + 9, [prompt[LEAD]]))
+    found = retrieval(LEARNED, learned(), own, new=8, rows=16)
+    assert found.recall.mean() > 0.95
+    scores, one = found.mean(), np.arange(8).reshape(2, 4) == 4 + LEARNING
+    assert scores[one] > 0.9
+    assert scores[~one].max() < 0.5
+    masked = lambda heads: answered(LEARNED, learned(), own, heads)
+    assert masked(one) < 0.15  # by chance 1 in 36
+    rest = ~one & (np.arange(2)[:, None] == 1)
+    assert masked(rest) > found.recall.mean() - 0.05

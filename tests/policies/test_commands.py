@@ -26,8 +26,8 @@ from tests.serve.test_engine import Inbox, ask, running  # noqa: F401 (a fixture
 
 generate_command = importlib.import_module("jaxattn.generate")  # the package's attribute is the function
 COMMANDS = (
-    "jaxattn.generate", "jaxattn.serve", "evals.harness", "evals.length", "evals.perplexity", "evals.sinks",
-    "evals.tasks",
+    "jaxattn.generate", "jaxattn.serve", "evals.harness", "evals.length", "evals.needle", "evals.perplexity",
+    "evals.sinks", "evals.tasks",
 )  # fmt: skip
 SMALL = "streaming(sinks=2, recent=5)"
 KEEPERS = {
@@ -204,7 +204,8 @@ def test_every_command_that_runs_a_model_lists_them(monkeypatch, capsys, name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_hands_the_policy_to_the_model(run, monkeypatch, capsys, name):
     needs = {"jaxattn.generate": ["--prompt", "x"], "evals.harness": ["--tasks", "none"], "jaxattn.serve": ["--port=0"]}
-    needs["evals.perplexity"] = ["--text", run.parent / "text.txt"]
+    text = ["--text", run.parent / "text.txt"]
+    needs |= {"evals.perplexity": text, "evals.needle": [*text, "--out", run.parent / "needle"]}
     monkeypatch.setattr("evals.harness.load_tasks", lambda *given: [])
     monkeypatch.setattr("uvicorn.Server.run", lambda *given, **more: None)  # not to wait for requests if it starts
     words = [run, *needs.get(name, []), "--policy", "tidal(first=0, again=7)"]

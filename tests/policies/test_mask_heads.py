@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxattn.analysis import look
+from jaxattn.analysis.answers import read_prompts
 from jaxattn.errors import ConfigError
 from jaxattn.head_tables import with_head_tables
 from jaxattn.masks import self_visibility
@@ -110,6 +111,14 @@ def test_a_table_numbers_heads_in_the_order_of_masking():
     np.testing.assert_allclose(np.asarray(with_table(0 * order))[own], oracle()[own], atol=1e-5)
     with pytest.raises(ConfigError, match=r"first 2 heads of the head table 'mask_heads', which is not there: give"):
         run({"params": params_of(model())}, *texts())
+
+
+def test_layers_that_share_programs_are_masked_each_for_itself():
+    """`jaxattn.generate` reads prompts layer by layer."""
+    params, prompt = jax.tree.map(jnp.asarray, params_of(model())), texts()[0][:, :PROMPT]
+    named = model("mask_heads(heads='0-1 1-2 1-3')")
+    found = read_prompts(named, params, prompt.tolist(), room=8).logits
+    np.testing.assert_allclose(np.asarray(found)[[0, 2]], oracle(HEADS)[[0, 2], PROMPT - 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
