@@ -79,7 +79,7 @@ def _one(
     layers, front = view.attention, view.front
     live = jnp.ones((tokens.shape[0], tokens.shape[1] + front), bool)
     out, counts, plain = _alphas(view), {}, live
-    if trigger_ids is not None:
+    if trigger_ids is not None and log_p is not None:
         trigger = jnp.isin(tokens, jnp.asarray(trigger_ids))
         pad = lambda m: jnp.pad(m, ((0, 0), (front, 0)))
         plain = pad(~trigger)
