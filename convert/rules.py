@@ -11,14 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxattn.errors import Incomplete, Mismatch, Unsupported
 from jaxattn.models import ModelConfig
-from jaxattn.nn import Decoder
-from jaxattn.runs.leaf_io import named
+from jaxattn.runs.parameters import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +79,7 @@ class Pair:
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the model, by "layer_0/attn/q/kernel"."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    tree = jax.eval_shape(lambda: Decoder(model).init(jax.random.key(0), tokens))["params"]
-    return {path: leaf.shape for path, leaf in named(tree).items()}
+    return {"/".join(path): leaf.shape for path, leaf in abstract_params(model).items()}
 
 
 def pairs(model: ModelConfig, table: tuple[Rule, ...] = DECODER) -> dict[str, Pair]:

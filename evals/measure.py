@@ -6,6 +6,7 @@ Sink metric: arXiv 2410.10781 section 3.2. Extreme-token probes and Bigram-Backc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,43 +47,13 @@ def make_measure(
     attention layers; `evals.definitions` says what each is.
     """
 
-    @jax.jit
-    def one(params: Any, tokens: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Means over a few sequences, and for those that are not over all queries how many they are over."""
-        view = look(cfg, params, tokens)
-        layers, front = view.attention, view.front
-        live = jnp.ones((tokens.shape[0], tokens.shape[1] + front), bool)
-        out, counts, plain = _alphas(view), {}, live
-        if task is not None:
-            trigger = jnp.isin(tokens, jnp.asarray(task.trigger_ids))
-            pad = lambda m: jnp.pad(m, ((0, 0), (front, 0)))
-            plain = pad(~trigger)
-            for values, over in (_split(view, plain, pad(trigger)), _risks(view.logits, tokens, trigger, task)):
-                out, counts = out | values, counts | over
-        chosen = [plain & _sees_first(layer, front) for layer in layers]
-        logit = [probes.sink_logit(layer, c, front) for layer, c in zip(layers, chosen, strict=True)]
-        mean, spread = (jnp.stack(x) for x in zip(*logit, strict=True))
-        third = jnp.arange(live.shape[1]) > front + 1
-        number = jnp.stack([jnp.sum(c & third) for c in chosen])[:, None]
-        facts = [_rows(layer, front) for layer in layers]
-        norms = [probes.value_norms(layer, live, front) for layer in layers]
-        first, rest = probes.residual_norms(view, live)
-        out |= {
-            **{name: jnp.stack([found[name] for found in facts]) for name in facts[0]},
-            "sink_logit": mean,
-            "sink_logit_square": spread**2 + mean**2,
-            "value_norm_first": jnp.stack([a for a, _ in norms]),
-            "value_norm_rest": jnp.stack([b for _, b in norms]),
-            "residual_norm_first": first,
-            "residual_norm_rest": rest,
-        }
-        return out, counts | {"sink_logit": number, "sink_logit_square": number}
+    ids, log_p = (task.trigger_ids, task.log_p.astype(np.float32)) if task else (None, None)
 
     def measure(params: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
         count, length = tokens.shape
         most = max(1, TOKENS_AT_ONCE // length)
         size = max(d for d in range(1, min(count, most) + 1) if count % d == 0)
-        parts = [jax.device_get(one(params, tokens[i : i + size])) for i in range(0, count, size)]
+        parts = [jax.device_get(_one(cfg, ids, log_p, params, tokens[i : i + size])) for i in range(0, count, size)]
 
         def merge(name: str) -> np.ndarray:
             values = [np.asarray(part[name]) for part, _ in parts]
@@ -97,6 +68,41 @@ def make_measure(
         return found | {"sink_logit_std": np.sqrt(np.maximum(square - found["sink_logit"] ** 2, 0))}
 
     return measure
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one(
+    cfg: ModelConfig, trigger_ids: tuple[int, ...] | None, log_p: Array | None, params: Any, tokens: Array
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Means over a few sequences, and for those that are not over all queries how many they are over."""
+    view = look(cfg, params, tokens)
+    layers, front = view.attention, view.front
+    live = jnp.ones((tokens.shape[0], tokens.shape[1] + front), bool)
+    out, counts, plain = _alphas(view), {}, live
+    if trigger_ids is not None and log_p is not None:
+        trigger = jnp.isin(tokens, jnp.asarray(trigger_ids))
+        pad = lambda m: jnp.pad(m, ((0, 0), (front, 0)))
+        plain = pad(~trigger)
+        for values, over in (_split(view, plain, pad(trigger)), _risks(view.logits, tokens, trigger, log_p)):
+            out, counts = out | values, counts | over
+    chosen = [plain & _sees_first(layer, front) for layer in layers]
+    logit = [probes.sink_logit(layer, c, front) for layer, c in zip(layers, chosen, strict=True)]
+    mean, spread = (jnp.stack(x) for x in zip(*logit, strict=True))
+    third = jnp.arange(live.shape[1]) > front + 1
+    number = jnp.stack([jnp.sum(c & third) for c in chosen])[:, None]
+    facts = [_rows(layer, front) for layer in layers]
+    norms = [probes.value_norms(layer, live, front) for layer in layers]
+    first, rest = probes.residual_norms(view, live)
+    out |= {
+        **{name: jnp.stack([found[name] for found in facts]) for name in facts[0]},
+        "sink_logit": mean,
+        "sink_logit_square": spread**2 + mean**2,
+        "value_norm_first": jnp.stack([a for a, _ in norms]),
+        "value_norm_rest": jnp.stack([b for _, b in norms]),
+        "residual_norm_first": first,
+        "residual_norm_rest": rest,
+    }
+    return out, counts | {"sink_logit": number, "sink_logit_square": number}
 
 
 def _alphas(view: ForwardView) -> dict[str, Array]:
@@ -150,12 +156,12 @@ def _split(view: ForwardView, plain: Array, trigger: Array) -> tuple[dict[str, A
     return out, counts
 
 
-def _risks(logits: Array, tokens: Array, trigger: Array, task: BigramTask) -> tuple[dict[str, Array], dict[str, Array]]:
+def _risks(logits: Array, tokens: Array, trigger: Array, log_p: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """Cross-entropy on trigger and other queries t >= 1, the excess over the table's own loss there, their numbers."""
     loss = token_losses(logits[:, :-1], tokens[:, 1:])[:, 1:]
     current, following = tokens[:, 1:-1], tokens[:, 2:]
     copy = trigger[:, 1:-1].astype(jnp.float32)
-    oracle = -jnp.asarray(task.log_p, jnp.float32)[current, following]
+    oracle = -log_p[current, following]
     mean = lambda x, w: jnp.sum(jnp.where(w > 0, x, 0.0)) / jnp.maximum(jnp.sum(w), 1.0)
     bigram = mean(loss, 1 - copy)
     values = {
@@ -205,10 +211,16 @@ def attention_maps(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> tuple[n
     In f16 where all rows sum to one, else in f32, which tiny and huge weights need. Sink tokens in front count as
     extra columns; where layers differ in slots, the missing ones are zero.
     """
-    view = look(cfg, params, jnp.asarray(tokens))
+    maps, shares = _maps(cfg, params, jnp.asarray(tokens))
+    return np.asarray(maps, np.float16 if shares else np.float32), maps.shape[-1] - tokens.shape[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _maps(cfg: ModelConfig, params: Any, tokens: Array) -> tuple[Array, Array]:
+    """The maps of `attention_maps` in f32, and whether all rows sum to one."""
+    view = look(cfg, params, tokens)
     rows = [layer.weights() for layer in view.attention]
     most = max(r.slots for r in rows)
     wide = [jnp.pad(r.values, ((0, 0), (0, 0), (0, 0), (most - r.slots, 0))) for r in rows]
     maps = jnp.stack(wide, axis=1)[..., view.front :, :]
-    shares = jnp.all(jnp.abs(jnp.sum(maps, axis=-1) - 1) <= NO_DISTRIBUTION)
-    return np.asarray(maps, np.float16 if shares else np.float32), most + view.front
+    return maps, jnp.all(jnp.abs(jnp.sum(maps, axis=-1) - 1) <= NO_DISTRIBUTION)

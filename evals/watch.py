@@ -19,6 +19,7 @@ from train.metrics import Row
 from train.step import batch_loss
 
 log = logging.getLogger("jaxattn")
+_loss = jax.jit(batch_loss, static_argnums=0)
 
 LOGGED_TABLES = (
     "first_token_weight",
@@ -39,12 +40,11 @@ def watching(cfg: RunConfig, source: Source) -> Watch:
     batches = source.val_batches(cfg.eval.batches)
     tokens = held_out(cfg, source)
     measure = make_measure(cfg.model, task=bigram_task(source))
-    loss = jax.jit(lambda params, batch: batch_loss(cfg.model, params, batch))
     task = source.task if isinstance(source, TaskSource) else None
     hits = make_hits(cfg.model)
 
     def measured(params: Any) -> Row:
-        parts = [jax.device_get(loss(params, batch)) for batch in batches]
+        parts = [jax.device_get(_loss(cfg.model, params, batch)) for batch in batches]
         total = sum(float(n) for _, n in parts)
         numbers = summarise(measure(params, tokens), epsilon=cfg.eval.epsilon)
         row: Row = {"val_loss": sum(float(s) for s, _ in parts) / max(total, 1.0)}

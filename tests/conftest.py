@@ -35,8 +35,8 @@ TESTS = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if getattr(config.option, "dist", "no") == "load":  # what `-n` means: tests of one xdist_group on one worker,
-        config.option.dist = "loadgroup"  # because two would compile the same programs
+    if getattr(config.option, "dist", "no") == "load":  # what `-n` means: each file on one worker, because two would
+        config.option.dist = "loadfile"  # compile the same programs and train the same models
     if jax.__version_info__ >= (0, 11):
         config.addinivalue_line("filterwarnings", "error")
         # Third parties warning about each other; nothing of ours may be listed here.

@@ -7,7 +7,7 @@ unchanged (only `skipped` counts up), so whatever is saved afterwards is sound.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from train.optimizer import make_optimizer, make_schedule
 State = dict[str, Any]
 Batch = dict[str, Array]
 SPIKE_WARMUP = 20  # steps before the running mean of the loss is trusted
+PROGRAMS = 16  # compiled steps that a process keeps, for runs that differ in seed, data or length alone
 
 
 def init_state(
@@ -35,9 +36,21 @@ def init_state(
 
     With `lora` params are what `jaxattn.runs.lora.init` makes: the low-rank updates, and the leaves in `new`.
     """
+    return _initialiser(model, optim, _horizon(optim, steps), lora, tuple(new))(jax.random.key(seed))
 
-    def create() -> State:
-        init_key, run_key = jax.random.split(jax.random.key(seed))
+
+def _horizon(optim: OptimConfig, steps: int) -> int:
+    """Of the steps of a run what its program depends on: nothing where the rate stays constant."""
+    return 0 if optim.schedule == "constant" else steps
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _initialiser(
+    model: ModelConfig, optim: OptimConfig, steps: int, lora: LoraConfig | None, new: tuple[Any, ...]
+) -> Callable[[Array], State]:
+    @jax.jit
+    def create(key: Array) -> State:
+        init_key, run_key = jax.random.split(key)
         tokens = jnp.zeros((1, 8), jnp.int32)
         params = Decoder(model).init(init_key, tokens)["params"]
         if lora is not None:
@@ -51,7 +64,7 @@ def init_state(
             "rng": jax.random.key_data(run_key),
         }
 
-    return jax.jit(create)()
+    return create
 
 
 def batch_loss(model: ModelConfig, params: Any, batch: Batch) -> tuple[Array, Array]:
@@ -79,6 +92,13 @@ def make_train_step(
 
     With `lora` the state's params are the updates of the `frozen` ones.
     """
+    compiled = _step(model, optim, _horizon(optim, steps), lora)
+    return compiled if lora is None else partial(compiled, frozen=frozen)
+
+
+@lru_cache(maxsize=PROGRAMS)
+def _step(model: ModelConfig, optim: OptimConfig, steps: int, lora: LoraConfig | None) -> Callable[..., Any]:
+    """The jitted step of `make_train_step`, with `frozen` as its last argument."""
     optimizer, schedule = make_optimizer(optim, steps), make_schedule(optim, steps)
 
     def gradients(params: Any, frozen: Any, batch: Batch) -> tuple[Array, Array, Any]:
@@ -135,5 +155,4 @@ def make_train_step(
         }
         return new, numbers
 
-    compiled = jax.jit(step, donate_argnums=0)
-    return compiled if lora is None else partial(compiled, frozen=frozen)
+    return jax.jit(step, donate_argnums=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Array
 
 from jaxattn import checks
 from jaxattn.models.config import ModelConfig
@@ -43,14 +45,12 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
     for path, x in given.items():
         checks.leaf("/".join(map(str, path)), x)
     turns = () if why_plain(model) else ("kernel", "unembed")
-    transposed = jax.jit(lambda x: jnp.swapaxes(x, -1, -2))
     flat, rows, names = {}, {}, collections.Counter(map(id, given.values()))
     for path, x in given.items():
-        new = x.astype(dtype) if path[-1] in CAST else x
-        if path[-1] in turns and not is_depthwise(path) and usable(new):
-            new = rows[path] = transposed(new)
+        if path[-1] in turns and not is_depthwise(path) and usable(jax.ShapeDtypeStruct(x.shape, dtype)):
+            new = rows[path] = _turned(x, dtype)
         else:
-            flat[path] = new
+            new = flat[path] = x.astype(dtype) if path[-1] in CAST else x
         if consume and new is not x and isinstance(x, jax.Array) and names[id(x)] == 1:
             jax.block_until_ready(new)
             x.delete()
@@ -59,6 +59,12 @@ def decoding_variables(model: ModelConfig, params: Mapping[str, Any], *, consume
     if model.tie_embeddings and ("embed",) in flat and usable(flat[("embed",)]):
         rows[("unembed",)] = flat[("embed",)]
     return {"params": traverse_util.unflatten_dict(flat), ROWS: traverse_util.unflatten_dict(rows), **more}
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program a shape, whatever the number of layers and calls
+def _turned(x: Array, dtype: jnp.dtype) -> Array:
+    """[..., in, out] -> [..., out, in] in `dtype`, without a copy in between."""
+    return jnp.swapaxes(x.astype(dtype), -1, -2)
 
 
 def variables_of(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,9 +19,13 @@ from jaxattn.runs.config import RunConfig
 
 def abstract_params(model: ModelConfig) -> dict[tuple[str, ...], Any]:
     """Shape and dtype of every parameter, by path."""
+    return dict(_traced(dataclasses.replace(model, backend="xla")))  # parameters do not depend on who computes
+
+
+@functools.lru_cache(maxsize=16)  # one start of a run asks about the same two models many times
+def _traced(model: ModelConfig) -> dict[tuple[str, ...], Any]:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    plain = Decoder(dataclasses.replace(model, backend="xla"))  # parameters do not depend on who computes
-    init = lambda tokens: plain.init(jax.random.key(0), tokens)["params"]
+    init = lambda tokens: Decoder(model).init(jax.random.key(0), tokens)["params"]
     return flatten_dict(jax.eval_shape(init, tokens))
 
 

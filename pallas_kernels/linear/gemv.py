@@ -21,7 +21,7 @@ MOST_ROWS = 8  # above, the product is no longer bound by reading weights and XL
 DTYPES = ("float32", "bfloat16")
 
 
-def usable(weight: Array) -> bool:
+def usable(weight: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether weights of this kind can be multiplied here."""
     return str(weight.dtype) in DTYPES and not _cpu.missing()
 

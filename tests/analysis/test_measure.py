@@ -168,3 +168,9 @@ def test_maps_keep_tiny_and_huge_weights():
         maps, slots = attention_maps(cfg, params, tokens[:2])
         assert (maps.dtype, slots, maps.shape) == (dtype, 0, (2, 1, 2, 24, 24))
         assert (maps[..., -1, :] > 0).all()
+
+
+def test_maps_count_sink_tokens_in_front_as_extra_columns():
+    cfg, params, tokens = model("sink_token(tokens=3)")
+    maps, extra = attention_maps(cfg, params, tokens[:2])
+    assert (extra, maps.shape) == (3, (2, 1, 2, 24, 27))

@@ -26,7 +26,9 @@ from train.finetune import main as finetune
 
 torch = pytest.importorskip("torch", reason="the oracle")
 pytestmark = [pytest.mark.smollm2]
-LONG = [pytest.mark.slow, pytest.mark.optimised]  # where running costs more than compiling
+# Where running costs more than compiling. What the long ones ask of this model, tests/convert/test_round_trip.py,
+# tests/generate, tests/serve/test_engine.py and tests/analysis ask of tiny ones.
+LONG = [pytest.mark.slow, pytest.mark.optimised]
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -74,27 +76,27 @@ def padded(texts):
     return np.array([[*text, *[0] * (longest - len(text))] for text in texts], np.int32)
 
 
-def test_logits_of_twenty_prompts_equal_transformers(smol, loaded):
+@pytest.mark.parametrize("prompts", [PROMPTS[:3], pytest.param(PROMPTS, marks=LONG)], ids=["few", "all"])
+def test_logits_of_prompts_equal_transformers(prompts, smol, loaded):
     """All in one batch with padding behind them, whose segment is 0."""
-    texts = [loaded.encode(prompt) for prompt in PROMPTS]
+    texts = [loaded.encode(prompt) for prompt in prompts]
     ids, here = padded(texts), padded([[1] * len(text) for text in texts])
     at = np.arange(ids.shape[1], dtype=np.int32)[None].repeat(len(ids), 0)
     run = jax.jit(lambda params, *x: Decoder(loaded.model).apply({"params": params}, *x))
     ours = np.asarray(run(loaded.params, ids, at, here))
     with torch.no_grad():
         theirs = smol[0](torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(here)).logits.numpy()
-    for prompt, text, mine, other in zip(PROMPTS, texts, ours, theirs, strict=True):
+    for prompt, text, mine, other in zip(prompts, texts, ours, theirs, strict=True):
         n = len(text)
         np.testing.assert_array_equal(mine[:n].argmax(-1), other[:n].argmax(-1), err_msg=prompt)
         assert np.abs(mine[:n] - other[:n]).max() < 1e-3, prompt
 
 
-@pytest.mark.parametrize(
-    ("prompts", "count"), [(PROMPTS[:4], 12), pytest.param(PROMPTS, 64, marks=LONG)], ids=["few", "all"]
-)
-def test_greedy_tokens_equal_transformers_for_prompts_alone_and_together(prompts, count, smol, loaded):
-    oracle = smol[0]
-    prompts = [loaded.encode(p) for p in prompts]
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_greedy_tokens_equal_transformers_for_prompts_alone_and_together(smol, loaded):
+    oracle, count = smol[0], 64
+    prompts = [loaded.encode(p) for p in PROMPTS]
     longest = max(map(len, prompts))
     rows = np.stack([np.pad(np.asarray(p, np.int32), (0, longest - len(p))) for p in prompts])
     together = jaxattn.generate(
@@ -130,6 +132,8 @@ def test_chat_uses_the_template_of_the_checkpoint(smol, loaded):
     assert loaded.chat(messages) == list(theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.optimised
 def test_our_export_loads_in_transformers_with_the_same_logits(smol, tmp_path):
     import transformers
 
@@ -142,6 +146,8 @@ def test_our_export_loads_in_transformers_with_the_same_logits(smol, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("hello world 42")["input_ids"]
 
 
+@pytest.mark.slow
+@pytest.mark.optimised
 def test_the_sink_rate_is_that_of_torchs_attention_weights(smol, loaded):
     """Sink_1^0.3 of 2410.10781, from the oracle's own matrices."""
     from evals.measure import make_measure, summarise
@@ -158,6 +164,8 @@ def test_the_sink_rate_is_that_of_torchs_attention_weights(smol, loaded):
     assert theirs > 20, "a pretrained model has sinks"
 
 
+@pytest.mark.slow
+@pytest.mark.optimised
 def test_the_server_s_engine_answers_together_as_alone(loaded):
     """Six prompts in four slots of the real model, each its own greedy answer."""
     ready, count, inboxes = loaded.prepared(), 6, []
@@ -223,6 +231,8 @@ def text_of(theirs, ids, new):
     return decode([*ids, *new])[len(decode(ids)) :]
 
 
+@pytest.mark.slow
+@pytest.mark.optimised
 def test_text_of_odd_prompts_equals_transformers(smol, loaded):
     """A handful whose prompts fill the program that the question for the capital has compiled."""
     oracle, theirs, _ = smol

@@ -85,7 +85,6 @@ def entries():
     return supported()
 
 
-@pytest.mark.xdist_group("support")
 def test_the_support_table_has_every_op_and_every_backend_that_is_there(entries):
     assert {e.op for e in entries} == {name.partition(",")[0] for name in CALLS}
     served = {(e.op, e.backend) for e in entries if e.served}
@@ -94,7 +93,6 @@ def test_the_support_table_has_every_op_and_every_backend_that_is_there(entries)
     assert ("flash", "tpu") in served
 
 
-@pytest.mark.xdist_group("support")
 def test_every_refusal_is_one_sentence_that_names_what_was_asked_for(entries):
     for entry in entries:
         if not entry.served:
@@ -103,7 +101,6 @@ def test_every_refusal_is_one_sentence_that_names_what_was_asked_for(entries):
             assert entry.backend in entry.reason, entry
 
 
-@pytest.mark.xdist_group("support")
 def test_the_printed_table_numbers_its_reasons(entries, monkeypatch):
     monkeypatch.setattr(_support, "support", lambda: entries)
     text = _support.markdown()

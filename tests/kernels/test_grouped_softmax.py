@@ -187,7 +187,7 @@ def test_bf16_is_within_the_official_tolerances():
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=4e-2, rtol=4e-2)
 
 
-@pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.parametrize("block", [8, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.optimised
 def test_memory_grows_with_length_not_with_its_square(block):
     """One [T, T] array of f32 at T = 8192 would be 268 MB."""

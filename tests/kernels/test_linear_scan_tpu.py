@@ -89,6 +89,7 @@ def check(arrays, tolerance=2e-5, chunk=16, mode="plain", **options):
 @in_both_dtypes
 def test_odd_shapes(shape, dtype):
     decay = DECAYS[ODD.index(shape) % 3] if dtype == jnp.bfloat16 else "token"
+    shape = dataclasses.replace(shape, length=min(shape.length, 300))  # more chunks of 128 only take longer
     check(inputs(shape, decay, dtype), 2e-2 if dtype == jnp.bfloat16 else 2e-5, chunk=None, scale=0.5)
 
 
@@ -162,7 +163,9 @@ def test_two_calls_equal_one():
     all_near((jnp.concatenate([first, second], 1), last), whole, 1e-5)
 
 
-@pytest.mark.parametrize(("decay", "taylor"), [("token", None), ("none", "symmetric")])
+@pytest.mark.parametrize(
+    ("decay", "taylor"), [pytest.param("token", None, marks=pytest.mark.slow), ("none", "symmetric")]
+)
 def test_no_races_and_nothing_uninitialised_is_read(decay, taylor):
     shape = Shape("tiny", batch=1, length=30, heads=2, kv_heads=1, dim=4, value_dim=3)
     arrays = inputs(shape, decay, width=None if taylor is None else feature_width(4, taylor))
@@ -255,8 +258,8 @@ def test_vmap_and_remat_change_nothing():
     one = lambda *x: call(*(y[None] for y in x))[0]
     with interpreted():
         plain = loss(call)(q, k, v, rate)
-        for other in (jax.vmap(one), jax.checkpoint(call)):
-            all_near(loss(other)(q, k, v, rate), plain, 1e-6)
+        other = jax.vmap(jax.checkpoint(one))
+        all_near(loss(other)(q, k, v, rate), plain, 1e-6)
 
 
 def test_a_named_backend_says_why_it_cannot_run():

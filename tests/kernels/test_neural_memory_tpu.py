@@ -58,9 +58,10 @@ BF16 = [pytest.param(s, jnp.bfloat16, id=f"{s.name}-bf16", marks=[] if s.length 
 @pytest.mark.parametrize(("shape", "dtype"), [*(pytest.param(s, jnp.float32, id=s.name) for s in ODD), *BF16])
 def test_odd_lengths_and_widths(shape, dtype):
     """One matrix a head; chunks below, at and above a tile's largest size."""
-    heads = 1 if shape.length == 1000 else shape.heads  # the reference keeps three matrices a token and head
+    length = min(shape.length, 300)  # more blocks only take longer: the reference keeps three matrices a token and head
+    heads = 1 if shape.length == 1000 else shape.heads
     sizes = {"batch": shape.batch, "heads": heads, "dim": shape.dim, "value_dim": shape.value_dim}
-    x, rest = placed(shape.length, depth=1, **sizes)
+    x, rest = placed(length, depth=1, **sizes)
     chunk = {1: 16, 63: 16, 100: 30, 257: 150, 1000: 64}[shape.length]
     y = check(tuple(a.astype(dtype) for a in x), rest, rtol=5e-5 if dtype == jnp.float32 else 2e-2, chunk=chunk)
     assert y.any()
@@ -68,7 +69,8 @@ def test_odd_lengths_and_widths(shape, dtype):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    ("depth", "chunk", "read_after_write"), [(1, 5, False), (1, 20, True), (2, 7, True), (3, 20, False)]
+    ("depth", "chunk", "read_after_write"),
+    [pytest.param(1, 5, False, marks=SLOW), (1, 20, True), (2, 7, True), (3, 20, False)],
 )
 def test_packed_documents_behind_a_state(depth, chunk, read_after_write):
     """A state in mid-chunk; documents that begin in one tile, boundaries inside tiles, chunks of several tiles."""
@@ -159,8 +161,8 @@ def test_vmap_and_remat_change_nothing():
     with interpreted():
         plain = loss(call)(*x)
         one = lambda *x: call(*(a[None] for a in x))[0]
-        for other in (jax.vmap(one), jax.checkpoint(call)):
-            jax.tree.map(partial(close, rtol=1e-6), loss(other)(*x), plain)
+        other = jax.vmap(jax.checkpoint(one))
+        jax.tree.map(partial(close, rtol=1e-6), loss(other)(*x), plain)
 
 
 def test_a_named_backend_says_why_it_cannot_run():

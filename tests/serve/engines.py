@@ -15,7 +15,8 @@ GREEDY = Sampling()
 
 
 def model_of(attn, **more):
-    model = ModelConfig(vocab_size=41, num_layers=2, d_model=16, num_heads=2, mixers=(attn,), **more)
+    shape = {"vocab_size": 41, "num_layers": 2, "d_model": 16, "num_heads": 2}
+    model = ModelConfig(**(shape | more), mixers=(attn,))
     return model, jax.tree.map(jnp.asarray, params_of(model))
 
 

@@ -12,7 +12,9 @@ import pytest
 import jaxattn
 from jaxattn import _generate, reader
 from jaxattn.errors import ConfigError
-from jaxattn.nn import layerwise
+from jaxattn.nn import decoding, layerwise
+from jaxattn.nn.decoding import why_plain
+from jaxattn.nn.layers import ROWS
 from jaxattn.rope import RopeScaling
 from jaxattn.sampling import Sampling
 from jaxattn.serving import engine as engine_module
@@ -209,7 +211,7 @@ def test_a_warm_engine_compiles_nothing_more(committed):
     ids=["pieces of a mechanism", "whole prompts"],
 )
 def test_every_size_of_a_prompt_is_compiled_before_the_first_comes(attn, more):
-    model, params = model_of(attn, **more)
+    model, params = model_of(attn, num_layers=1, **more)
     found = Engine(model, params, slots=2, context=300, queue=64, block=4)
     found.warm_up()
     before = [program._cache_size() for program in (layerwise._layer, reader._start_again)]
@@ -227,3 +229,15 @@ def test_generate_compiles_a_block_once_for_parameters_that_are_bound_to_a_devic
     before = _generate.decode_block._cache_size()
     jaxattn.generate(MODEL, params, np.asarray([[1, 2]]), max_new_tokens=3 * _generate.BLOCK)
     assert _generate.decode_block._cache_size() <= before + 1
+    turned = decoding._turned._cache_size()
+    jaxattn.generate(MODEL, params, np.asarray([[1, 2]]), max_new_tokens=3)
+    assert decoding._turned._cache_size() == turned, "the parameters of the next call are laid out by the same programs"
+
+
+@pytest.mark.skipif(bool(why_plain(MODEL)), reason="products of single rows go to XLA here")
+def test_parameters_are_turned_and_cast_once():
+    model, params = model_of("softmax", dtype="bfloat16")
+    rows = decoding.decoding_variables(model, params)[ROWS]
+    kernel = params["layer_0"]["mlp"]["up"]["kernel"]
+    assert {str(x.dtype) for x in jax.tree.leaves(rows)} == {"bfloat16"}
+    np.testing.assert_array_equal(rows["layer_0"]["mlp"]["up"]["kernel"], kernel.astype(jnp.bfloat16).T)

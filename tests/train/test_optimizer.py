@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
+from jaxattn.models import ModelConfig
 from jaxattn.runs.config import OptimConfig
 from train.optimizer import make_schedule
 from train.presets import get_preset
+from train.step import make_train_step
 
 
 def test_warm_up_rises_to_the_peak_and_then_the_schedule_starts():
@@ -26,3 +28,12 @@ def test_a_run_shorter_than_the_warm_up_is_allowed():
     cfg = dataclasses.replace(get_preset("bb"), steps=20)
     lr = make_schedule(cfg.optim, cfg.steps)
     assert float(lr(19)) == pytest.approx(cfg.optim.lr * 20 / cfg.optim.warmup_steps)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_runs_of_any_length_share_a_step_where_the_rate_is_constant(schedule):
+    optim, model = OptimConfig(schedule=schedule), ModelConfig(vocab_size=5)
+    first, same, longer = (make_train_step(model, optim, steps) for steps in (8, 8, 12))
+    assert first is same
+    assert (first is longer) == (schedule == "constant")
+    assert make_train_step(model, OptimConfig(schedule=schedule, lr=0.5), 8) is not first

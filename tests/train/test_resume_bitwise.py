@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from evals import measure
 from tests.train import helpers as h
-from train import loop
+from train import loop, step
 from train.pretrain import main, run
 
 STEPS = 160
@@ -57,8 +58,10 @@ def test_rows_are_whole_and_the_numbers_move(bb_unbroken):
 
 
 def test_other_seeds_are_told_apart(bb_unbroken, tmp_path):
-    """The comparison can fail: another seed gives other rows and another state."""
+    """The comparison can fail: another seed gives other rows and another state, by the same program."""
+    before = step._step.cache_info().misses, measure._one._cache_size()
     run(h.tiny(tmp_path / "other", EVERY, seed=1))
+    assert (step._step.cache_info().misses, measure._one._cache_size()) == before
     assert h.untimed(tmp_path / "other")[:5] != h.untimed(bb_unbroken)[:5]
 
 
@@ -107,8 +110,8 @@ def test_row_4_sigterm_saves_the_step_and_exits_0(bb_unbroken, tmp_path):
     assert code == 0, err
     assert seconds < 10
     assert "Traceback" not in err
-    (step,) = h.steps_of(folder)
-    assert 23 <= step < STEPS
+    (saved,) = h.steps_of(folder)
+    assert 23 <= saved < STEPS
     assert f"SIGTERM: saved step {step}" in out
     assert [row["step"] for row in h.rows(folder)] == list(range(1, step + 1))
     assert h.untimed(folder) == h.untimed(bb_unbroken)[:step]
