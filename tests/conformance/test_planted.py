@@ -286,7 +286,8 @@ def models_are_told_apart_by_name():
     yield
     model.viewed.cache_clear()
     model.params_of.cache_clear()
-    for program in (model._view, model.apply, model.start, model._gradients):
+    model.scanned_layers.cache_clear()
+    for program in (model._view, model.apply, model.start, model._scanned):
         program.clear_cache()
     model.TRACES.clear()
 
