@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,7 +33,7 @@ BASE = {
     "d_ff": 32,
     "mlps": ("gelu",),
 }
-DEEP = ("tidal", "zero_tuning")  # whose options name layers: four, every other policy does the same in both of two
+DEPTHS = {"tidal": 4, "zero_tuning": 3, "minference": 2}  # whose options name layers; others do the same in each
 TRACES: collections.Counter[tuple[ModelConfig, str]] = collections.Counter()
 
 
@@ -49,7 +48,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        return 4 if self.policy.name in DEEP else 2
+        return DEPTHS.get(self.policy.name, 2 if self.mechanism == "softmax" else 1)
 
     def config(self, spec: Any = None, **fields: Any) -> ModelConfig:
         """The model under this policy."""
@@ -87,9 +86,11 @@ def texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([text, moved, other]), positions, segments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def start(cfg: ModelConfig, rows: int, room: int, params: Any) -> Any:
-    return Decoder(cfg).apply({"params": params}, rows, room, method="start")
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def begin(cfg: ModelConfig, room: int, params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+    """The first piece of a prompt, in states of its program."""
+    states = Decoder(cfg).apply({"params": params}, len(tokens), room, method="start")
+    return Decoder(cfg).apply({"params": params}, states, tokens, positions, segments, "prompt", method="step")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -103,10 +104,11 @@ def decode(
 ) -> tuple[np.ndarray, Any]:
     """Logits [B, T, N] of rows read in `pieces` of a prompt and then one by one, and the states behind them."""
     inputs = texts() if inputs is None else inputs
-    params, (rows, length) = params_of(cfg), inputs[0].shape
-    states, out, at = start(cfg, rows, room, params), [], 0
-    for phase, size in [("prompt", n) for n in pieces] + [("answer", 1)] * (length - sum(pieces)):
-        logits, states = step(cfg, phase, params, states, *(jnp.asarray(x[:, at : at + size]) for x in inputs))
+    params, at = params_of(cfg), pieces[0]
+    logits, states = begin(cfg, room, params, *(x[:, :at] for x in inputs))
+    out = [np.asarray(logits)]
+    for phase, size in [("prompt", n) for n in pieces[1:]] + [("answer", 1)] * (inputs[0].shape[1] - sum(pieces)):
+        logits, states = step(cfg, phase, params, states, *(x[:, at : at + size] for x in inputs))
         out.append(np.asarray(logits))
         at += size
     return np.concatenate(out, axis=1), states
