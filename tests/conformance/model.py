@@ -173,27 +173,19 @@ def weights_rebuild_every_layer(cfg: ModelConfig) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scanned(cfg: ModelConfig, params: Any, tokens, positions, segments) -> tuple[Any, Any]:
-    """Logits of scanned layers, and the gradients by the parameters of unrolled ones, by one program."""
-    TRACES[cfg, "scanned"] += 1
-    scanned = dataclasses.replace(cfg, scan_layers=True)
+def _gradients(cfg: ModelConfig, params: Any, tokens, positions, segments) -> Any:
+    TRACES[cfg, "gradients"] += 1
 
     def scalar(params: Any) -> Any:
-        logits = Decoder(scanned).apply({"params": stack_layers(params, scanned)}, tokens, positions, segments)
-        return jnp.sum(jnp.sin(logits) * (segments != 0)[..., None]), logits
+        logits = Decoder(cfg).apply({"params": params}, tokens, positions, segments)
+        return jnp.sum(jnp.sin(logits) * (segments != 0)[..., None])
 
-    grads, logits = jax.grad(scalar, has_aux=True)(params)
-    return logits, grads
-
-
-@functools.cache
-def scanned_layers(cfg: ModelConfig) -> tuple[np.ndarray, Any]:
-    return jax.device_get(_scanned(cfg, params_of(cfg), *batch()))
+    return jax.grad(scalar)(params)
 
 
 def every_parameter_has_a_gradient(cfg: ModelConfig, idle: tuple[str, ...] = ()) -> None:
     """idle: parts of names of parameters that have none by design."""
-    _, grads = scanned_layers(cfg)
+    grads = _gradients(cfg, params_of(cfg), *batch())
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path)
         assert np.all(np.isfinite(leaf)), name
@@ -220,7 +212,8 @@ def decoding_equals_the_forward_pass(cfg: ModelConfig) -> None:
 
 
 def scanned_layers_are_the_unrolled_ones(cfg: ModelConfig) -> None:
-    logits, _ = scanned_layers(cfg)
+    scanned = dataclasses.replace(cfg, scan_layers=True)
+    logits = apply(scanned, stack_layers(params_of(cfg), scanned), *batch())
     live = (batch()[2] != 0)[..., None]
     np.testing.assert_allclose(np.where(live, logits, 0), np.where(live, viewed(cfg)[0], 0), atol=2e-4)
 

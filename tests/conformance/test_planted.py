@@ -286,8 +286,7 @@ def models_are_told_apart_by_name():
     yield
     model.viewed.cache_clear()
     model.params_of.cache_clear()
-    model.scanned_layers.cache_clear()
-    for program in (model._view, model.apply, model.start, model._scanned):
+    for program in (model._view, model.apply, model.start, model._gradients):
         program.clear_cache()
     model.TRACES.clear()
 
