@@ -6,6 +6,7 @@ Sink metric: arXiv 2410.10781 section 3.2. Extreme-token probes and Bigram-Backc
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,10 +206,17 @@ def attention_maps(cfg: ModelConfig, params: Any, tokens: np.ndarray) -> tuple[n
     In f16 where all rows sum to one, else in f32, which tiny and huge weights need. Sink tokens in front count as
     extra columns; where layers differ in slots, the missing ones are zero.
     """
-    view = look(cfg, params, jnp.asarray(tokens))
+    maps, shares, columns = _maps(cfg, params, tokens)
+    return np.asarray(maps, np.float16 if shares else np.float32), int(columns)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _maps(cfg: ModelConfig, params: Any, tokens: Any) -> tuple[Any, Any, int]:
+    """Maps as above, whether all rows sum to one, and the number of leading extra columns."""
+    view = look(cfg, params, tokens)
     rows = [layer.weights() for layer in view.attention]
     most = max(r.slots for r in rows)
     wide = [jnp.pad(r.values, ((0, 0), (0, 0), (0, 0), (most - r.slots, 0))) for r in rows]
     maps = jnp.stack(wide, axis=1)[..., view.front :, :]
     shares = jnp.all(jnp.abs(jnp.sum(maps, axis=-1) - 1) <= NO_DISTRIBUTION)
-    return np.asarray(maps, np.float16 if shares else np.float32), most + view.front
+    return maps, shares, most + view.front
