@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,15 @@ def model(**fields):
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 13, (3, 40)), jnp.int32)
     params = jax.jit(Decoder(cfg).init)(jax.random.key(0), tokens)["params"]
     return cfg, params, tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def seen(cfg, params, tokens, queries):
+    """Of every layer: the rows of its weights, and what the probes say of these queries [B, T]."""
+    return [
+        (layer.weights(), probes.sink_logit(layer, queries), probes.first_token_weight(layer, queries))
+        for layer in look(cfg, params, tokens).attention
+    ]
 
 
 def test_uniform_rows_give_the_harmonic_number_and_no_sink():
@@ -107,40 +117,43 @@ def test_alpha_at_long_lengths_needs_no_square_array():
 def test_repeated_tokens_without_positions_attend_uniformly():
     cfg, params, tokens = model(position="nope")
     same = jnp.full_like(tokens, 5)
-    for layer in look(cfg, params, same).attention:
-        a = np.asarray(layer.weights().values)
+    live = jnp.ones(same.shape, bool)
+    for rows, (mean, spread), first in seen(cfg, params, same, live):
+        a = np.asarray(rows.values)
         expected = np.tril(np.ones((40, 40))) / np.arange(1, 41)[:, None]
         np.testing.assert_allclose(a, np.broadcast_to(expected, a.shape), atol=1e-5)
-        live = jnp.ones(same.shape, bool)
-        mean, spread = probes.sink_logit(layer, live)
         np.testing.assert_allclose(mean, 0, atol=1e-4)
         np.testing.assert_allclose(spread, 0, atol=2e-2)
         expected_weight = np.mean(1 / np.arange(2, 41))
-        np.testing.assert_allclose(probes.first_token_weight(layer, live), expected_weight, rtol=1e-4)
+        np.testing.assert_allclose(first, expected_weight, rtol=1e-4)
 
 
 def test_probes_select_queries_and_leave_the_first_out():
     cfg, params, tokens = model()
-    view = look(cfg, params, tokens)
-    layer = view.attention[1]
-    chosen = jnp.zeros(tokens.shape, bool).at[:, jnp.array([0, 7, 20])].set(True)
-    a = np.asarray(layer.weights().values)
+    chosen = np.broadcast_to(np.isin(np.arange(40), (0, 7, 20)), tokens.shape)
+    rows, (mean, _), first = seen(cfg, params, tokens, chosen)[1]
+    a = np.asarray(rows.values)
     expected = a[:, :, [7, 20], 0].mean((0, 2))
-    np.testing.assert_allclose(probes.first_token_weight(layer, chosen), expected, rtol=1e-5)
-    s = np.asarray(layer.weights().scores)
+    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    s = np.asarray(rows.scores)
     delta = np.stack([s[:, :, i, 0] - s[:, :, i, 1:i].mean(-1) for i in (7, 20)])
-    np.testing.assert_allclose(probes.sink_logit(layer, chosen)[0], delta.mean((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(mean, delta.mean((0, 1)), atol=1e-5)
 
 
 def test_values_are_read_through_the_output_projection():
     cfg, params, tokens = model(num_kv_heads=1)
-    layer = look(cfg, params, tokens).attention[0]
+
+    @jax.jit
+    def found(params, tokens):
+        layer = look(cfg, params, tokens).attention[0]
+        return layer.values, layer.value_norms(), probes.value_norms(layer, jnp.ones(tokens.shape, bool))
+
+    values, norms, (first, rest) = jax.device_get(found(params, tokens))
     kernel = np.asarray(params["layer_0"]["attn"]["o"]["kernel"]).reshape(2, 8, 16)
-    v = np.asarray(layer.values)[:, :, 0]
+    v = values[:, :, 0]
     for head in range(2):
         expected = np.linalg.norm(v @ kernel[head], axis=-1)
-        np.testing.assert_allclose(layer.value_norms()[:, head], expected, rtol=1e-5)
-        first, rest = probes.value_norms(layer, jnp.ones(tokens.shape, bool))
+        np.testing.assert_allclose(norms[:, head], expected, rtol=1e-5)
         assert first[head] == pytest.approx(expected[:, 0].mean(), rel=1e-5)
         assert rest[head] == pytest.approx(expected[:, 1:].mean(), rel=1e-5)
 
@@ -188,16 +201,20 @@ def test_measure_agrees_with_the_parts_and_splits_by_trigger():
     task = BigramTask(trigger_ids=(3, 4), log_p=log_p)
     raw = make_measure(cfg, task=task)(params, np.asarray(tokens))
     out = summarise(raw, epsilon=0.3)
-    view = look(cfg, params, tokens)
-    trigger = jnp.isin(tokens, jnp.array([3, 4]))
-    for i, layer in enumerate(view.attention):
-        np.testing.assert_allclose(
-            out["first_token_weight_trigger_raw"][i], probes.first_token_weight(layer, trigger), atol=1e-5
-        )
-        shares = probes.first_token_weight(layer, trigger, proxy=True)
+    trigger = jnp.asarray(np.isin(tokens, (3, 4)))
+
+    @jax.jit
+    def parts(params, tokens):
+        view = look(cfg, params, tokens)
+        weight = probes.first_token_weight
+        rows = [(weight(x, trigger), weight(x, trigger, proxy=True), alpha_of(x)) for x in view.attention]
+        return -jax.nn.log_softmax(view.logits[:, :-1]), rows
+
+    losses, rows = parts(params, tokens)
+    for i, (raw_weight, shares, alpha) in enumerate(rows):
+        np.testing.assert_allclose(out["first_token_weight_trigger_raw"][i], raw_weight, atol=1e-5)
         np.testing.assert_allclose(out["first_token_weight_trigger"][i], shares, atol=1e-5)
-        np.testing.assert_allclose(out["first_token_weight"][i], alpha_of(layer)[..., 0].mean(0), atol=1e-5)
-    losses = -jax.nn.log_softmax(view.logits[:, :-1])
+        np.testing.assert_allclose(out["first_token_weight"][i], np.asarray(alpha)[..., 0].mean(0), atol=1e-5)
     picked = np.take_along_axis(np.asarray(losses), np.asarray(tokens)[:, 1:, None], -1)[..., 0][:, 1:]
     copy = np.asarray(trigger)[:, 1:-1]
     assert out["risk_backcopy"] == pytest.approx(picked[copy].mean(), rel=1e-4)

@@ -29,12 +29,19 @@ def text_of(mechanism: Mechanism, spec: Any) -> str:
 
 
 def settings(mechanism: Mechanism) -> list[tuple[str, ...]]:
-    """Layers of models: the default in both, and where something lies around the mechanism every setting of it."""
+    """Layers of models: the default in both, and where something lies around the mechanism what else it can be.
+
+    Every setting of the mechanism, and of what is around it those with a value that no other has: a norm and the
+    gate after it know nothing of each other.
+    """
     out = [(text_of(mechanism, mechanism.spec()),)]
     if mechanism.surround is None and mechanism.gains is None:
         return out
-    others = [*mechanism.variants, *(mechanism.surround.variants if mechanism.surround else ())]
-    texts = [text_of(mechanism, spec) for spec in others]
+    others = [mechanism.spec(), *mechanism.variants]
+    for spec in mechanism.surround.variants if mechanism.surround else ():
+        if any(getattr(spec, f.name) not in [getattr(o, f.name) for o in others] for f in dataclasses.fields(spec)):
+            others.append(spec)
+    texts = [text_of(mechanism, spec) for spec in others[1:]]
     return out + [tuple(texts[i : i + 2]) for i in range(0, len(texts), 2)]
 
 
@@ -42,12 +49,14 @@ def named(layers: tuple[str, ...]) -> str:
     return "+".join(layers)
 
 
-PAIRS = [SHORT[i : i + 2] for i in range(0, len(SHORT), 2)]  # one layer each: the rest of them is another's
+# One layer each: the rest of them is another's, of which two layers are scanned.
+ONCE = (*SHORT, "based", "k_bias", "relu", "sigmoid")
+PAIRS = [ONCE[i : i + 2] for i in range(0, len(ONCE), 2)]
 MODELS = {
     named(layers): layers
     for layers in [
         *PAIRS,
-        *(layers for name in names() if name not in SHORT for layers in settings(get(name))),
+        *(layers for name in names() if name not in ONCE for layers in settings(get(name))),
         ("conv",),
     ]
 }

@@ -22,7 +22,7 @@ from jaxattn.nn import Decoder
 from jaxattn.policies import names
 from jaxattn.reader import hidden_of, hidden_one_by_one, reads_state
 from tests.generate.helpers import byte_run
-from tests.serve.test_engine import Inbox, ask, running  # noqa: F401 (a fixture)
+from tests.serve.engines import Inbox, ask, engines  # noqa: F401 (a fixture)
 
 generate_command = importlib.import_module("jaxattn.generate")  # the package's attribute is the function
 COMMANDS = (
@@ -83,7 +83,7 @@ def test_a_stream_goes_on_behind_the_context_of_training(params):
 
 
 @pytest.mark.parametrize("policy", [*KEEPERS, "zero_tuning(gamma=3.0), h2o(heavy=3, recent=4)"])
-def test_the_engine_answers_as_generate_does(running, params, policy):  # noqa: F811
+def test_the_engine_answers_as_generate_does(running, params, policy):
     """Rows of other lengths and ages beside it, and two that take a slot after others."""
     model = dataclasses.replace(MODEL, policy=policy)
     engine = running(model, params, context=48)
@@ -117,7 +117,7 @@ def test_tokens_one_by_one_are_an_answer_and_what_is_before_them_a_prompt(params
         assert np.abs(found[:, max(prefill, 4) :] - whole[:, max(prefill, 4) :]).max() > 1e-2
 
 
-def test_head_tables_reach_prompts_answers_and_the_engine(running, params):  # noqa: F811
+def test_head_tables_reach_prompts_answers_and_the_engine(running, params):
     """A table that says 9 everywhere is gamma=9, whatever the option says."""
     tokens, told = prompt(13), dataclasses.replace(MODEL, policy="zero_tuning(gamma=1.0)")
     variables = with_head_tables(told, params, {"zero_tuning": np.full((3, 4), 9.0, np.float32)})

@@ -6,9 +6,11 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxattn.models import ModelConfig
 from jaxattn.sampling import Sampling
+from jaxattn.serving.engine import Engine
 from tests.conformance.model import params_of
 
 GREEDY = Sampling()
@@ -42,3 +44,19 @@ def ask(engine, ids, most, how=GREEDY, seed=0, stop=()):
     inbox = Inbox()
     inbox.ticket = engine.submit(ids, most, how, seed, stop, inbox)
     return inbox
+
+
+@pytest.fixture(name="running")
+def engines():
+    """Start engines that are closed when the test ends."""
+    open_ones = []
+
+    def start(model, params, **more):
+        engine = Engine(model, params, **({"slots": 3, "context": 64, "queue": 64, "block": 4} | more))
+        engine.start()
+        open_ones.append(engine)
+        return engine
+
+    yield start
+    for engine in open_ones:
+        engine.close()

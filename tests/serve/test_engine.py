@@ -13,25 +13,9 @@ from jaxattn.errors import ConfigError
 from jaxattn.sampling import Sampling
 from jaxattn.serving.engine import TURN, Engine
 from jaxattn.serving.ticket import QueueFull, Stopped
-from tests.serve.engines import GREEDY, Inbox, ask, model_of
+from tests.serve.engines import GREEDY, Inbox, ask, engines, model_of  # noqa: F401 (a fixture)
 
 MECHANISMS = ["softmax", "softmax(window=7)", "landmark(block=5)", "based", "titans(depth=1)", "sink_token", "aaren"]
-
-
-@pytest.fixture
-def running():
-    """Start engines that are closed when the test ends."""
-    open_ones = []
-
-    def start(model, params, **more):
-        engine = Engine(model, params, **({"slots": 3, "context": 64, "queue": 64, "block": 4} | more))
-        engine.start()
-        open_ones.append(engine)
-        return engine
-
-    yield start
-    for engine in open_ones:
-        engine.close()
 
 
 def prompts(count, longest=19):

@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,7 +34,8 @@ BASE = {
     "d_ff": 32,
     "mlps": ("gelu",),
 }
-DEEP = ("tidal", "zero_tuning")  # whose options name layers: four, every other policy does the same in both of two
+# whose options name layers; others do the same in each
+DEPTHS = {"tidal": 4, "zero_tuning": 3, "minference": 2, "mask_heads": 2}
 TAGGED = np.where((np.arange(PROMPT) % 9 > 1) & (np.arange(PROMPT) % 9 < 7), USER, OTHER)  # turns of a chat
 TRACES: collections.Counter[tuple[ModelConfig, str]] = collections.Counter()
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        return 4 if self.policy.name in DEEP else 2
+        return DEPTHS.get(self.policy.name, 2 if self.mechanism == "softmax" else 1)
 
     def config(self, spec: Any = None, **fields: Any) -> ModelConfig:
         """The model under this policy."""
@@ -89,16 +89,24 @@ def texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.stack([text, moved, other]), positions, segments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def start(cfg: ModelConfig, rows: int, room: int, params: Any) -> Any:
-    return Decoder(cfg).apply({"params": params}, rows, room, method="start")
+def variables_of(cfg: ModelConfig, params: Any, rows: int) -> Any:
+    """Parameters, and what the tokens of the prompt are where a policy asks."""
+    tags = {TAGS: {"prompt": np.broadcast_to(TAGGED, (rows, PROMPT))}} if cfg.keeping.tagged else {}
+    return {"params": params} | tags
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def begin(cfg: ModelConfig, room: int, params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
+    """The first piece of a prompt, in states of its program."""
+    variables = variables_of(cfg, params, len(tokens))
+    states = Decoder(cfg).apply(variables, len(tokens), room, method="start")
+    return Decoder(cfg).apply(variables, states, tokens, positions, segments, "prompt", method="step")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def step(cfg: ModelConfig, phase: str, params: Any, states: Any, tokens: Any, positions: Any, segments: Any) -> Any:
     TRACES[cfg, phase] += 1
-    tags = {TAGS: {"prompt": jnp.broadcast_to(TAGGED, (len(tokens), PROMPT))}} if cfg.keeping.tagged else {}
-    return Decoder(cfg).apply({"params": params} | tags, states, tokens, positions, segments, phase, method="step")
+    return Decoder(cfg).apply(variables_of(cfg, params, len(tokens)), states, tokens, positions, segments, phase, method="step")
 
 
 def decode(
@@ -106,10 +114,11 @@ def decode(
 ) -> tuple[np.ndarray, Any]:
     """Logits [B, T, N] of rows read in `pieces` of a prompt and then one by one, and the states behind them."""
     inputs = texts() if inputs is None else inputs
-    params, (rows, length) = params_of(cfg), inputs[0].shape
-    states, out, at = start(cfg, rows, room, params), [], 0
-    for phase, size in [("prompt", n) for n in pieces] + [("answer", 1)] * (length - sum(pieces)):
-        logits, states = step(cfg, phase, params, states, *(jnp.asarray(x[:, at : at + size]) for x in inputs))
+    params, at = params_of(cfg), pieces[0]
+    logits, states = begin(cfg, room, params, *(x[:, :at] for x in inputs))
+    out = [np.asarray(logits)]
+    for phase, size in [("prompt", n) for n in pieces[1:]] + [("answer", 1)] * (inputs[0].shape[1] - sum(pieces)):
+        logits, states = step(cfg, phase, params, states, *(x[:, at : at + size] for x in inputs))
         out.append(np.asarray(logits))
         at += size
     return np.concatenate(out, axis=1), states

@@ -87,7 +87,7 @@ def test_pieces_of_a_prompt_equal_one_call_or_are_refused(case):
         with pytest.raises(ConfigError, match="in one piece"):
             check_piece(cfg, 7)
         return
-    found, _ = decode(cfg, pieces=(LEFT - 1, 1, PROMPT - LEFT))  # the last as long as the prompt without padding
+    found, _ = decode(cfg, pieces=(PROMPT - LEFT, 1, LEFT - 1))  # the first as long as the prompt without padding
     own = texts()[2] > 0
     close(found[own], answers(cfg)[own])
 
