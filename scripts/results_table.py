@@ -131,6 +131,20 @@ def streaming(data: dict[str, Any]) -> str:
     )
 
 
+def budgets(data: dict[str, Any]) -> str:
+    rows = {(row["policy"], row["budget"]): row for row in data["rows"]}
+    length = data["setup"]["length"]
+    most, least = length // 4, min(budget for policy, budget in rows if policy == "h2o")
+    gap = lambda policy, budget: f"{rows[policy, budget]['loss'] - rows['dense', length]['loss']:+.2f}"
+    beside = lambda policy, control, budget: f"{gap(policy, budget)} (by lot {gap(control, budget)})"
+    return (
+        f"SmolLM2-135M behind {length // 1024}k tokens, nats against dense: H2O with {least} tokens "
+        f"{beside('h2o', 'h2o by lot', least)}, a window of {least} {gap('window', least)}; TidalDecode with {most} "
+        f"{beside('tidal', 'tidal by lot', most)}; MInference reading {100 * rows['minference', most]['prompt']:.0f} % "
+        f"of the prompt {gap('minference', most)}"
+    )
+
+
 def retrieval(data: dict[str, Any]) -> str:
     answers = [row for row in data["rows"] if row["phases"] == "answers" and row["by"] == "uniform"]
     digits = lambda which, heads: [r["digits"] for r in answers if r["which"] == which and r["heads"] == heads]
@@ -242,6 +256,7 @@ ROWS = (
     Row(f"{STUDIES}/temperature", temperature),
     Row(f"{STUDIES}/constant_speed", speed),
     Row(f"{STUDIES}/streaming", streaming),
+    Row(f"{STUDIES}/policies", budgets),
     Row(f"{STUDIES}/retrieval_heads", retrieval),
     Row(f"{BENCHES}/train_cpu", train, ("json JSON",)),
     Row(f"{BENCHES}/infer_cpu", inference, ("json JSON", "png picture")),

@@ -32,8 +32,8 @@ from jaxattn.policies.duo import POLICY, TABLE, Spec
 class Sample(NamedTuple):
     """tokens [T]; asked [T], which of them are behind the text: questions and passkeys."""
 
-    tokens: np.ndarray
-    asked: np.ndarray
+    tokens: Any
+    asked: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Training:
         if not self.learning_rate > 0:
             raise ConfigError(f"duo gates: learning_rate is {self.learning_rate} but must be positive.")
 
-    def rate(self, step: Array) -> Array:
+    def rate(self, step: Any) -> Array:
         """The learning rate of a step."""
         edge = max(1.0, self.ramp * self.steps)
         rising, falling = jnp.maximum((step + 1) / edge, 0.1), jnp.maximum((self.steps - step) / edge, 0.1)

@@ -261,7 +261,7 @@ class Decoder(nn.Module):
             )
             if last >= cfg.max_positions:
                 raise ConfigError(f"position {last} is not among the {cfg.max_positions} learned ones of the model.")
-        tags = self.get_variable(TAGS, "prompt") if self.has_variable(TAGS, "prompt") else None
+        tags = jnp.asarray(self.get_variable(TAGS, "prompt")) if self.has_variable(TAGS, "prompt") else None
         return Stream(pos + cfg.prefix_tokens, seg, behind(cfg.prefix_tokens, prefix_len), tags=tags)
 
     def _sink_stream(self, batch: int) -> Stream:

@@ -88,7 +88,9 @@ def rows(**other: float) -> list[study.Row]:
             key = f"{policy.replace(' ', '_')}_{budget}"
             loss = 3.0 + other.get(key, more * (0.3 if budget == 512 else 1.0))
             digits = other.get(f"{key}_digits", 0.75 if policy == "tidal" else 0.25)
-            out.append({"policy": policy, "budget": budget, "loss": loss, "digits": digits})
+            read = budget / 2048 * (1.4 if policy == "minference by lot" else 1.5)  # of a prompt
+            row = {"policy": policy, "budget": budget, "loss": loss, "digits": digits}
+            out.append(row | {"prompt": read if policy.startswith("minference") else 1.0})
     return out
 
 
@@ -99,7 +101,11 @@ def test_expectations_hold_and_fail():
     assert failing(window_512=0.01) == ["h2o: a lower loss than window"]
     assert failing(tidal_by_lot_128=0.05) == ["tidal: a lower loss than tidal by lot"]
     assert failing(tidal_by_lot_512_digits=1.5) == ["tidal: more of the numbers' digits than by lot, over all budgets"]
-    assert failing(minference_by_lot_128=0.05) == ["minference: a lower loss than minference by lot"]
+    prompt = "minference: a lower loss than minference by lot that reads as much of the prompt"
+    assert failing(minference_by_lot_128=0.05) == [prompt]
+    lots = [row | {"loss": 2.0} if row["policy"] == "minference by lot" else row for row in rows()]
+    shown = next(e for e in policies.expect(lots, 2048) if e.text == prompt)
+    assert shown.found == "-1.100 at 9.4%", "what reads more than any of the control's budgets is not judged by it"
     assert failing(tidal_512=0.11) == ["tidal: within 0.1 nats of dense at a budget of 512"]
     layers = [{"layer": n, "by layer 2": 0.2, "by layer 12": 0.3 if n > 12 else 0.2} for n in range(2, 30)]
     assert policies.expect_recall(layers)[0].holds

@@ -106,7 +106,8 @@ def begin(cfg: ModelConfig, room: int, params: Any, tokens: Any, positions: Any,
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def step(cfg: ModelConfig, phase: str, params: Any, states: Any, tokens: Any, positions: Any, segments: Any) -> Any:
     TRACES[cfg, phase] += 1
-    return Decoder(cfg).apply(variables_of(cfg, params, len(tokens)), states, tokens, positions, segments, phase, method="step")
+    variables = variables_of(cfg, params, len(tokens))
+    return Decoder(cfg).apply(variables, states, tokens, positions, segments, phase, method="step")
 
 
 def decode(
