@@ -22,6 +22,7 @@ COMMANDS = {  # module: words, the flag that is meant
     "evals.length": (["run", "--lenghts=3"], "--lengths"),
     "evals.perplexity": (["run", "--txt=x"], "--text"),
     "evals.heads": (["run", "--profle=echo"], "--profile"),
+    "evals.duo_gates": (["run", "--stps=3"], "--steps"),
     "evals.needle": (["run", "--depts=3"], "--depths"),
     "convert.from_hf": (["a", "b", "--dtpe=source"], "--dtype"),
     "jaxattn.generate": (["run", "--promt", "hello"], "--prompt"),
