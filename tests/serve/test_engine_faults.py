@@ -167,8 +167,8 @@ def test_an_engine_that_cannot_go_on_tells_everybody(monkeypatch):
     found = Engine(MODEL, PARAMS, slots=2, context=256, queue=64, block=4)
     monkeypatch.setattr(found, "_program", lambda *args: 1 / 0)
     monkeypatch.setattr(device, "empty", lambda *args: 1 / 0)  # no memory for new slots either
+    inboxes = [ask(found, [1], 200) for _ in range(3)]  # in front of the start, which the first of them would end
     found.start()
-    inboxes = [ask(found, [1], 200) for _ in range(3)]
     for inbox in inboxes:
         inbox.wait()
     assert [inbox.reason for inbox in inboxes] == ["error"] * 3

@@ -112,9 +112,9 @@ def test_row_4_sigterm_saves_the_step_and_exits_0(bb_unbroken, tmp_path):
     assert "Traceback" not in err
     (saved,) = h.steps_of(folder)
     assert 23 <= saved < STEPS
-    assert f"SIGTERM: saved step {step}" in out
-    assert [row["step"] for row in h.rows(folder)] == list(range(1, step + 1))
-    assert h.untimed(folder) == h.untimed(bb_unbroken)[:step]
+    assert f"SIGTERM: saved step {saved}" in out
+    assert [row["step"] for row in h.rows(folder)] == list(range(1, saved + 1))
+    assert h.untimed(folder) == h.untimed(bb_unbroken)[:saved]
     assert not (folder / "sinks.json").exists()  # the run has not ended
     assert main(["--resume", f"--run-dir={folder}"]) == 0
     h.assert_same_run(folder, bb_unbroken)

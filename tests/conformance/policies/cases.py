@@ -95,6 +95,12 @@ def variables_of(cfg: ModelConfig, params: Any, rows: int) -> Any:
     return {"params": params} | tags
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def start(cfg: ModelConfig, rows: int, room: int, params: Any) -> Any:
+    """States before the first token."""
+    return Decoder(cfg).apply({"params": params}, rows, room, method="start")
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def begin(cfg: ModelConfig, room: int, params: Any, tokens: Any, positions: Any, segments: Any) -> Any:
     """The first piece of a prompt, in states of its program."""
