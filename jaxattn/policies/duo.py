@@ -127,8 +127,8 @@ def step(
     whole = spec.prompt == "dense" and here.phase == "prompt" and q.shape[1] > 1
     parts, cache, ring = [], state.full, state.ring
     if full:
-        here_state = dataclasses.replace(core, keys=lambda k: k)
-        cache, (keys, values, rules) = dense.kept(cache, own(k, full), own(v, full), here, site, here_state)
+        mapped = dataclasses.replace(core, keys=lambda k: k)
+        cache, (keys, values, rules) = dense.kept(cache, own(k, full), own(v, full), here, site, mapped)
         o, stat = core.of(query_heads(full, site))(own(q, full), keys, values, rules)
         parts.append((full, (dense.poisoned(o, cache), stat)))
     if streaming:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
@@ -32,6 +31,7 @@ from jaxattn.errors import ConfigError
 from jaxattn.masks import PADDING, Visibility
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.policies._protocol import Policy, Site
+from jaxattn.policies.parts.key_heads import Tokens, held, place_in_piece
 from jaxattn.rope import rotate
 from jaxattn.stores import Ring, empty_ring, overwrite, refill
 from jaxattn.types import Leaf
@@ -59,9 +59,6 @@ class Spec:
     def keys(self) -> int:
         """Most keys that a token reads."""
         return self.sinks + self.recent + 1
-
-
-Tokens = tuple[Array, Array, Array, Array]  # keys [B,S,K,D], values [B,S,K,V], positions and segments [B,S]
 
 
 @struct.dataclass
@@ -109,22 +106,18 @@ def step(
 
     new = (k, v, at, jnp.where(at < spec.sinks, PADDING, segments))
     ring = _turned(state.ring, new, count, spec.sinks)
-    read = _held(ring, k)
+    read = held(ring, k)
     if k.shape[1] > 1:
-        read = tuple(jnp.concatenate(pair, axis=1) for pair in zip(_held(state.ring, k), new, strict=True))
+        read = tuple(jnp.concatenate(pair, axis=1) for pair in zip(held(state.ring, k), new, strict=True))
     vis = Visibility(at, read[2], segments, read[3], window=window_of(spec, site))
     if not spec.sinks:
         parts = [core.attend(near, *read[:2], vis, stats=not core.alone)]
         return core.join(parts, far, vis), State(None, ring, count[:, -1]), here.carry
     sinks = _filled(state.sinks, (k, v, at, segments), count)
-    first = _held(sinks, k)
+    first = held(sinks, k)
     beside = Visibility(placed, first[2], segments, first[3], window=site.window)
     parts = [core.attend(near, *read[:2], vis), core.attend(far, *first[:2], beside)]
     return core.join(parts, far, beside), State(sinks, ring, count[:, -1]), here.carry
-
-
-def _held(ring: Ring, like: Array) -> Tokens:
-    return ring.keys.astype(like.dtype), ring.values.astype(like.dtype), ring.positions, ring.segments
 
 
 def _turned(ring: Ring, new: Tokens, count: Int[Array, "B T"], sinks: int) -> Ring:
@@ -134,7 +127,7 @@ def _turned(ring: Ring, new: Tokens, count: Int[Array, "B T"], sinks: int) -> Ri
         return overwrite(ring, jnp.maximum(at[:, 0] - sinks, 0) % ring.slots, *new)
     last = count[:, -1:] - 1 - sinks
     wanted = last - (last - jnp.arange(ring.slots)) % ring.slots  # the newest that belongs in each slot
-    return refill(ring, jnp.where(wanted < 0, -1, _place(wanted + sinks, at, count)), *new)
+    return refill(ring, jnp.where(wanted < 0, -1, place_in_piece(wanted + sinks, at, count)), *new)
 
 
 def _filled(ring: Ring, new: Tokens, count: Int[Array, "B T"]) -> Ring:
@@ -143,13 +136,7 @@ def _filled(ring: Ring, new: Tokens, count: Int[Array, "B T"]) -> Ring:
     if at.shape[1] == 1:
         return overwrite(ring, jnp.minimum(at[:, 0], size - 1), *new, keep=at[:, 0] >= size)
     wanted = jnp.broadcast_to(jnp.arange(size), (len(at), size))
-    return refill(ring, _place(wanted, at, count), *new)
-
-
-def _place(wanted: Int[Array, "B S"], at: Int[Array, "B T"], count: Int[Array, "B T"]) -> Int[Array, "B S"]:
-    """Where in the piece the token of a row's place `wanted` is; -1: not in it."""
-    place = jax.vmap(jnp.searchsorted)(count, wanted + 1)  # the first that has so many up to it
-    return jnp.where((wanted < at[:, :1]) | (wanted >= count[:, -1:]), -1, place)
+    return refill(ring, place_in_piece(wanted, at, count), *new)
 
 
 def unfit(spec: Spec, site: Site) -> str:

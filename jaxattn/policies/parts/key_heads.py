@@ -121,10 +121,10 @@ def kept(ring: Ring, new: Tokens, count: Int[Array, "B T"], sinks: int, recent: 
     newest = last - (last - slots) % size  # of the places that belong in a slot behind the sinks
     wanted = jnp.where(slots < sinks, slots, jnp.where(slots < sinks + size, newest, -1))
     wanted = jnp.where((slots >= sinks) & (wanted < sinks), -1, wanted)
-    return refill(ring, jnp.where(wanted < 0, -1, _place(wanted, at, count)), *new)
+    return refill(ring, jnp.where(wanted < 0, -1, place_in_piece(wanted, at, count)), *new)
 
 
-def _place(wanted: Int[Array, "B S"], at: Int[Array, "B T"], count: Int[Array, "B T"]) -> Int[Array, "B S"]:
+def place_in_piece(wanted: Int[Array, "B S"], at: Int[Array, "B T"], count: Int[Array, "B T"]) -> Int[Array, "B S"]:
     """Where in the piece the token of a row's place `wanted` is; -1: not in it."""
     place = jax.vmap(jnp.searchsorted)(count, wanted + 1)  # the first that has so many up to it
     return jnp.where((wanted < at[:, :1]) | (wanted >= count[:, -1:]), -1, place)
