@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxattn.errors import ConfigError
+from jaxattn.head_tables import with_head_tables
 from jaxattn.masks import self_visibility
 from jaxattn.mechanisms import get
 from jaxattn.models import ModelConfig
@@ -100,12 +101,17 @@ def test_the_forward_pass_and_decoding_agree_around_every_kind_of_cache():
     tokens = np.random.default_rng(1).integers(0, 17, (2, LENGTH))
     tags = {"tags": {"prompt": np.stack([TAGS, np.roll(TAGS, 3)])}}
     plain = ModelConfig(**SMALL, policy="steer(alpha=0.2)")
-    variables = {"params": params_of(plain)} | tags
+    table = np.random.default_rng(3).uniform(0.1, 3.0, (2, 4)).astype(np.float32)
+    variables = with_head_tables(plain, {"params": params_of(plain)}, {"steer": table}) | tags
     whole = np.asarray(hidden_in_one_pass(plain, variables, jnp.asarray(tokens)))
     for policy in ("", ", streaming(sinks=2, recent=20)", ", h2o(heavy=4, recent=18)", ", duo(full='1.2', recent=20)"):
         model = ModelConfig(**SMALL, policy=plain.policy + policy)
         found = np.asarray(hidden_one_by_one(model, variables, tokens, prefill=PROMPT))
         np.testing.assert_allclose(found, whole, atol=1e-5, err_msg=policy)
+    for row in (0, 1):
+        own = variables | {"tags": {"prompt": tags["tags"]["prompt"][row : row + 1]}}
+        alone = hidden_in_one_pass(plain, own, jnp.asarray(tokens[row : row + 1]))
+        np.testing.assert_allclose(alone[0], whole[row], atol=1e-5, err_msg="a row has its own tags")
     other = variables | {"tags": {"prompt": tags["tags"]["prompt"][::-1]}}
     assert np.abs(np.asarray(hidden_in_one_pass(plain, other, jnp.asarray(tokens))) - whole).max() > 1e-3
 
