@@ -21,19 +21,16 @@ adds to one mask for all layers, would. Where weights are sigmoids, log α is ad
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxattn.errors import ConfigError
-from jaxattn.masks import PADDING, Visibility
 from jaxattn.mechanisms._protocol import Core
 from jaxattn.nn.stream import NO_PROMPT, OTHER, USER
 from jaxattn.policies._protocol import Policy, Site
-from jaxattn.policies.parts.bias import joined
+from jaxattn.policies.parts.bias import check_factor, log_factor, scaled, unfit_layers
 
 TABLE = "steer"
 MODES = {"exclude": (OTHER,), "include": (USER,), "prompt": (OTHER, USER)}
@@ -52,74 +49,23 @@ class Spec:
     last: int = -1
 
     def __post_init__(self) -> None:
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"steer.alpha is {self.alpha} but must be positive and finite, such as 0.9.")
+        check_factor("steer.alpha", self.alpha, self.first, self.last)
         for field, known in (("mode", MODES), ("phases", PHASES)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"steer.{field} is {getattr(self, field)!r} but must be one of {', '.join(known)}.")
-        if self.first < 0 or self.last < -1 or (self.last != -1 and self.last < self.first):
-            raise ConfigError(
-                f"steer.first {self.first} and last {self.last} must be layers in order, counted from 0; last=-1 is "
-                "the model's last."
-            )
-
-
-def unfit(spec: Spec, site: Site) -> str:
-    last = site.num_layers - 1
-    if max(spec.first, spec.last) > last:
-        return f"it has layers 0 to {last}, so first={spec.first} and last={spec.last} must be among them."
-    return ""
-
-
-def _log_alpha(spec: Spec, site: Site, heads: dict[str, Array]) -> Array | None:
-    """log α [1 or H]; None where nothing changes."""
-    table, last = heads.get(TABLE), site.num_layers - 1 if spec.last == -1 else spec.last
-    if not spec.first <= site.layer <= last or (table is None and spec.alpha == 1.0):
-        return None
-    times = site.layer + 1 if spec.compound else 1
-    return times * (jnp.full(1, math.log(spec.alpha)) if table is None else jnp.log(table))
 
 
 def wrap(core: Core, here: Any, *, spec: Spec, site: Site) -> Core:
-    log_alpha = _log_alpha(spec, site, here.heads)
+    log_alpha, tags = log_factor(spec, site, spec.alpha, here.heads.get(TABLE)), here.tags
     if log_alpha is None or (spec.phases == "answers" and here.phase != "answer"):
         return core
-    if core.activation not in ("exp", "sigmoid"):
-        raise ConfigError(
-            f"policy steer multiplies weights through the logarithm of their scores, which {site.mechanism} does not "
-            "take; use a softmax or sigmoid model."
-        )
-    tags = here.tags
     if tags is None:
         raise ConfigError(
             "policy steer needs to know which tokens of the prompt are the user's: use jaxattn.generate with --chat, "
             "or variables {'tags': {'prompt': ...}} (`jaxattn.text.Loaded.tagged_chat`)."
         )
-
-    def make(attend: Callable[..., Any], some: tuple[int, ...] | None) -> Callable[..., Any]:
-        own_alpha = log_alpha if some is None or len(log_alpha) == 1 else log_alpha[jnp.asarray(some)]
-
-        def steered(
-            q: Array,
-            k: Array,
-            v: Array,
-            vis: Visibility,
-            *,
-            key_bias: Array | None = None,
-            places: Array | None = None,
-            folded: bool = False,
-            **how: Any,
-        ) -> tuple[Array, Array | None]:
-            own_places = jnp.where(vis.k_segments != PADDING, vis.k_positions, -1)[:, None]
-            at = own_places if places is None else places
-            factor = jnp.tile(own_alpha, q.shape[0] // len(own_alpha))[:, None, None] if folded else own_alpha[:, None]
-            own = joined(_columns(at, tags, spec.mode), factor, jnp.multiply, heads=q.shape[2])
-            key_bias = own if key_bias is None else joined(key_bias, own, jnp.add, heads=q.shape[2])
-            return attend(q, k, v, vis, key_bias=key_bias, places=places, folded=folded, **how)
-
-        return steered
-
-    return core.around(make)
+    times = site.layer + 1 if spec.compound else 1
+    return scaled(core, "steer", site, times * log_alpha, lambda places: _columns(places, tags, spec.mode))
 
 
 def _columns(places: Int[Array, "N n S"], tags: Int[Array, "B P"], mode: str) -> Float[Array, "N n S"]:
@@ -143,7 +89,7 @@ POLICY = Policy(
     depth=lambda spec: spec.first > 0 or spec.last != -1 or spec.compound,
     tables=(TABLE,),
     tagged=True,
-    unfit=unfit,
+    unfit=unfit_layers,
     unlimited=lambda spec, length: dataclasses.replace(spec, alpha=1.0),
     variants=(Spec(alpha=0.3), Spec(alpha=0.2, mode="include", compound=True)),
 )

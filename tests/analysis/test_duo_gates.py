@@ -45,6 +45,8 @@ def test_twins_of_open_gates_are_one_and_of_closed_ones_apart(params):
     assert float(far(jnp.ones((2, 2)))) == 0
     assert float(far(jnp.zeros((2, 2)))) > 1e-4
     assert float(far(jnp.array([[1.0, 1.0], [0.0, 1.0]]))) < 1e-12, "the silent head may stream"
+    near = jnp.arange(LENGTH)[None] <= 7  # tokens whose whole past is among 2 sinks and 5 newest
+    assert float(jax.jit(lambda gates: distance(model, params, gates, tokens, near))(jnp.zeros((2, 2)))) < 1e-12
 
 
 def test_a_head_that_does_nothing_loses_its_gate_first(params):
