@@ -179,6 +179,16 @@ def test_a_row_of_nothing_but_padding_keeps_what_it_had():
     np.testing.assert_array_equal([s.top for s in states], before)
 
 
+def test_padding_behind_a_prompt_is_not_its_newest_token():
+    cfg = ModelConfig(**(BASE | {"num_layers": 2, "policy": "watch"}))
+    params, inputs = params_of(cfg), [np.array(x[:, :PROMPT]) for x in texts()]
+    cut = PROMPT - 5
+    _, states = step(cfg, "prompt", params, start(cfg, 3, LENGTH, params), *(x[:, :cut] for x in inputs))
+    inputs[2][:, cut:] = 0
+    _, padded = step(cfg, "prompt", params, start(cfg, 3, LENGTH, params), *inputs)
+    np.testing.assert_array_equal([s.top for s in padded], [s.top for s in states])
+
+
 def test_copies_are_counted_by_token_and_by_step_and_never_beyond_one():
     own = Case([5, 6, 7, 6, 8, 5, 9], 1, 5, [])  # the needle is 6 7 6 8
     looks = np.array([1, 2, 2, 3, 0, 3, 1, 3])
